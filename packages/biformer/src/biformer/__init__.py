@@ -1,0 +1,15 @@
+"""BiFormer: vision transformers with bi-level routing attention (CVPR 2023). Importing registers the models in timm."""
+
+from biformer.attention import BiLevelRoutingAttention, regional_routing_attention
+from biformer.model import BiFormer, BiFormerBackbone, BiFormerSTL
+from biformer.routing import Routing, route
+
+__all__ = [
+    "BiFormer",
+    "BiFormerBackbone",
+    "BiFormerSTL",
+    "BiLevelRoutingAttention",
+    "Routing",
+    "regional_routing_attention",
+    "route",
+]

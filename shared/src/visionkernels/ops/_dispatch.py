@@ -1,0 +1,79 @@
+"""The one rule by which every op chooses among its reference, eager and Triton implementations.
+
+`use_backend(...)` outranks the `backend` argument, which outranks the environment variable VISIONKERNELS_BACKEND.
+What is left at "auto" runs Triton for GPU tensors where Triton imports and knows the dtype, else eager.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backend", "choose_backend", "use_backend"]
+
+Backend = Literal["auto", "triton", "eager", "reference"]
+
+_logger = logging.getLogger("visionkernels")
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_IMPORTS = importlib.util.find_spec("triton") is not None
+# plain module state, read once: torch.compile guards on it, which it cannot do for a ContextVar or os.environ
+_environment = os.environ.get("VISIONKERNELS_BACKEND", "auto")
+_override: Backend | None = None
+_logged: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Run every op inside the block with `backend`, whatever its argument says; blocks nest.
+
+    The choice is one for the process, not one a thread. Raises ValueError for an unknown name.
+    """
+    global _override
+    previous, _override = _override, _known(backend, "backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def choose_backend(op: str, backend: Backend, tensor: Tensor, *, unsupported: str | None = None) -> Backend:
+    """Return "triton", "eager" or "reference" for `op` on `tensor`.
+
+    `unsupported` says, where it is so, why Triton cannot run this call ("slot_weight has no kernel"): "auto" then
+    takes eager and an explicit "triton" raises. Raises ValueError for an unknown name, RuntimeError for a backend
+    that cannot run here.
+    """
+    wanted = _override or (_known(backend, "backend") if backend != "auto" else None)
+    wanted = wanted or _known(_environment, "VISIONKERNELS_BACKEND")
+    reason = unsupported or _why_triton_cannot_run(tensor)
+    if wanted == "triton" and reason:
+        raise RuntimeError(f"backend='triton' cannot run {op}: {reason}; use backend='auto' or 'eager'")
+    if wanted != "auto":
+        return wanted
+    chosen: Backend = "triton" if tensor.is_cuda and not reason else "eager"
+    if not torch.compiler.is_compiling() and (op, chosen) not in _logged:
+        _logged.add((op, chosen))
+        _logger.info("%s runs on its %s backend%s", op, chosen, f" ({reason})" if tensor.is_cuda and reason else "")
+    return chosen
+
+
+def _known(backend: str, source: str) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"{source}={backend!r} is not a backend; use one of {', '.join(get_args(Backend))}")
+    return backend  # type: ignore[return-value]
+
+
+def _why_triton_cannot_run(tensor: Tensor) -> str | None:
+    if not _TRITON_IMPORTS:
+        return "triton is not installed (pip install triton)"
+    # read at each call, since a test may switch the interpreter on before it imports the kernels
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {tensor.device.type}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    if tensor.dtype not in _TRITON_DTYPES:
+        return f"its kernels take float16, bfloat16 and float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None

@@ -1,0 +1,173 @@
+"""Attention of each region's tokens to the tokens of the regions it was routed to (BiFormer, sec. 3.2)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops.region_attention import eager, reference
+from visionkernels.ops.region_attention.partition import Grid, region_view
+
+__all__ = ["Grid", "region_attention", "region_attention_packed", "region_attention_weights", "region_view"]
+
+
+def region_attention(
+    query: Float[Tensor, "batch height width qk"],
+    key: Float[Tensor, "batch key_height key_width qk"],
+    value: Float[Tensor, "batch key_height key_width v"],
+    region_index: Int[Tensor, "batch regions topk"],
+    *,
+    num_heads: int,
+    query_grid: Grid,
+    key_grid: Grid | None = None,
+    scale: float | None = None,
+    valid_size: tuple[int, int] | None = None,
+    slot_weight: Float[Tensor, "batch regions topk"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch height width v"]:
+    r"""Attend from each region's tokens to all tokens of its `topk` routed regions (BiFormer, eq. 6-8).
+
+    The maps are cut into grids of `(rows, columns)` equal regions, numbered row by row. For head m and region i
+
+        out[b, i, m] = softmax(scale * Q[b, i, m] @ K.T) @ V,   K, V = tokens of regions region_index[b, i, :]
+
+    with heads as contiguous groups of channels. `key_grid` defaults to `query_grid`; `scale` to head_size ** -0.5.
+    A region named twice counts twice. Keys outside the first `valid_size` (rows, columns) get no weight, and a query
+    without any valid key gets zeros. `slot_weight` multiplies the keys and the values of a slot (soft routing).
+    Softmax and accumulation are float32 (float64 for float64 input); the output has the dtype of `value`.
+
+    Beyond inputs and outputs, memory is the stated workspace of the eager path (`eager.WORKSPACE_ELEMENTS`, or one
+    region if larger; with `slot_weight` and under torch.compile a gathered copy), and one float per query and head
+    for Triton. `region_index` is not differentiable, and there is no second derivative. Triton, and eager on a CPU,
+    are deterministic in backward.
+
+    Raises TypeError for dtypes, ValueError for shapes that disagree, maps that their grid does not divide, and an
+    index outside [0, key regions) (on a GPU: a device-side assertion, since reading it back would synchronise),
+    RuntimeError for `backend="triton"` where it cannot run.
+    """
+    key_grid = key_grid or query_grid
+    _check_maps(query, key, num_heads, query_grid, key_grid)
+    _check_value(query, key, value, num_heads)
+    _check_index(region_index, len(query), query_grid, key_grid)
+    return _attend(query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight, backend)
+
+
+def region_attention_packed(
+    qkv: Float[Tensor, "batch height width 2*qk+v"],
+    region_index: Int[Tensor, "batch regions topk"],
+    *,
+    value_size: int,
+    num_heads: int,
+    grid: Grid,
+    scale: float | None = None,
+    valid_size: tuple[int, int] | None = None,
+    slot_weight: Float[Tensor, "batch regions topk"] | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch height width v"]:
+    """Run `region_attention` on query, key and value side by side in the channels of one map, as a fused Linear leaves them.
+
+    `value_size` counts the channels of the value; query and key share the others. The gradient of `qkv` is written in
+    one piece, without the concatenation that three views cost. All else as for `region_attention`.
+    """
+    if qkv.ndim != 4 or not 0 < value_size < qkv.shape[-1] or (qkv.shape[-1] - value_size) % 2:
+        raise ValueError(f"qkv has shape {_shape(qkv)}; expected [batch, height, width, 2 * qk + value_size={value_size}]")
+    query_size = (qkv.shape[-1] - value_size) // 2
+    query, key, value = qkv.split([query_size, query_size, value_size], -1)
+    _check_maps(query, key, num_heads, grid, grid)
+    _check_value(query, key, value, num_heads)
+    _check_index(region_index, len(query), grid, grid)
+    return _attend(query, key, value, region_index, num_heads, grid, grid, scale, valid_size, slot_weight, backend, qkv)
+
+
+def region_attention_weights(
+    query: Float[Tensor, "batch height width qk"],
+    key: Float[Tensor, "batch key_height key_width qk"],
+    region_index: Int[Tensor, "batch regions topk"],
+    *,
+    num_heads: int,
+    query_grid: Grid,
+    key_grid: Grid | None = None,
+    scale: float | None = None,
+    valid_size: tuple[int, int] | None = None,
+    slot_weight: Float[Tensor, "batch regions topk"] | None = None,
+) -> Float[Tensor, "batch regions heads tokens keys"]:
+    """Return the softmax weights of `region_attention`, for inspection: float32, or float64 for float64 input.
+
+    The last axis runs over the slots in the order of `region_index`, and row by row inside each region. It is
+    computed by the definition, with a gathered copy of the keys. Errors as for `region_attention`.
+    """
+    key_grid = key_grid or query_grid
+    _check_maps(query, key, num_heads, query_grid, key_grid)
+    _check_index(region_index, len(query), query_grid, key_grid)
+    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    return reference.region_attention_weights(
+        query, key, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight
+    )
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
+    scale: float | None, valid_size: tuple[int, int] | None, slot_weight: Tensor | None, backend: Backend,
+    packed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if slot_weight is not None and slot_weight.shape != region_index.shape:
+        raise ValueError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
+    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    arguments = (query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size)
+    unsupported = None if slot_weight is None else "slot_weight has no kernel"
+    match choose_backend("region_attention", backend, query, unsupported=unsupported):
+        case "triton":
+            from visionkernels.ops.region_attention import triton
+
+            return triton.region_attention(*arguments)
+        case "reference":
+            return reference.region_attention(*arguments, slot_weight)
+        case _:
+            return eager.region_attention(*arguments, slot_weight, packed)
+
+
+def _check_maps(query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid) -> None:
+    for name, feature, grid in (("query", query, query_grid), ("key", key, key_grid)):
+        if not feature.is_floating_point():
+            raise TypeError(f"{name} is {feature.dtype}; region_attention takes floating-point maps")
+        if feature.ndim != 4:
+            raise ValueError(f"{name} has shape {_shape(feature)}; expected [batch, height, width, channels]")
+        for axis, size, parts in (("height", feature.shape[1], grid[0]), ("width", feature.shape[2], grid[1])):
+            if parts < 1 or size < parts or size % parts:
+                raise ValueError(f"{name} {axis} {size} does not divide into {parts} regions; pad it to a multiple")
+    if query.dtype != key.dtype or len(query) != len(key) or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query {_shape(query)} {query.dtype} and key {_shape(key)} {key.dtype} must agree in batch, channels and dtype"
+        )
+    if num_heads < 1 or query.shape[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")
+
+
+def _check_value(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> None:
+    if value.dtype != query.dtype or value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value {_shape(value)} {value.dtype} must have the batch, height, width and dtype of key, "
+            f"{_shape(key)} {key.dtype}"
+        )
+    if value.shape[-1] % num_heads or not value.shape[-1]:
+        raise ValueError(f"num_heads={num_heads} does not divide the {value.shape[-1]} channels of value")
+
+
+def _check_index(region_index: Tensor, batch: int, query_grid: Grid, key_grid: Grid) -> None:
+    if region_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"region_index is {region_index.dtype}; expected int64 or int32")
+    regions, key_regions = query_grid[0] * query_grid[1], key_grid[0] * key_grid[1]
+    if region_index.ndim != 3 or region_index.shape[:2] != (batch, regions) or not region_index.shape[2]:
+        raise ValueError(f"region_index has shape {_shape(region_index)}; expected [{batch}, {regions}, topk >= 1]")
+    if torch.compiler.is_compiling() or region_index.is_meta or not region_index.numel():
+        return
+    if not region_index.is_cpu:
+        torch._assert_async(((region_index >= 0) & (region_index < key_regions)).all())
+        return
+    low, high = (int(extreme) for extreme in region_index.aminmax())
+    if low < 0 or high >= key_regions:
+        raise ValueError(f"region_index spans [{low}, {high}]; allowed is [0, {key_regions - 1}]")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

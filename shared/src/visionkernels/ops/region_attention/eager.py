@@ -1,0 +1,299 @@
+"""Region attention in plain ATen, fast on a CPU and lean everywhere: no gathered copy outlives a chunk of regions.
+
+Three forms compute the same. `_dense` masks ordinary attention: the fastest while the map is small and the routed
+regions are a good part of it. `_ChunkedAttention` walks over chunks of query regions with buffers that stay in cache,
+and recomputes them in backward. `_gathered` is the definition on fused attention, for graphs (compile, export), whose
+compiler plans its own memory, and for weighted slots.
+"""
+
+# B batch, G query regions, L key regions, T tokens of a region, K = S * T' gathered tokens, M heads, D head size, S slots
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from visionkernels.ops.region_attention.partition import Grid, from_regions, region_view, to_regions
+from visionkernels.ops.region_attention.reference import valid_tokens
+
+__all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
+
+WORKSPACE_ELEMENTS = 1 << 20
+"""Elements of all buffers of a chunk: 4 MiB of float32, about the cache of a core. One region is the least."""
+
+
+def region_attention(
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
+    scale: float, valid_size: tuple[int, int] | None, slot_weight: Tensor | None, packed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the attended map [B, H, W, C]; see the public function.
+
+    `packed`, where given, holds query, key and value side by side: its gradient is then written in one piece.
+    """
+    if slot_weight is not None or torch.compiler.is_compiling():
+        return _gathered(
+            query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight
+        )
+    if valid_size is None and _prefers_dense(query, key, region_index, key_grid):
+        return _dense(query, key, value, region_index, num_heads, query_grid, key_grid, scale)
+    geometry = _Geometry(num_heads, query_grid, key_grid, scale, valid_size, value.shape[-1])
+    # keys and values travel side by side: one gather, one sum of gradients
+    maps = (query, torch.cat([key, value], -1)) if packed is None else (packed,)
+    return _ChunkedAttention.apply(geometry, region_index, *maps)  # type: ignore[no-any-return]
+
+
+def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, key_grid: Grid) -> bool:
+    """Choose by measurement: masked dense attention wins up to 4 times the routed work, while its mask stays small."""
+    mask_elements = len(query) * query.shape[1] * query.shape[2] * key.shape[1] * key.shape[2]
+    is_small = mask_elements <= max(WORKSPACE_ELEMENTS, query.numel())
+    tokens = key.shape[1] * key.shape[2] / (key_grid[0] * key_grid[1])
+    return is_small and key_grid[0] * key_grid[1] <= (1 + 12 / tokens) * region_index.shape[-1]
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    query_region = _region_of_pixel(query, query_grid)
+    key_region = _region_of_pixel(key, key_grid)
+    shape = (*region_index.shape[:2], key_grid[0] * key_grid[1])
+    bias = query.new_full(shape, -torch.inf).scatter_(2, region_index, 0.0)
+    bias = bias[:, query_region][:, :, key_region].unsqueeze(1)
+    queries, keys, values = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+    return attended.transpose(1, 2).reshape(*query.shape[:3], -1)
+
+
+def _region_of_pixel(feature: Tensor, grid: Grid) -> Tensor:
+    rows = torch.arange(feature.shape[1], device=feature.device) // (feature.shape[1] // grid[0])
+    columns = torch.arange(feature.shape[2], device=feature.device) // (feature.shape[2] // grid[1])
+    return (rows[:, None] * grid[1] + columns).flatten()
+
+
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
+    scale: float, valid_size: tuple[int, int] | None, slot_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    batch, regions = region_index.shape[:2]
+    first_region = torch.arange(batch, device=query.device)[:, None, None] * (key_grid[0] * key_grid[1])
+    flat_index = (region_index + first_region).flatten()
+
+    def gather(source: Tensor) -> Tensor:  # [B * G, M, K, D]
+        rows = to_regions(source, key_grid).flatten(0, 1).index_select(0, flat_index)
+        if slot_weight is not None:
+            rows = rows * slot_weight.to(rows.dtype).reshape(-1, 1, 1)
+        return rows.unflatten(0, (batch * regions, -1)).flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    queries = to_regions(query, query_grid).flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    mask = None
+    if valid_size is not None:
+        mask = valid_tokens(key, key_grid, valid_size)[region_index].flatten(2).flatten(0, 1)[:, None, None]
+    attended = scaled_dot_product_attention(queries, gather(key), gather(value), attn_mask=mask, scale=scale)
+    attended = attended.transpose(1, 2).flatten(2).unflatten(0, (batch, regions))
+    return from_regions(attended, query_grid, (query.shape[1], query.shape[2]))
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """What the chunked form needs beside its tensors."""
+
+    num_heads: int
+    query_grid: Grid
+    key_grid: Grid
+    scale: float
+    valid_size: tuple[int, int] | None
+    value_size: int  # channels
+
+    def unpack(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the query map and the key-value map, of these two or of one that holds both side by side."""
+        if len(maps) == 2:
+            return maps
+        query_size = (maps[0].shape[-1] - self.value_size) // 2
+        return maps[0].tensor_split([query_size], -1)
+
+    def heads(self, query_size: int) -> list[tuple[slice, slice]]:
+        """Return the channels of each head in the query or key, and in the key-value map's value."""
+        size, value_size = query_size // self.num_heads, self.value_size // self.num_heads
+        value_starts = (query_size + head * value_size for head in range(self.num_heads))
+        return [
+            (slice(head * size, (head + 1) * size), slice(start, start + value_size))
+            for head, start in enumerate(value_starts)
+        ]
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Keeps only its inputs for backward, and recomputes the weights there. Half precision is widened chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, geometry: _Geometry, region_index: Tensor, *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(region_index, *maps)
+        ctx.geometry = geometry
+        return _forward(*geometry.unpack(maps), region_index, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        region_index, *maps = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
+        _backward(grad_out, *ctx.geometry.unpack(maps), *ctx.geometry.unpack(grads), region_index, ctx.geometry)
+        return None, None, *grads
+
+
+def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry) -> Tensor:
+    walk = _Walk(query, key_value, region_index, geometry, buffers=1)
+    out = query.new_empty(*query.shape[:3], geometry.value_size)
+    out_regions, query_regions, key_rows = walk.query_regions(out), walk.query_regions(query), walk.key_rows(key_value)
+    for chunk in walk:
+        queries, keys = walk.load_regions("query", query_regions, chunk), walk.load_rows(key_rows, chunk)
+        for head, value_head in walk.heads:
+            weights = walk.weights(chunk, queries[..., head], keys[..., head])
+            out_head = slice(value_head.start - query.shape[-1], value_head.stop - query.shape[-1])
+            walk.store_regions(torch.bmm(weights, keys[..., value_head]), out_regions[..., out_head], chunk)
+    return out
+
+
+def _backward(
+    grad_out: Tensor, query: Tensor, key_value: Tensor, grad_query: Tensor, grad_key_value: Tensor,
+    region_index: Tensor, geometry: _Geometry,
+) -> None:  # fmt: skip
+    walk = _Walk(query, key_value, region_index, geometry, buffers=2)
+    grad_regions, query_regions, key_rows = walk.query_regions(grad_out), walk.query_regions(query), walk.key_rows(key_value)
+    grad_query_regions, key_sum = walk.query_regions(grad_query), walk.sum_by_region(key_value)
+    for chunk in walk:
+        queries, keys = walk.load_regions("query", query_regions, chunk), walk.load_rows(key_rows, chunk)
+        grad = walk.load_regions("grad", grad_regions, chunk)
+        grad_keys = walk.buffer("grad_key", chunk, *keys.shape[1:])
+        grad_weights = walk.buffer("grad_weights", chunk, walk.num_tokens, walk.num_keys)
+        grad_logits = walk.buffer("grad_logits", chunk, walk.num_tokens, walk.num_keys)
+        for head, value_head in walk.heads:
+            grad_head = grad[..., value_head.start - query.shape[-1] : value_head.stop - query.shape[-1]]
+            weights = walk.weights(chunk, queries[..., head], keys[..., head])
+            grad_keys[..., value_head] = torch.bmm(weights.mT, grad_head)
+            torch.bmm(grad_head, keys[..., value_head].mT, out=grad_weights)
+            _softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_logits)
+            grad_logits.mul_(geometry.scale)
+            grad_keys[..., head] = torch.bmm(grad_logits.mT, queries[..., head])
+            walk.store_regions(torch.bmm(grad_logits, keys[..., head]), grad_query_regions[..., head], chunk)
+        key_sum.index_add_(0, chunk.key_regions, grad_keys.view(-1, *key_sum.shape[1:]))
+    target = region_view(grad_key_value, geometry.key_grid)
+    target.copy_(key_sum.view(target.shape))
+
+
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A rectangle of query regions in the grid of all images stacked, [B * rows, columns]."""
+
+    rows: slice
+    columns: slice
+    size: int  # regions
+    key_regions: Tensor  # [size * S] in the stack of all images
+    key_rows: Tensor  # [size * S * h'] rows of pixels of these regions
+    is_valid: Tensor | None  # [size, 1, K]
+
+
+class _Walk:
+    """The chunks of query regions, and the buffers that they share."""
+
+    def __init__(
+        self, query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry, *, buffers: int
+    ) -> None:
+        batch, regions, slots = region_index.shape
+        self.geometry, self.dtype = geometry, torch.promote_types(query.dtype, torch.float32)
+        self.num_tokens = query.shape[1] * query.shape[2] // regions
+        self.key_height = key_value.shape[1] // geometry.key_grid[0]
+        self.key_width = key_value.shape[2] // geometry.key_grid[1]
+        self.num_keys = slots * self.key_height * self.key_width
+        self.heads = geometry.heads(query.shape[-1])
+        channels = key_value.shape[-1]
+        per_region = self.num_tokens * (self.num_keys + channels) + self.num_keys * channels
+        self.capacity = max(1, WORKSPACE_ELEMENTS // (buffers * per_region))
+        columns = geometry.query_grid[1]
+        self.grid = (batch * geometry.query_grid[0], columns)
+        self.columns_per_chunk = min(columns, self.capacity)
+        self.rows_per_chunk = max(1, self.capacity // columns)
+        self.capacity = min(self.grid[0], self.rows_per_chunk) * self.columns_per_chunk
+        self.buffers: dict[str, Tensor] = {}
+        self.prototype = query
+        self._index_keys(key_value, region_index)
+
+    def _index_keys(self, key: Tensor, region_index: Tensor) -> None:
+        rows, columns = self.geometry.key_grid
+        image = torch.arange(len(key), device=key.device)[:, None, None]
+        self.key_region = (region_index + image * (rows * columns)).view(*self.grid, -1)
+        first_row = (image * rows + region_index // columns) * (self.key_height * columns) + region_index % columns
+        row_in_region = torch.arange(self.key_height, device=key.device) * columns
+        self.key_row = first_row.view(*self.grid, -1, 1) + row_in_region
+        self.is_valid = None
+        if self.geometry.valid_size is not None:
+            valid = valid_tokens(key, self.geometry.key_grid, self.geometry.valid_size)
+            self.is_valid = valid[region_index].flatten(2).view(*self.grid, 1, -1)
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        for top in range(0, self.grid[0], self.rows_per_chunk):
+            for left in range(0, self.grid[1], self.columns_per_chunk):
+                rows = slice(top, min(top + self.rows_per_chunk, self.grid[0]))
+                columns = slice(left, min(left + self.columns_per_chunk, self.grid[1]))
+                yield _Chunk(
+                    rows=rows,
+                    columns=columns,
+                    size=(rows.stop - top) * (columns.stop - left),
+                    key_regions=self.key_region[rows, columns].flatten(),
+                    key_rows=self.key_row[rows, columns].flatten(),
+                    is_valid=None if self.is_valid is None else self.is_valid[rows, columns].flatten(0, 1),
+                )
+
+    def buffer(self, name: str, chunk: _Chunk, *shape: int) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = self.prototype.new_empty(self.capacity, *shape, dtype=self.dtype)
+        return self.buffers[name][: chunk.size]
+
+    def query_regions(self, feature: Tensor) -> Tensor:  # [B * rows, columns, h, w, C]
+        return region_view(feature, self.geometry.query_grid).flatten(0, 1)
+
+    def key_rows(self, feature: Tensor) -> Tensor:  # [B * H * columns, w', C]
+        return feature.unflatten(2, (self.geometry.key_grid[1], self.key_width)).flatten(0, 2)
+
+    def load_regions(self, name: str, regions: Tensor, chunk: _Chunk) -> Tensor:
+        """Copy the tokens of the chunk's regions, [size, T, C]."""
+        source = regions[chunk.rows, chunk.columns]
+        buffer = self.buffer(name, chunk, self.num_tokens, regions.shape[-1])
+        buffer.view(source.shape).copy_(source)
+        return buffer
+
+    def store_regions(self, buffer: Tensor, regions: Tensor, chunk: _Chunk) -> None:
+        target = regions[chunk.rows, chunk.columns]
+        target.copy_(buffer.view(target.shape))
+
+    def load_rows(self, rows: Tensor, chunk: _Chunk) -> Tensor:
+        """Copy the keys and values of the chunk's routed regions, [size, K, C]."""
+        buffer = self.buffer("key_value", chunk, self.num_keys, rows.shape[-1])
+        flat = buffer.view(-1, *rows.shape[1:])
+        if rows.dtype == flat.dtype:
+            torch.index_select(rows, 0, chunk.key_rows, out=flat)
+        else:
+            flat.copy_(rows.index_select(0, chunk.key_rows))
+        return buffer
+
+    def weights(self, chunk: _Chunk, queries: Tensor, keys: Tensor) -> Tensor:  # [size, T, K]
+        # two buffers: softmax in place is slower by half where K is no multiple of the vector width
+        logits = self.buffer("logits", chunk, self.num_tokens, self.num_keys)
+        weights = self.buffer("weights", chunk, self.num_tokens, self.num_keys)
+        torch.baddbmm(logits, queries, keys.mT, beta=0, alpha=self.geometry.scale, out=logits)
+        if chunk.is_valid is None:
+            return torch.softmax(logits, -1, out=weights)
+        torch.softmax(logits.masked_fill_(~chunk.is_valid, -torch.inf), -1, out=weights)
+        # a query whose routed tokens are all invalid attends to nothing
+        return weights.masked_fill_(~chunk.is_valid.any(-1, keepdim=True), 0)
+
+    def sum_by_region(self, key_value: Tensor) -> Tensor:
+        """Return zeros [B * L, T', C], to which chunks add whole regions: far faster than row by row of the map."""
+        regions = len(key_value) * self.geometry.key_grid[0] * self.geometry.key_grid[1]
+        tokens = self.key_height * self.key_width
+        return torch.zeros(regions, tokens, key_value.shape[-1], dtype=self.dtype, device=key_value.device)
