@@ -1,0 +1,148 @@
+"""Weights in and out of BiFormer models: official files, our own, and the way between the two STL forms."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from visionkernels.checkpoints import CheckpointError, KeyRules, load_strict, read_state
+
+from biformer.attention import BiLevelRoutingAttention, ConvolutionalMixer
+from biformer.model import BiFormer, BiFormerBackbone, BiFormerBlock, BiFormerSTL
+
+__all__ = ["MODEL_NAMES", "convert_stl", "load_model", "load_official", "official_block_rules", "official_rules"]
+
+MODEL_NAMES = ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl", "biformer_stl_nchw")
+
+
+def load_official(path: str | Path, name: str | None = None, *, weights: str = "auto", **options: Any) -> BiFormer:
+    """Return the model of an official checkpoint, in eval mode.
+
+    `name` ("biformer_small") is read off the keys if not given, the number of classes always; `options` go to
+    `timm.create_model`. `weights` picks "model" or "ema" where a file has both. Raises CheckpointError for a file that
+    is damaged or fits no model, naming the first five keys that differ and the model that it would fit.
+    """
+    checkpoint = read_state(path, weights=weights)  # type: ignore[arg-type]
+    head = checkpoint.state.get("head.weight")
+    classes = head.shape[0] if head is not None else 0
+    name = name or _name_of(checkpoint.state, classes, path)
+    model = timm.create_model(name, num_classes=options.pop("num_classes", classes), **options)
+    _load_official_state(model, checkpoint.state, path)
+    return model.eval()
+
+
+def load_model(path: str | Path, name: str | None = None, **options: Any) -> BiFormer:
+    """Return the model of a weights file, ours (from `biformer train`) or an official one, in eval mode.
+
+    Our files carry the model's name and options; both can be overridden. Errors as for `load_official`.
+    """
+    checkpoint = read_state(path)
+    if "head.fc.weight" not in checkpoint.state and "model_name" not in checkpoint.metadata:
+        return load_official(path, name, **options)
+    name = name or checkpoint.metadata.get("model_name")
+    if name is None:
+        raise CheckpointError(f"{path} does not tell its model; name one of {', '.join(MODEL_NAMES)}")
+    stored = json.loads(checkpoint.metadata.get("model_options", "{}"))
+    model = timm.create_model(name, **(stored | options))
+    load_strict(model, checkpoint.state, source=path, candidates=_candidates(model.num_classes, ours=True))
+    return model.eval()
+
+
+def official_rules(model: BiFormer | BiFormerBackbone) -> KeyRules:
+    """Return the table of official key -> key of `model`; `.inverse()` leads back."""
+    core, prefix = (model.model, "model.") if isinstance(model, BiFormerBackbone) else (model, "")
+    rules = {"downsample_layers.{rest*}": "downsample_layers.{rest*}"}
+    if prefix:
+        rules["extra_norms.{i}.{p}"] = "extra_norms.{i}.{p}"
+    else:
+        rules |= {"norm.{p}": "norm.{p}", "head.{p}": "head.fc.{p}"}
+    blocks = "blocks." if isinstance(core, BiFormerSTL) else ""
+    for stage, layers in enumerate(core.stages):
+        for official, ours in official_block_rules(layers[0], is_stl=bool(blocks)).items():
+            rules[f"stages.{stage}.{blocks}{{j}}.{official}"] = f"stages.{stage}.{{j}}.{ours}"
+    return KeyRules({key: ours if key.startswith("extra") else prefix + ours for key, ours in rules.items()})
+
+
+def official_block_rules(block: BiFormerBlock, *, is_stl: bool = False) -> dict[str, str]:
+    """Return official name -> ours for the parameters of one block; the STL models number their MLP differently."""
+    same = ("pos_embed.{p}", "norm1.{p}", "norm2.{p}", "gamma1", "gamma2")
+    rules = {name: name for name in same}
+    rules |= {"mlp.0.{p}": "mlp.fc1.{p}", f"mlp.{2 if is_stl else 3}.{{p}}": "mlp.fc2.{p}"}
+    if not is_stl:
+        rules["mlp.1.dwconv.{p}"] = "mlp.depthwise.{p}"
+    match block.attn:
+        case ConvolutionalMixer():
+            names = ("conv_in", "depthwise", "conv_out")
+            return rules | {f"attn.{number}.{{p}}": f"attn.{name}.{{p}}" for number, name in enumerate(names, 1)}
+        case BiLevelRoutingAttention(data_format="NCHW"):
+            attention = {"qkv_linear.{p}": "qkv.{p}", "output_linear.{p}": "proj.{p}"}
+        case BiLevelRoutingAttention():
+            attention = {"qkv.qkv.{p}": "qkv.{p}", "wo.{p}": "proj.{p}", "router.emb.{p}": "router.{p}"}
+        case _:
+            attention = {"qkv.{p}": "qkv.{p}", "proj.{p}": "proj.{p}"}
+    attention["lepe.{p}"] = "lepe.{p}"
+    return rules | {f"attn.{official}": f"attn.{ours}" for official, ours in attention.items()}
+
+
+def convert_stl(state: Mapping[str, Tensor], *, allow_inexact: bool = False) -> dict[str, Tensor]:
+    """Turn official `biformer_stl` keys and shapes into those of `biformer_stl_nchw`, or back, whichever is given.
+
+    All but the last stage converts exactly. There the NHWC form enhances the layer's input and the NCHW form its
+    values, so that no conversion gives the same outputs: raises CheckpointError unless `allow_inexact`.
+    """
+    to_nchw = any(key.endswith("attn.qkv.qkv.weight") for key in state)
+    if not to_nchw and not any(key.endswith("attn.qkv_linear.weight") for key in state):
+        raise CheckpointError("the file holds neither biformer_stl nor biformer_stl_nchw: no routed attention found")
+    if not allow_inexact and any(key.startswith("stages.3.") for key in state):
+        raise CheckpointError(
+            "the last stage of biformer_stl and of biformer_stl_nchw computes its local enhancement from different "
+            "tensors, so outputs will differ; pass --allow-inexact to convert all the same"
+        )
+    renames = {"attn.qkv.qkv.": "attn.qkv_linear.", "attn.wo.": "attn.output_linear."}
+    if not to_nchw:
+        renames = {new: old for old, new in renames.items()}
+    pointwise = ("attn.qkv", "attn.wo", "attn.output_linear", "attn.proj", "mlp.")
+    converted = {}
+    for key, tensor in state.items():
+        name = key
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        if key.endswith(".weight") and any(part in key for part in pointwise):
+            tensor = tensor[..., None, None] if to_nchw else tensor.flatten(1)
+        converted[name] = tensor
+    return converted
+
+
+def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: str | Path) -> None:
+    rules = official_rules(model)
+    try:
+        renamed = rules.rename(state)
+    except CheckpointError:
+        # strange keys stay under their own names, so that the strict load tells all that differs at once
+        renamed = dict(state)
+    candidates = {name: shapes for name, shapes in _candidates(model.num_classes).items()}
+    keep = ["head.fc"] if model.num_classes == 0 else []
+    load_strict(model, renamed, source=source, candidates=candidates, keep=keep)
+
+
+def _name_of(state: Mapping[str, Tensor], classes: int, path: str | Path) -> str:
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    for name, shapes in _candidates(classes).items():
+        if shapes() == found:
+            return name
+    raise CheckpointError(f"{path} fits none of {', '.join(MODEL_NAMES)}; name the model to see what differs")
+
+
+def _candidates(classes: int, *, ours: bool = False) -> dict[str, Callable[[], dict[str, tuple[int, ...]]]]:
+    return {name: partial(_shapes, name, classes, ours) for name in MODEL_NAMES}
+
+
+def _shapes(name: str, classes: int, ours: bool) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=classes)
+    state = model.state_dict() if ours else official_rules(model).inverse().rename(model.state_dict())
+    return {key: tuple(value.shape) for key, value in state.items()}
