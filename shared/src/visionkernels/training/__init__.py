@@ -1,0 +1,7 @@
+"""The one training loop: recipes in, a resumable folder and safetensors weights out."""
+
+from visionkernels.training.batches import TrainingData
+from visionkernels.training.loop import FitResult, fit
+from visionkernels.training.recipes import FitRecipe, OptimizerRecipe, ScheduleRecipe
+
+__all__ = ["FitRecipe", "FitResult", "OptimizerRecipe", "ScheduleRecipe", "TrainingData", "fit"]

@@ -1,0 +1,64 @@
+"""The training loop that all packages share.
+
+accelerate owns processes, wrapping, precision and trackers; timm the optimiser, the schedule, the averaged weights and
+the shape of a task. What is left is here: the loop, the order of data, and folders that survive a kill.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visionkernels.extras import require
+from visionkernels.training.batches import TrainingData
+from visionkernels.training.recipes import FitRecipe
+
+if TYPE_CHECKING:
+    from timm.task import TrainingTask
+
+__all__ = ["FitResult", "fit"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The last epoch's losses and metrics, those of every epoch, and the files of the final weights."""
+
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    weights: Path
+    ema_weights: Path | None
+
+
+def fit(
+    task: "TrainingTask",
+    recipe: FitRecipe,
+    data: TrainingData,
+    run_dir: str | Path,
+    *,
+    details: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Train `task.trainable_module`, the module that owns all trained parameters, by the losses of `task`.
+
+    `task(*batch)` (or `task(**batch)` for a dict) runs under autocast and returns a dict with a scalar "loss", the
+    mean over its samples; its other scalars are logged too. It must reach the module by calling it, not by methods of
+    it, since the module is wrapped for several processes; what the module returns is float32 in any precision.
+
+    `run_dir` gets run.json (recipe, versions, git state, command, `details`), log.jsonl (a line an epoch),
+    checkpoints/, best.safetensors, and at the end weights.safetensors and ema.safetensors. If it holds a run of the
+    same recipe and `details`, this one goes on where that stopped, and ends with the same weights, bit for bit on a
+    CPU: all randomness is drawn from generators seeded by (seed, place in training), so the number of data workers
+    does not matter. Global generators of random, numpy and torch are re-seeded on the way.
+
+    Raises ValueError if `run_dir` holds another run, or sizes do not divide; FloatingPointError on a loss that is not
+    finite, with the update and its samples; KeyboardInterrupt on Ctrl-C, after saving.
+    """
+    for module in ("accelerate", "timm"):
+        require(module, "visionkernels[train]")
+    from visionkernels.training.run import Run
+
+    with Run.open(task, recipe, data, Path(run_dir), details or {}) as run:
+        for epoch in range(run.epoch, run.num_epochs):
+            for batch in run.batches(epoch):
+                run.step(batch)
+            run.finish_epoch()
+        return run.result()

@@ -1,0 +1,142 @@
+"""What defines a training run, as frozen data that checks itself."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+__all__ = ["FitRecipe", "OptimizerRecipe", "ScheduleRecipe"]
+
+Precision = Literal["no", "bf16", "fp16"]
+ScheduleName = Literal["cosine", "step", "multistep", "poly", "onecycle", "constant"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Unit = Literal["epoch", "update"]
+
+
+def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{argument}={value!r} must be {allowed}")
+
+
+def _require_choice(argument: str, value: object, choices: object) -> None:
+    allowed = get_args(choices)
+    _require(value in allowed, argument, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """The optimiser: a name of `timm.optim` and its settings."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate, for the global batch as it is."""
+    weight_decay: float = 0.05
+    decay: Literal["matrices", "all"] = "matrices"
+    """Which parameters decay: those of two or more axes that are no bias, or all."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns of further parameter names without decay, e.g. `*norm*`."""
+    betas: tuple[float, float] | None = None
+    """None: the optimiser's own."""
+    eps: float | None = None
+    """None: the optimiser's own."""
+    momentum: float = 0.9
+    """For optimisers that have one."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one below; None: one rate for all."""
+    clip_norm: float | None = None
+    """Upper bound of the gradient's global norm; None: no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require_choice("decay", self.decay, Literal["matrices", "all"])
+        rate = self.layer_decay
+        _require(rate is None or 0 < rate <= 1, "layer_decay", rate, "in (0, 1] or None")
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRecipe:
+    """The learning rate over time: a linear warm-up laid over a curve that counts from the start of training."""
+
+    name: ScheduleName = "cosine"
+    """"onecycle" is torch's OneCycleLR without its momentum cycle: `warmup` is its rise, by default 30 %."""
+    unit: Unit = "epoch"
+    """Whether the rate changes with every epoch or with every update."""
+    warmup: int = 0
+    """In `unit`."""
+    warmup_lr: float = 1e-6
+    """Where the warm-up starts."""
+    min_lr: float = 0.0
+    """Where cosine and poly end."""
+    milestones: tuple[int, ...] = ()
+    """Epochs before which multistep multiplies by `decay_rate`."""
+    decay_epochs: int = 30
+    """Epochs between the multiplications of step."""
+    decay_rate: float = 0.1
+    power: float = 1.0
+    """Of poly."""
+    lag_epochs: int = 0
+    """Epoch e trains at the rate of epoch max(e - lag_epochs, 0)."""
+
+    def __post_init__(self) -> None:
+        _require_choice("name", self.name, ScheduleName)
+        _require_choice("unit", self.unit, Unit)
+        _require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
+        _require(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
+        _require(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
+        _require(self.decay_epochs >= 1, "decay_epochs", self.decay_epochs, "at least 1")
+        rises = list(self.milestones) == sorted(set(self.milestones))
+        _require(rises, "milestones", self.milestones, "rising epochs, each once")
+        needs = bool(self.milestones) == (self.name == "multistep")
+        _require(needs, "milestones", self.milestones, "given for name='multistep' and for no other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe:
+    """A complete training run, apart from its model and data."""
+
+    epochs: int | None = None
+    updates: int | None = None
+    """Length of training: either `epochs` or optimiser `updates`."""
+    batch_size: int
+    """Samples of one update, over all processes and accumulation steps."""
+    accumulation_steps: int = 1
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    precision: Precision = "no"
+    """Autocast type; weights, losses and optimiser stay float32."""
+    seed: int = 0
+    ema_decay: float | None = None
+    """Of the averaged weights; None: none are kept."""
+    norm_eval: bool = False
+    """Whether BatchNorm layers keep their running statistics in training."""
+    evaluate_every_epochs: int = 1
+    best_metric: str | None = None
+    """Metric whose best weights are kept in best.safetensors; `ema_...` for that of the averaged weights."""
+    best: Literal["max", "min"] = "max"
+    num_workers: int = 0
+    """Data loading processes, of each training process; no influence on results."""
+    save_every_updates: int | None = None
+    """Checkpoints within an epoch; None: at ends of epochs only."""
+    keep_checkpoints: int = 2
+    trackers: tuple[Tracker, ...] = ()
+    device: Literal["auto", "cpu"] = "auto"
+    """"auto" is what accelerate finds or is told."""
+
+    def __post_init__(self) -> None:
+        both = (self.epochs, self.updates)
+        _require((both[0] is None) != (both[1] is None), "epochs, updates", both, "exactly one number, the other None")
+        counts = ("epochs", "updates", "batch_size", "accumulation_steps", "evaluate_every_epochs", "keep_checkpoints")
+        for name in (*counts, "save_every_updates"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        whole = self.batch_size % self.accumulation_steps == 0
+        _require(whole, "batch_size", self.batch_size, f"a multiple of accumulation_steps={self.accumulation_steps}")
+        _require_choice("precision", self.precision, Precision)
+        _require_choice("best", self.best, Literal["max", "min"])
+        _require_choice("device", self.device, Literal["auto", "cpu"])
+        for tracker in self.trackers:
+            _require_choice("trackers", tracker, Tracker)
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
+        decay = self.ema_decay
+        _require(decay is None or 0 <= decay < 1, "ema_decay", decay, "in [0, 1) or None")

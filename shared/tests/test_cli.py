@@ -1,0 +1,151 @@
+"""Exit codes, one-line errors and help of the shared entry point, through a command of its own and as a process."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tyro
+
+from visionkernels import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to shrink."""
+
+    ratio: float = 64.0
+    """Bytes before / bytes after."""
+
+    def __post_init__(self) -> None:
+        if self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} must be above 1")
+
+
+def shrink(
+    image: tyro.conf.Positional[Path],
+    *,
+    recipe: Recipe = Recipe(),
+    size: int = 224,
+    mode: Literal["mean", "max"] = "mean",
+) -> None:
+    """Shrink a picture.
+
+    Args:
+        image: the picture
+        size: pixels a side
+        mode: what a patch becomes
+    """
+    print(f"{image.name} {recipe.ratio:g} {size} {mode}")
+
+
+def fail(kind: str = "value") -> int:
+    """Fail on purpose."""
+    errors: dict[str, BaseException] = {
+        "value": ValueError("topk=64 exceeds\nthe 49 regions"),
+        "type": TypeError("size must be an int"),
+        "extra": ImportError("needs timm; run: pip install 'demo[train]'"),
+        "work": RuntimeError("loss is not finite"),
+        "interrupt": KeyboardInterrupt(),
+    }
+    if kind in errors:
+        raise errors[kind]
+    if kind == "file":
+        Path("/nowhere/picture.png").read_bytes()
+    return 1
+
+
+def count(number: int = 100_000) -> None:
+    """Print many lines."""
+    for i in range(number):
+        print(i)
+
+
+def run(*argv: str) -> int:
+    commands = {"shrink": shrink, "fail": fail, "count": count}
+    return cli.run("demo", commands, description="A demonstration.", version="1.2.3", argv=argv)
+
+
+class TestSuccess:
+    def test_flags(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("shrink", "a.png", "--ratio", "8", "--mode", "max") == 0
+        assert capsys.readouterr() == ("a.png 8 224 max\n", "")
+
+    def test_dash(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("shrink", "--size", "32", "./--debug") == 0
+        assert capsys.readouterr().out == "--debug 64 32 mean\n"
+
+    def test_returned_code(self) -> None:
+        assert run("fail", "--kind", "none") == 1
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("--version") == 0
+        assert capsys.readouterr().out == "demo 1.2.3\n"
+
+
+class TestHelp:
+    def test_overview(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("--help") == 0
+        out = capsys.readouterr().out
+        assert "A demonstration." in out
+        assert "  shrink  Shrink a picture.\n" in out
+
+    def test_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("shrink", "--help") == 0
+        out = capsys.readouterr().out
+        assert "--size INT" in out and "pixels a side (default: 224)" in out and "Bytes before / bytes after." in out
+        assert len(out.splitlines()) <= 40
+        assert not set("╭│╰─\x1b") & set(out)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            ((), "no command given; choose from: shrink, fail, count"),
+            (("shrnk",), "unknown command 'shrnk'; did you mean 'shrink'? known: shrink, fail, count"),
+            (("shrink",), "PATH"),
+            (("shrink", "a.png", "--size", "big"), "--size: invalid literal for int() with base 10: 'big'"),
+            (("shrink", "a.png", "--sise", "3"), "--sise, 3 Perhaps you meant: --size"),
+            (("shrink", "a.png", "--mode", "sum"), "invalid choice 'sum' for argument '--mode'"),
+            (("shrink", "a.png", "--ratio", "0.5"), "ratio=0.5 must be above 1"),
+            (("shrink", "a.png", "x" * 200), "x" * 200),
+            (("fail",), "topk=64 exceeds; the 49 regions"),
+            (("fail", "--kind", "type"), "size must be an int"),
+            (("fail", "--kind", "extra"), "needs timm; run: pip install 'demo[train]'"),
+            (("fail", "--kind", "file"), "/nowhere/picture.png: No such file or directory"),
+        ],
+    )
+    def test_input(self, argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(*argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("demo: error: ") and message in err
+        assert err.count("\n") == 1
+
+    def test_work(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("fail", "--kind", "work") == 1
+        message = "demo: error: RuntimeError: loss is not finite (--debug shows the traceback)\n"
+        assert capsys.readouterr().err == message
+
+    @pytest.mark.parametrize("argv", [("--debug", "fail"), ("fail", "--debug"), ("fail", "--kind", "work", "--debug")])
+    def test_debug(self, argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(*argv) in (1, 2)
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+    def test_interrupt(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("fail", "--kind", "interrupt") == 130
+        assert capsys.readouterr().err == "demo: interrupted\n"
+
+    def test_closed_pipe(self) -> None:
+        folder = str(Path(__file__).parent)
+        code = f"import sys; sys.path.insert(0, {folder!r}); import test_cli; sys.exit(test_cli.run('count'))"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        process.stderr.close()
+        assert process.wait() == 141
