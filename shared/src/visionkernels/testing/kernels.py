@@ -1,0 +1,143 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and reads registers, spills and shared memory off the binary.
+
+An op's `triton.py` names what to compile: `aot_cases(is_hip=...)` returns a list of AotCase. Triton must not be in interpreter
+mode, so that tests run this module as a program: `python -m visionkernels.testing.kernels`.
+"""
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TARGETS", "AotCase", "KernelReport", "compile_report", "signature"]
+
+TARGETS = {
+    # name: (backend, architecture, lanes of a warp, bytes of shared memory that a program may use)
+    "sm_80": ("cuda", 80, 32, 163 << 10),
+    "sm_90": ("cuda", 90, 32, 227 << 10),
+    "gfx942": ("hip", "gfx942", 64, 64 << 10),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AotCase:
+    """One kernel with the argument types and constants of one configuration."""
+
+    kernel: Any
+    config: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """What one kernel needs on one target; `spills` counts bytes of stack on CUDA and spilt registers on AMD."""
+
+    op: str
+    kernel: str
+    config: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    limit_shared_bytes: int
+
+    @property
+    def is_within_limits(self) -> bool:
+        """Whether nothing is spilt and shared memory suffices."""
+        return self.spills == 0 and self.shared_bytes <= self.limit_shared_bytes
+
+
+def compile_report() -> list[KernelReport]:
+    """Compile every case of every op for every target. Raises RuntimeError in interpreter mode."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it to compile kernels")
+    return [
+        _compile(op, case, target)
+        for target, (backend, *_) in TARGETS.items()
+        for op, case in _cases(is_hip=backend == "hip")
+    ]
+
+
+def signature(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, str]:
+    """Return a type for each argument of `kernel`: from `types` by name, else by form.
+
+    Constants are "constexpr", names with `scale` "fp32", other numbers "i32"; each pointer must be in `types`.
+    """
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return types[name] if name in types or name.endswith("_ptr") else "fp32" if "scale" in name else "i32"
+
+    return {name: type_of(name) for name in kernel.arg_names}
+
+
+def _cases(*, is_hip: bool) -> Iterator[tuple[str, AotCase]]:
+    import visionkernels.ops
+
+    for module in pkgutil.iter_modules(visionkernels.ops.__path__):
+        name = f"visionkernels.ops.{module.name}.triton"
+        if module.ispkg and importlib.util.find_spec(name) is not None:
+            for case in importlib.import_module(name).aot_cases(is_hip=is_hip):
+                yield module.name, case
+
+
+def _compile(op: str, case: AotCase, target: str) -> KernelReport:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, lanes, limit = TARGETS[target]
+    # as a launch specialises it: tensors are aligned, and so are the strides of maps with 16 n channels
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith("*") or name.startswith("stride_")
+    }
+    source = ASTSource(case.kernel, dict(case.signature), constexprs=dict(case.constants), attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=dict(case.options))
+    registers, spills = (_cuda_usage if backend == "cuda" else _amd_usage)(compiled.asm)
+    return KernelReport(
+        op=op,
+        kernel=case.kernel.__name__,
+        config=case.config,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        limit_shared_bytes=limit,
+    )
+
+
+def _cuda_usage(assembly: Mapping[str, Any]) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", output))
+    # the stack of a kernel without calls holds only what did not fit into registers
+    return int(usage["REG"]), int(usage["STACK"])
+
+
+def _amd_usage(assembly: Mapping[str, Any]) -> tuple[int, int]:
+    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly["amdgcn"]))
+    return int(usage["vgpr_count"]), int(usage["vgpr_spill_count"]) + int(usage["sgpr_spill_count"])
+
+
+if __name__ == "__main__":
+    json.dump([asdict(row) for row in compile_report()], sys.stdout)
