@@ -1,0 +1,58 @@
+"""Every distribution has the files, the metadata and the pins that the design asks for."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT / "shared"
+PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
+EVERY = [SHARED, *PACKAGES]
+
+
+def project(folder: Path) -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def ids(folder: Path) -> str:
+    return folder.name
+
+
+@pytest.mark.parametrize("folder", EVERY, ids=ids)
+class TestDistribution:
+    def test_files(self, folder: Path) -> None:
+        name = "visionkernels" if folder == SHARED else folder.name
+        wanted = ["README.md", "CHANGELOG.md", "LICENSE", "changes/README.md", f"src/{name}/py.typed", "tests"]
+        if folder != SHARED:
+            modules = ("__init__", "__main__", "cli", "recipes", "tables")
+            wanted += [f"src/{name}/{module}.py" for module in modules] + ["tests/parity.py", "tests/golden"]
+        assert [path for path in wanted if not (folder / path).exists()] == []
+
+    def test_licence(self, folder: Path) -> None:
+        assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+    def test_metadata(self, folder: Path) -> None:
+        table = project(folder)
+        assert re.fullmatch(r"\d+\.\d+\.\d+", table["version"])
+        assert table["requires-python"] == ">=3.11"
+        assert (table["readme"], table["license"], table["license-files"]) == ("README.md", "Apache-2.0", ["LICENSE"])
+
+    def test_changelog_names_the_version(self, folder: Path) -> None:
+        released = re.findall(r"^## (\d+\.\d+\.\d+) ", (folder / "CHANGELOG.md").read_text(), re.MULTILINE)
+        # before the first release there is none
+        assert not released or released[0] == project(folder)["version"]
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=ids)
+class TestPackage:
+    def test_command(self, folder: Path) -> None:
+        assert project(folder)["scripts"] == {folder.name: f"{folder.name}.cli:main"}
+
+    def test_pin(self, folder: Path) -> None:
+        major, minor, _ = project(SHARED)["version"].split(".")
+        (pin,) = [line for line in project(folder)["dependencies"] if line.startswith("visionkernels")]
+        assert pin == f"visionkernels>={major}.{minor},<{major}.{int(minor) + 1}"
