@@ -10,6 +10,8 @@ from visionkernels.ops.region_attention.partition import Grid, region_view
 
 __all__ = ["Grid", "region_attention", "region_attention_packed", "region_attention_weights", "region_view"]
 
+_MAX_KERNEL_HEAD = 128  # what the kernels' tiles hold in registers
+
 
 def region_attention(
     query: Float[Tensor, "batch height width qk"],
@@ -114,7 +116,10 @@ def _attend(
         raise ValueError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
     scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     arguments = (query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size)
-    unsupported = None if slot_weight is None else "slot_weight has no kernel"
+    unsupported = "slot_weight has no kernel" if slot_weight is not None else None
+    head_size = max(query.shape[-1], value.shape[-1]) // num_heads
+    if head_size > _MAX_KERNEL_HEAD:
+        unsupported = f"a head of {head_size} channels exceeds the kernels' {_MAX_KERNEL_HEAD}"
     match choose_backend("region_attention", backend, query, unsupported=unsupported):
         case "triton":
             from visionkernels.ops.region_attention import triton

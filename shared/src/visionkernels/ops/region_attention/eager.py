@@ -65,7 +65,7 @@ def _dense(
     bias = bias[:, query_region][:, :, key_region].unsqueeze(1)
     queries, keys, values = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
-    return attended.transpose(1, 2).reshape(*query.shape[:3], -1)
+    return attended.transpose(1, 2).flatten(2).unflatten(1, (query.shape[1], query.shape[2]))
 
 
 def _region_of_pixel(feature: Tensor, grid: Grid) -> Tensor:

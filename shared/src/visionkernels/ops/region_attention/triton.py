@@ -20,10 +20,7 @@ from visionkernels.ops.region_attention.partition import Grid
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase
 
-__all__ = ["MAX_HEAD_SIZE", "aot_cases", "region_attention"]
-
-MAX_HEAD_SIZE = 128
-"""Largest head that the tiles hold in registers."""
+__all__ = ["aot_cases", "region_attention"]
 
 _LOG2E = 1.4426950408889634
 # tiles and options that compile without spills for every target and head size; to be tuned where there is a GPU

@@ -1,0 +1,277 @@
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from visionkernels.ops import use_backend
+from visionkernels.ops.region_attention import (
+    eager,
+    region_attention,
+    region_attention_packed,
+    region_attention_weights,
+)
+from visionkernels.testing.ops import check_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED_BF16 = "Triton 3.8's interpreter multiplies the bits of bfloat16; compiled for all targets and run on GPUs"
+
+
+def make(batch=2, size=(6, 8), key_size=None, grid=(3, 2), key_grid=None, heads=2, dims=(8, 8), topk=3, dtype=torch.float32):
+    """Return query, key, value and index, and the options that describe them."""
+    key_size, key_grid = key_size or size, key_grid or grid
+    query = torch.randn(batch, *size, heads * dims[0], dtype=dtype)
+    key = torch.randn(batch, *key_size, heads * dims[0], dtype=dtype)
+    value = torch.randn(batch, *key_size, heads * dims[1], dtype=dtype)
+    regions, key_regions = grid[0] * grid[1], key_grid[0] * key_grid[1]
+    index = torch.rand(batch, regions, key_regions).topk(topk, -1).indices
+    options = {"num_heads": heads, "query_grid": grid, "key_grid": key_grid}
+    return [x.to(DEVICE) for x in (query, key, value)], index.to(DEVICE), options
+
+
+CASES = {
+    "plain": {},
+    "one-image": {"batch": 1},
+    "prime-regions": {"size": (7, 15), "grid": (7, 3), "topk": 5},
+    "one-token": {"size": (3, 5), "grid": (3, 5), "topk": 4},
+    "one-region": {"grid": (1, 1), "topk": 1},
+    "all-regions": {"topk": 6},
+    "other-key-map": {"key_size": (4, 9), "key_grid": (2, 3), "topk": 4, "dims": (12, 20)},
+    "many-tokens": {"size": (14, 22), "grid": (2, 2), "topk": 2, "batch": 1, "heads": 1, "dims": (16, 16)},
+    "sparse": {"size": (16, 16), "grid": (8, 8), "topk": 2, "batch": 1},
+}
+
+
+class TestRegionAttention:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_reference(self, backend, case, dtype):
+        if backend == "triton" and dtype == torch.float64:
+            pytest.skip("the kernels take at most float32")
+        if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+            pytest.skip(INTERPRETED_BF16)
+        inputs, index, options = make(**CASES[case], dtype=dtype)
+        run = partial(region_attention, region_index=index, **options)
+        check_backend(partial(run, backend=backend), partial(run, backend="reference"), inputs)
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_valid_size(self, backend):
+        """Also where a query's whole choice of regions is invalid."""
+        inputs, index, options = make(size=(6, 9), grid=(3, 3), topk=2, batch=1)
+        index[0, 0] = torch.tensor([6, 8])
+        run = partial(region_attention, region_index=index, valid_size=(4, 7), **options)
+        check_backend(partial(run, backend=backend), partial(run, backend="reference"), inputs)
+        assert not run(*inputs, backend=backend)[0, :2, :3].any()
+
+    def test_slot_weight(self):
+        inputs, index, options = make(dtype=torch.float64)
+        weight = torch.rand(index.shape, dtype=torch.float64, device=DEVICE)
+
+        def run(*inputs: Tensor, backend: str) -> Tensor:
+            return region_attention(*inputs[:3], index, slot_weight=inputs[3], backend=backend, **options)
+
+        check_backend(partial(run, backend="eager"), partial(run, backend="reference"), [*inputs, weight])
+
+    @pytest.mark.parametrize("elements", [1, 300, 1500, 1 << 20])
+    def test_workspace(self, monkeypatch, elements):
+        """Any size of chunk, down to one region, gives the same."""
+        monkeypatch.setattr(eager, "WORKSPACE_ELEMENTS", elements)
+        monkeypatch.setattr(eager, "_prefers_dense", lambda *_: False)
+        inputs, index, options = make(size=(6, 15), grid=(3, 5))
+        run = partial(region_attention, region_index=index, **options)
+        check_backend(partial(run, backend="eager"), partial(run, backend="reference"), inputs)
+
+    def test_dense(self, monkeypatch):
+        monkeypatch.setattr(eager, "_prefers_dense", lambda *_: True)
+        inputs, index, options = make(size=(6, 15), grid=(3, 5), key_size=(4, 6), key_grid=(2, 3))
+        run = partial(region_attention, region_index=index, **options)
+        check_backend(partial(run, backend="eager"), partial(run, backend="reference"), inputs)
+
+    @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
+    def test_shapes(self, backend):
+        inputs, index, options = make(batch=0)
+        leaves = [x.requires_grad_() for x in inputs]
+        out = region_attention(*leaves, index, backend=backend, **options)
+        assert out.shape == (0, 6, 8, 16)
+        out.sum().backward()
+        assert leaves[1].grad.shape == leaves[1].shape
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_strides(self, backend):
+        """Slices of a wider map, and a channels-first map seen as channels-last."""
+        inputs, index, options = make()
+        run = partial(region_attention, region_index=index, backend=backend, **options)
+        expected = run(*inputs)
+        wide = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in inputs]
+        torch.testing.assert_close(run(*wide), expected)
+        channels_first = [x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for x in inputs]
+        torch.testing.assert_close(run(*channels_first), expected)
+        torch.testing.assert_close(run(*inputs, region_index=index.int()), expected)
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_packed(self, backend):
+        (query, key, value), index, options = make(dims=(8, 12))
+        options = {"num_heads": options["num_heads"], "grid": options["query_grid"]}
+        run = partial(region_attention_packed, region_index=index, value_size=24, **options)
+        check_backend(
+            partial(run, backend=backend), partial(run, backend="reference"), [torch.cat([query, key, value], -1)]
+        )
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_large_logits(self, backend):
+        """Softmax is computed in float32: logits beyond the range of float16 stay finite."""
+        (query, key, value), index, options = make(dtype=torch.float16)
+        out = region_attention(query * 200, key * 200, value, index, backend=backend, **options)
+        assert out.isfinite().all()
+
+    @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
+    def test_nan(self, backend):
+        """A NaN stays where attention carries it: in the query's own token."""
+        (query, key, value), index, options = make()
+        query[0, 0, 0, 0] = torch.nan
+        out = region_attention(query, key, value, index, backend=backend, **options)
+        assert out[0, 0, 0, :8].isnan().all()
+        assert out[0, 0, 0, 8:].isfinite().all()
+        assert out[1].isfinite().all()
+
+    @pytest.mark.parametrize("backend", ["eager", "triton"])
+    def test_deterministic(self, backend):
+        inputs, index, options = make()
+        grads = []
+        for _ in range(2):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            region_attention(*leaves, index, backend=backend, **options).square().sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+        assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+    def test_gradcheck(self, monkeypatch):
+        inputs, index, options = make(batch=1, size=(4, 4), grid=(2, 2), heads=1, dims=(3, 2), topk=2, dtype=torch.float64)
+        leaves = [x.requires_grad_() for x in inputs]
+        for is_dense in (False, True):
+            monkeypatch.setattr(eager, "_prefers_dense", lambda *_, is_dense=is_dense: is_dense)
+            run = partial(region_attention, region_index=index, backend="eager", **options)
+            torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+    @settings(max_examples=30, deadline=None)
+    @given(seed=st.integers(0, 10_000), grid=st.tuples(st.integers(1, 4), st.integers(1, 4)), data=st.data())
+    def test_properties(self, seed, grid, data):
+        """The order of a region's routes is nothing; all regions are dense attention."""
+        torch.manual_seed(seed)
+        regions = grid[0] * grid[1]
+        topk = data.draw(st.integers(1, regions))
+        size = (grid[0] * data.draw(st.integers(1, 3)), grid[1] * data.draw(st.integers(1, 3)))
+        inputs, index, options = make(size=size, grid=grid, topk=topk, dtype=torch.float64)
+        out = region_attention(*inputs, index, **options)
+        torch.testing.assert_close(region_attention(*inputs, index.flip(-1), **options), out)
+        everything = torch.arange(regions, device=DEVICE).expand(2, regions, regions)
+        dense = [x.flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2) for x in inputs]
+        expected = scaled_dot_product_attention(*dense).transpose(1, 2).reshape(inputs[0].shape)
+        torch.testing.assert_close(region_attention(*inputs, everything, **options), expected)
+
+    def test_compile_export(self):
+        inputs, index, options = make()
+
+        class Attention(torch.nn.Module):
+            def forward(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
+                return region_attention(query, key, value, index, **options)
+
+        expected = region_attention(*inputs, index, **options)
+        compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs, index), expected)
+        exported = torch.export.export(Attention(), (*inputs, index))
+        torch.testing.assert_close(exported.module()(*inputs, index), expected)
+
+    def test_opcheck(self):
+        from visionkernels.ops.region_attention.triton import _forward_op
+
+        inputs, index, _ = make(size=(4, 4), grid=(2, 2), topk=2)
+        leaves = [x.requires_grad_() for x in inputs]
+        torch.library.opcheck(_forward_op, (*leaves, index.int(), [2, 2, 2, 2, 2, 4, 4], 0.5))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"num_heads": 3}, ValueError, "num_heads=3 does not divide the 16 channels"),
+            ({"query_grid": (4, 2), "key_grid": (3, 2)}, ValueError, "query height 6 does not divide into 4 regions"),
+            ({"query_grid": (3, 0)}, ValueError, "query width 8 does not divide into 0 regions"),
+            ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend; use one of auto, triton, eager"),
+            ({"slot_weight": torch.ones(1, 6, 3)}, ValueError, r"slot_weight has shape \[1, 6, 3\]"),
+        ],
+    )
+    def test_option_errors(self, change, error, message):
+        inputs, index, options = make()
+        with pytest.raises(error, match=message):
+            region_attention(*inputs, index, **(options | change))
+
+    @pytest.mark.parametrize(
+        ("position", "change", "error", "message"),
+        [
+            (0, lambda x: x.int(), TypeError, "query is torch.int32"),
+            (0, lambda x: x[0], ValueError, r"query has shape \[6, 8, 16\]; expected \[batch, height"),
+            (1, lambda x: x.double(), ValueError, "must agree in batch, channels and dtype"),
+            (1, lambda x: x[:1], ValueError, "must agree in batch"),
+            (2, lambda x: x[:, :3], ValueError, "value .* must have the batch, height, width and dtype of key"),
+            (2, lambda x: x[..., :5], ValueError, "num_heads=2 does not divide the 5 channels of value"),
+            (3, lambda x: x.float(), TypeError, "region_index is torch.float32; expected int64 or int32"),
+            (3, lambda x: x[:, :5], ValueError, r"region_index has shape \[2, 5, 3\]; expected \[2, 6, topk >= 1\]"),
+            (3, lambda x: x[..., :0], ValueError, "topk >= 1"),
+            (3, lambda x: x + 1, ValueError, r"region_index spans \[1, 6\]; allowed is \[0, 5\]"),
+            (3, lambda x: x - 1, ValueError, r"region_index spans \[-1, 4\]"),
+        ],
+    )
+    def test_errors(self, position, change, error, message):
+        inputs, index, options = make()
+        arguments = [*inputs, index]
+        arguments[position] = change(arguments[position])
+        with pytest.raises(error, match=message):
+            region_attention(*arguments, **options)
+
+    def test_backend_errors(self, monkeypatch):
+        inputs, index, options = make()
+        weight = torch.ones(index.shape, device=DEVICE)
+        with pytest.raises(RuntimeError, match="slot_weight has no kernel; use backend='auto' or 'eager'"):
+            region_attention(*inputs, index, slot_weight=weight, backend="triton", **options)
+        wide, index, options = make(heads=1, dims=(160, 8))
+        with pytest.raises(RuntimeError, match="a head of 160 channels exceeds the kernels' 128"):
+            region_attention(*wide, index, backend="triton", **options)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        if DEVICE == "cpu":
+            with pytest.raises(RuntimeError, match="the tensors are on cpu, and Triton needs a GPU"):
+                region_attention(*inputs, index, backend="triton", **options)
+        with use_backend("reference"), pytest.raises(ValueError, match="backend='fast' is not a backend"):
+            use_backend("fast").__enter__()
+
+
+class TestRegionAttentionWeights:
+    def test_reference(self):
+        """The weights sum to one, and weight the gathered values to the output."""
+        (query, key, value), index, options = make(dtype=torch.float64)
+        weights = region_attention_weights(query, key, index, **options)
+        assert weights.shape == (2, 6, 2, 8, 24)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        regions = value.unflatten(1, (3, 2)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        gathered = torch.stack([regions[image][index[image]].flatten(1, 2) for image in range(2)])
+        out = torch.einsum("bgmtk,bgkmd->bgtmd", weights, gathered.unflatten(-1, (2, -1)))
+        ours = region_attention(query, key, value, index, **options)
+        blocks = ours.unflatten(1, (3, 2)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        torch.testing.assert_close(out.flatten(3), blocks)
+
+
+def test_kernels_compile_without_spills():
+    """Every kernel, for every target, in a process whose Triton is not in interpreter mode."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "visionkernels.testing.kernels"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads(result.stdout)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
+    bad = [row for row in rows if row["spills"] or row["shared_bytes"] > row["limit_shared_bytes"]]
+    assert not bad, bad
