@@ -9,6 +9,14 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import biformer
+from biformer.checkpoint import official_block_rules, official_rules
+from biformer.data import repeated_augmentation_order
+from biformer.full_attention import FullAttention
+from biformer.losses import distillation_loss
+from biformer.model import BiFormerBlock
+from biformer.regional import regional_routing_attention, regional_routing_attention_weights
 from visionkernels.checkpoints import KeyRules
 from visionkernels.testing.golden import (
     check_cases,
@@ -18,13 +26,6 @@ from visionkernels.testing.golden import (
     make_inputs,
     recipe_weights,
 )
-
-import biformer
-from biformer.attention import FullAttention, regional_routing_attention, regional_routing_attention_weights
-from biformer.checkpoint import official_block_rules, official_rules
-from biformer.data import repeated_augmentation_order
-from biformer.losses import distillation_loss
-from biformer.model import BiFormerBlock
 
 Case = Mapping[str, Any]
 Stored = Mapping[str, np.ndarray]
@@ -94,7 +95,6 @@ def _attention(case: Case, stored: Stored) -> list[str]:
 def _in_stored_order(case: Case, stored: Stored, routing: biformer.Routing) -> dict[str, Tensor]:
     """Sort our slots as the stored ones stand; ties and nearly equal affinities may stand in another order."""
     index, weight, attention = routing.index, routing.weight, routing.attention
-    batch, regions, heads, tokens, _ = attention.shape
     if "r_idx" in stored:
         wanted = torch.from_numpy(stored["r_idx"]).long().view(index.shape)
         same = index[..., None, :] == wanted[..., :, None]
@@ -105,10 +105,7 @@ def _in_stored_order(case: Case, stored: Stored, routing: biformer.Routing) -> d
         by_slot = attention.unflatten(-1, (order.shape[-1], -1))
         expanded = order[:, :, None, None, :, None].expand(*by_slot.shape)
         attention = by_slot.gather(4, expanded).flatten(4)
-    if case["kind"] == "bra_nchw":
-        attention = attention.transpose(1, 2)
-    else:
-        attention = attention.flatten(0, 1)
+    attention = attention.transpose(1, 2) if case["kind"] == "bra_nchw" else attention.flatten(0, 1)
     return {"r_idx": index, "r_weight": weight, "attn": attention}
 
 
@@ -151,8 +148,7 @@ def _regional_routing(case: Case, stored: Stored) -> list[str]:
     config, inputs = case["config"], make_inputs(case)
     shape, regions, seed = config["region_graph_shape"], config["kv_regions"], config["region_graph_seed"]
     rows = [
-        np.random.RandomState(seed + row).permutation(regions)[: shape[-1]]  # noqa: NPY002
-        for row in range(int(np.prod(shape[:-1])))
+        np.random.RandomState(seed + row).permutation(regions)[: shape[-1]] for row in range(int(np.prod(shape[:-1])))
     ]
     graph = torch.from_numpy(np.stack(rows)).view(shape)
     query, key, value = (inputs[name].requires_grad_() for name in ("q", "k", "v"))

@@ -1,16 +1,11 @@
-"""Ops run with holes poisoned, and with Triton's interpreter where there is no GPU."""
+"""Ops run from one seed, in one thread, with holes poisoned."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from visionkernels.testing.ops import poisoned_empty
-
-if not torch.cuda.is_available():
-    # before any kernel is imported; the compiler itself is tested in a process of its own
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

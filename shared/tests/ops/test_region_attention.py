@@ -24,7 +24,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED_BF16 = "Triton 3.8's interpreter multiplies the bits of bfloat16; compiled for all targets and run on GPUs"
 
 
-def make(batch=2, size=(6, 8), key_size=None, grid=(3, 2), key_grid=None, heads=2, dims=(8, 8), topk=3, dtype=torch.float32):
+def make(
+    batch=2, size=(6, 8), key_size=None, grid=(3, 2), key_grid=None, heads=2, dims=(8, 8), topk=3, dtype=torch.float32
+):
     """Return query, key, value and index, and the options that describe them."""
     key_size, key_grid = key_size or size, key_grid or grid
     query = torch.randn(batch, *size, heads * dims[0], dtype=dtype)
@@ -96,7 +98,8 @@ class TestRegionAttention:
         check_backend(partial(run, backend="eager"), partial(run, backend="reference"), inputs)
 
     @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
-    def test_shapes(self, backend):
+    def test_shapes(self, backend, monkeypatch):
+        monkeypatch.setattr(eager, "_prefers_dense", lambda *_: False)
         inputs, index, options = make(batch=0)
         leaves = [x.requires_grad_() for x in inputs]
         out = region_attention(*leaves, index, backend=backend, **options)
@@ -153,7 +156,9 @@ class TestRegionAttention:
         assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
 
     def test_gradcheck(self, monkeypatch):
-        inputs, index, options = make(batch=1, size=(4, 4), grid=(2, 2), heads=1, dims=(3, 2), topk=2, dtype=torch.float64)
+        inputs, index, options = make(
+            batch=1, size=(4, 4), grid=(2, 2), heads=1, dims=(3, 2), topk=2, dtype=torch.float64
+        )
         leaves = [x.requires_grad_() for x in inputs]
         for is_dense in (False, True):
             monkeypatch.setattr(eager, "_prefers_dense", lambda *_, is_dense=is_dense: is_dense)

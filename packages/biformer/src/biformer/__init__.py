@@ -1,7 +1,8 @@
 """BiFormer: vision transformers with bi-level routing attention (CVPR 2023). Importing registers the models in timm."""
 
-from biformer.attention import BiLevelRoutingAttention, regional_routing_attention
+from biformer.attention import BiLevelRoutingAttention
 from biformer.model import BiFormer, BiFormerBackbone, BiFormerSTL
+from biformer.regional import regional_routing_attention
 from biformer.routing import Routing, route
 
 __all__ = [

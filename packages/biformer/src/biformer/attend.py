@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from visionkernels.extras import require
 
 from biformer.attention import BiLevelRoutingAttention
 from biformer.data import read_picture
 from biformer.model import BiFormer
 from biformer.routing import Routing
+from visionkernels.extras import require
 
 __all__ = ["RoutingRecorder", "attend", "draw_routing", "routed_layers", "token_heat"]
 
@@ -87,7 +87,9 @@ def attend(
     picture = read_picture(image)
     row, column = query
     if not (0 <= row < picture.height and 0 <= column < picture.width):
-        raise ValueError(f"query={row} {column} is outside the picture of {picture.height} rows, {picture.width} columns")
+        raise ValueError(
+            f"query={row} {column} is outside the picture of {picture.height} rows, {picture.width} columns"
+        )
     config = resolve_model_data_config(model)
     names = [layer] if layer is not None else _last_of_each_stage(model)
     shape = _padless_shape(picture, min(config["input_size"][1:]), model)
@@ -125,7 +127,9 @@ def draw_routing(
     """
     figure_module = require("matplotlib.figure", "biformer[plots]")
     figure = figure_module.Figure(figsize=(4 * len(routings), 4 * shape[0] / shape[1] + 0.6), layout="constrained")
-    for axes, (name, routing) in zip(figure.subplots(1, len(routings), squeeze=False)[0], routings.items(), strict=True):
+    for axes, (name, routing) in zip(
+        figure.subplots(1, len(routings), squeeze=False)[0], routings.items(), strict=True
+    ):
         stride = 4 * 2 ** int(name.split(".")[1])
         _draw_panel(axes, picture, name, routing, place, shape, stride)
     figure.savefig(out, dpi=110)

@@ -1,4 +1,4 @@
-"""The attention layers of BiFormer: bi-level routing attention (sec. 3.2), and what stands in for it at `topk` <= 0.
+"""Bi-level routing attention as a layer (BiFormer, sec. 3.2).
 
 The work on tokens is `visionkernels.ops.region_attention`; this module projects, pads, routes and adds the local
 enhancement (`lepe`, a depth-wise convolution of the values).
@@ -9,12 +9,24 @@ enhancement (`lepe`, a depth-wise convolution of the values).
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from biformer.maps import (
+    DataFormat,
+    check_choice,
+    checked_nhwc,
+    convolve,
+    depthwise,
+    grid_of,
+    pad_to_multiple,
+    pointwise,
+)
+from biformer.routing import Routing, pool_regions, select_regions
 from visionkernels.ops import Backend, choose_backend
 from visionkernels.ops.region_attention import (
     region_attention,
@@ -23,20 +35,12 @@ from visionkernels.ops.region_attention import (
     region_view,
 )
 
-from biformer.routing import Routing, pool_regions, select_regions
-
 __all__ = [
     "BiLevelRoutingAttention",
-    "ConvolutionalMixer",
-    "DataFormat",
-    "FullAttention",
     "KeyValueDownsampling",
     "PadMode",
-    "regional_routing_attention",
-    "regional_routing_attention_weights",
 ]
 
-DataFormat = Literal["NHWC", "NCHW"]
 PadMode = Literal["official", "masked"]
 KeyValueDownsampling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 
@@ -90,11 +94,11 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         qk_dim = qk_dim or dim
-        _check_choice("pad_mode", pad_mode, PadMode)
-        _check_choice("data_format", data_format, DataFormat)
-        _check_choice("backend", backend, Backend)
-        _check_choice("kv_downsample_mode", kv_downsample_mode, KeyValueDownsampling)
-        _check_choice("param_attention", param_attention, Literal["qkvo", "qkv"])
+        check_choice("pad_mode", pad_mode, PadMode)
+        check_choice("data_format", data_format, DataFormat)
+        check_choice("backend", backend, Backend)
+        check_choice("kv_downsample_mode", kv_downsample_mode, KeyValueDownsampling)
+        check_choice("param_attention", param_attention, Literal["qkvo", "qkv"])
         for name, value in (("dim", dim), ("qk_dim", qk_dim)):
             if value % num_heads:
                 raise ValueError(f"{name}={value} is not divisible by num_heads={num_heads}")
@@ -105,7 +109,9 @@ class BiLevelRoutingAttention(nn.Module):
         if topk < 1:
             raise ValueError(f"topk={topk} must be at least 1")
         if diff_routing and not soft_routing:
-            raise NotImplementedError("diff_routing without soft_routing has no gradient to pass; set soft_routing=True")
+            raise NotImplementedError(
+                "diff_routing without soft_routing has no gradient to pass; set soft_routing=True"
+            )
         if param_routing and not diff_routing:
             raise ValueError("param_routing=True has nothing to learn from without diff_routing=True")
         self.dim, self.qk_dim, self.num_heads, self.n_win, self.topk = dim, qk_dim, num_heads, n_win, topk
@@ -115,14 +121,14 @@ class BiLevelRoutingAttention(nn.Module):
         self.pooling = _key_value_pooling(kv_downsample_mode, kv_per_win, kv_downsample_ratio)
         if pad_mode == "masked" and self.pooling is not None:
             raise ValueError(f"pad_mode='masked' has no meaning with kv_downsample_mode={kv_downsample_mode!r}")
-        self.qkv = _pointwise(dim, 2 * qk_dim + dim, data_format)
-        self.lepe = _depthwise(dim, side_dwconv)
-        self.proj = _pointwise(dim, dim, data_format) if param_attention == "qkvo" else nn.Identity()
+        self.qkv = pointwise(dim, 2 * qk_dim + dim, data_format)
+        self.lepe = depthwise(dim, side_dwconv)
+        self.proj = pointwise(dim, dim, data_format) if param_attention == "qkvo" else nn.Identity()
         self.router = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch a b c"]) -> Float[Tensor, "batch a b c"]:
         """Attend within [B, H, W, dim], or [B, dim, H, W] for "NCHW"."""
-        x = self._checked_nhwc(x)
+        x = self.checked_nhwc(x)
         height, width = x.shape[1:3]
         source, qkv, region_size = self._project(x)
         valid_size = self._valid_size(x, qkv)
@@ -132,33 +138,35 @@ class BiLevelRoutingAttention(nn.Module):
             value = qkv[..., 2 * self.qk_dim :]
             if self.data_format == "NCHW" or valid_size is not None:
                 value = value[:, :height, :width]
-            attended = attended + _convolve(self.lepe, value)[:, :height, :width]
+            attended = attended + convolve(self.lepe, value)[:, :height, :width]
         if self.data_format == "NCHW":
             return self.proj(attended.permute(0, 3, 1, 2))
         return self.proj(attended)
 
     def routing(self, x: Float[Tensor, "batch a b c"]) -> Routing:
         """Return what the layer routes and attends to for input `x`, attention by the definition."""
-        x = self._checked_nhwc(x)
+        x = self.checked_nhwc(x)
         source, qkv, region_size = self._project(x)
         valid_size = self._valid_size(x, qkv)
         index, weight = self._route(source, qkv, region_size, valid_size)
-        grid = _grid(qkv, region_size)
+        grid = grid_of(qkv, region_size)
         query, key, _ = qkv.split([self.qk_dim, self.qk_dim, self.dim], -1)
         attention = region_attention_weights(
-            query, key if self.pooling is None else self.pooling(key, grid), index, num_heads=self.num_heads, query_grid=grid, key_grid=grid,
-            scale=self.scale, valid_size=valid_size, slot_weight=weight if self.soft_routing else None,
+            query, key if self.pooling is None else self.pooling(key, grid), index, num_heads=self.num_heads,
+            query_grid=grid, scale=self.scale, valid_size=valid_size, slot_weight=weight if self.soft_routing else None,
         )  # fmt: skip
         return Routing(index, weight, attention, grid, region_size)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, {self.data_format}"
 
-    def _checked_nhwc(self, x: Tensor) -> Tensor:
-        x = _checked_nhwc(x, self.dim, self.data_format)
+    def checked_nhwc(self, x: Tensor) -> Tensor:
+        x = checked_nhwc(x, self.dim, self.data_format)
         height, width = x.shape[1:3]
         if self.data_format == "NCHW" and min(height, width) < self.n_win:
-            raise ValueError(f"a {height}x{width} map has a side below n_win={self.n_win}; the NCHW form needs one pixel a region")
+            raise ValueError(
+                f"a {height}x{width} map has a side below n_win={self.n_win}; the NCHW form needs one pixel a region"
+            )
         if self.data_format == "NHWC" and not self.auto_pad and (height % self.n_win or width % self.n_win):
             raise ValueError(f"a {height}x{width} map is not divisible by n_win={self.n_win}; set auto_pad=True")
         return x
@@ -169,7 +177,7 @@ class BiLevelRoutingAttention(nn.Module):
         if self.data_format == "NCHW":
             region_size = (height // self.n_win, width // self.n_win)
             qkv = self.qkv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return x, _pad_to_multiple(qkv, region_size), region_size
+            return x, pad_to_multiple(qkv, region_size), region_size
         region_size = (-(-height // self.n_win), -(-width // self.n_win))
         padded = F.pad(x, (0, 0, 0, region_size[1] * self.n_win - width, 0, region_size[0] * self.n_win - height))
         return padded, self.qkv(padded), region_size
@@ -184,7 +192,7 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         is_empty = None
         if valid_size is not None and self.data_format == "NHWC":
-            is_empty = _empty_regions(_grid(qkv, region_size), region_size, valid_size, source.device)
+            is_empty = _empty_regions(grid_of(qkv, region_size), region_size, valid_size, source.device)
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()), _without_autocast(source):
             if choose_backend("region_routing", self.backend, source) == "reference":
                 counted = valid_size if self.data_format == "NHWC" else (source.shape[1], source.shape[2])
@@ -192,8 +200,8 @@ class BiLevelRoutingAttention(nn.Module):
             else:
                 # a mean commutes with the projection: project the few means instead of averaging the many projections
                 means = pool_regions(source, region_size, None if self.data_format == "NCHW" else valid_size)
-                weight, bias = self.qkv.weight[: 2 * self.qk_dim].flatten(1), self.qkv.bias[: 2 * self.qk_dim]
-                means = F.linear(means, weight.to(means.dtype), bias.to(means.dtype))
+                weight, bias = (p[: 2 * self.qk_dim].to(means.dtype) for p in (self.qkv.weight, _bias(self.qkv)))
+                means = F.linear(means, weight.flatten(1), bias)
             query, key = (self.router(half) for half in means.chunk(2, -1))
             return select_regions(query, key, self.topk, self.scale, is_empty)
 
@@ -201,7 +209,7 @@ class BiLevelRoutingAttention(nn.Module):
         self, qkv: Tensor, index: Tensor, weight: Tensor, region_size: tuple[int, int],
         valid_size: tuple[int, int] | None,
     ) -> Tensor:  # fmt: skip
-        grid = _grid(qkv, region_size)
+        grid = grid_of(qkv, region_size)
         slot_weight = weight if self.soft_routing else None
         if self.pooling is None:
             return region_attention_packed(
@@ -214,124 +222,6 @@ class BiLevelRoutingAttention(nn.Module):
             query, key, value, index, num_heads=self.num_heads, query_grid=grid, scale=self.scale,
             slot_weight=slot_weight, backend=self.backend,
         )  # fmt: skip
-
-
-class FullAttention(nn.Module):
-    """Attention among all tokens of the map, with 8 heads whatever the stage: the last stage of every released model.
-
-    Takes and returns the map in `data_format`. `side_dwconv` is the odd kernel of the local enhancement, 0 for none.
-    It acts on the layer's input in the NHWC form and on the values in the NCHW form, as the released weights need it.
-    """
-
-    def __init__(self, dim: int, *, side_dwconv: int = 5, data_format: DataFormat = "NHWC") -> None:
-        super().__init__()
-        _check_choice("data_format", data_format, DataFormat)
-        self.num_heads = 8
-        if dim % self.num_heads:
-            raise ValueError(f"dim={dim} is not divisible by the {self.num_heads} heads of full attention")
-        self.dim, self.data_format = dim, data_format
-        self.qkv = _pointwise(dim, 3 * dim, data_format, bias=False)
-        self.lepe = _depthwise(dim, side_dwconv)
-        self.proj = _pointwise(dim, dim, data_format)
-
-    def forward(self, x: Float[Tensor, "batch a b c"]) -> Float[Tensor, "batch a b c"]:
-        """Attend within [B, H, W, dim], or [B, dim, H, W] for "NCHW"."""
-        x = _checked_nhwc(x, self.dim, self.data_format)
-        is_nchw = self.data_format == "NCHW"
-        qkv = self.qkv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if is_nchw else self.qkv(x)
-        query, key, value = (
-            part.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        if self.lepe is not None:
-            attended = attended + _convolve(self.lepe, qkv[..., 2 * self.dim :] if is_nchw else x)
-        return self.proj(attended.permute(0, 3, 1, 2) if is_nchw else attended)
-
-
-class ConvolutionalMixer(nn.Module):
-    """What a block holds at `topk=0` in place of attention: 1x1, 5x5 depth-wise and 1x1 convolutions of [B, H, W, dim]."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.conv_in = nn.Conv2d(dim, dim, 1)
-        self.depthwise = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.conv_out = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch height width dim"]:
-        """Mix [B, H, W, dim]."""
-        x = _checked_nhwc(x, self.dim, "NHWC").permute(0, 3, 1, 2)
-        return self.conv_out(self.depthwise(self.conv_in(x))).permute(0, 2, 3, 1)
-
-
-def regional_routing_attention(
-    query: Float[Tensor, "batch channels height width"],
-    key: Float[Tensor, "batch channels key_height key_width"],
-    value: Float[Tensor, "batch channels key_height key_width"],
-    region_graph: Int[Tensor, "batch heads regions topk"],
-    region_size: tuple[int, int],
-    *,
-    scale: float,
-    kv_region_size: tuple[int, int] | None = None,
-    backend: Backend = "auto",
-) -> Float[Tensor, "batch channels height width"]:
-    """Attend from each query region to the key regions that `region_graph` names for it, head by head.
-
-    The functional form of the later official code: channels first, one graph a head, key and value on a map of their
-    own size with regions of `kv_region_size` (default `region_size`). Maps are zero-padded at the right and bottom to
-    multiples of their region size; padded keys take part with logit 0. Raises ValueError for shapes that disagree or
-    an index outside the key regions, TypeError for dtypes.
-    """
-    heads, (query, key, value) = _split_heads(region_graph, region_size, kv_region_size, query, key, value)
-    attended = region_attention(
-        query.padded, key.padded, value.padded, region_graph.flatten(0, 1), num_heads=1, query_grid=query.grid,
-        key_grid=key.grid, scale=scale, backend=backend,
-    )  # fmt: skip
-    attended = attended[:, : query.size[0], : query.size[1]].permute(0, 3, 1, 2)
-    return attended.unflatten(0, (-1, heads)).flatten(1, 2)
-
-
-def regional_routing_attention_weights(
-    query: Float[Tensor, "batch channels height width"],
-    key: Float[Tensor, "batch channels key_height key_width"],
-    region_graph: Int[Tensor, "batch heads regions topk"],
-    region_size: tuple[int, int],
-    *,
-    scale: float,
-    kv_region_size: tuple[int, int] | None = None,
-) -> Float[Tensor, "batch heads regions tokens keys"]:
-    """Return the softmax weights of `regional_routing_attention`; keys in slot order, then row by row in a region."""
-    heads, (query, key) = _split_heads(region_graph, region_size, kv_region_size, query, key)
-    weights = region_attention_weights(
-        query.padded, key.padded, region_graph.flatten(0, 1), num_heads=1, query_grid=query.grid, key_grid=key.grid,
-        scale=scale,
-    )  # fmt: skip
-    return weights[:, :, 0].unflatten(0, (-1, heads))
-
-
-class _HeadMap(NamedTuple):
-    padded: Tensor  # [B * heads, H', W', channels of a head]
-    grid: tuple[int, int]
-    size: tuple[int, int]  # before padding
-
-
-def _split_heads(
-    region_graph: Tensor, region_size: tuple[int, int], kv_region_size: tuple[int, int] | None, *maps: Tensor
-) -> tuple[int, list[_HeadMap]]:
-    if region_graph.ndim != 4:
-        raise ValueError(f"region_graph has shape {list(region_graph.shape)}; expected [batch, heads, regions, topk]")
-    heads, split = region_graph.shape[1], []
-    for position, feature in enumerate(maps):
-        name = ("query", "key", "value")[position]
-        size = region_size if position == 0 else kv_region_size or region_size
-        if feature.ndim != 4 or not feature.shape[1] or feature.shape[1] % heads:
-            raise ValueError(f"{name} has shape {list(feature.shape)}; expected 4 axes and channels divisible by {heads} heads")
-        if min(size) < 1:
-            raise ValueError(f"region size {size} of {name} must be at least (1, 1)")
-        by_head = feature.unflatten(1, (heads, -1)).flatten(0, 1).permute(0, 2, 3, 1)
-        padded = _pad_to_multiple(by_head, size)
-        split.append(_HeadMap(padded, _grid(padded, size), (feature.shape[2], feature.shape[3])))
-    return heads, split
 
 
 class _KeyValuePooling(nn.Module):
@@ -352,12 +242,18 @@ def _key_value_pooling(mode: str, per_window: int | None, ratio: int | None) -> 
     if mode == "identity" or (mode in ("avgpool", "maxpool") and (ratio or 1) <= 1):
         return None
     if mode in ("avgpool", "maxpool"):
-        pool = F.avg_pool2d if mode == "avgpool" else F.max_pool2d
-        return _KeyValuePooling(partial(_pool_by_ratio, pool=pool, ratio=ratio))
+        return _KeyValuePooling(partial(_pool_by_ratio, pool=_POOLS[mode], ratio=ratio or 1))
     if not per_window or per_window < 1:
         raise ValueError(f"kv_downsample_mode={mode!r} needs kv_per_win >= 1, not {per_window}")
-    pool = F.adaptive_avg_pool2d if mode == "ada_avgpool" else F.adaptive_max_pool2d
-    return _KeyValuePooling(partial(pool, output_size=per_window))
+    return _KeyValuePooling(partial(_POOLS[mode], output_size=per_window))
+
+
+_POOLS: dict[str, Callable[..., Tensor]] = {
+    "avgpool": F.avg_pool2d,
+    "maxpool": F.max_pool2d,
+    "ada_avgpool": F.adaptive_avg_pool2d,
+    "ada_maxpool": F.adaptive_max_pool2d,
+}
 
 
 def _pool_by_ratio(regions: Tensor, pool: Callable[..., Tensor], ratio: int) -> Tensor:
@@ -366,51 +262,9 @@ def _pool_by_ratio(regions: Tensor, pool: Callable[..., Tensor], ratio: int) -> 
     return pool(regions, ratio)
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
-
-
-def _checked_nhwc(x: Tensor, dim: int, data_format: DataFormat) -> Tensor:
-    """Check a map in `data_format` and return it channels last."""
-    layout = "[batch, height, width, dim]" if data_format == "NHWC" else "[batch, dim, height, width]"
-    if x.ndim != 4:
-        raise ValueError(f"input has shape {list(x.shape)}; expected {layout}")
-    if not x.is_floating_point():
-        raise TypeError(f"input is {x.dtype}; expected a floating-point map")
-    nhwc = x if data_format == "NHWC" else x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    if nhwc.shape[-1] != dim:
-        raise ValueError(f"input has {nhwc.shape[-1]} channels; expected {layout} with dim={dim}")
-    if not nhwc.shape[1] or not nhwc.shape[2]:
-        raise ValueError(f"input has empty spatial size {nhwc.shape[1]}x{nhwc.shape[2]}")
-    return nhwc
-
-
-def _pointwise(dim_in: int, dim_out: int, data_format: DataFormat, *, bias: bool = True) -> nn.Linear | nn.Conv2d:
-    if data_format == "NHWC":
-        return nn.Linear(dim_in, dim_out, bias=bias)
-    return nn.Conv2d(dim_in, dim_out, 1, bias=bias)
-
-
-def _depthwise(dim: int, kernel: int) -> nn.Conv2d | None:
-    if kernel <= 0:
-        return None
-    if kernel % 2 == 0:
-        raise ValueError(f"side_dwconv={kernel} is even; the local enhancement needs an odd kernel, or 0 for none")
-    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-
-
-def _convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve [B, H, W, C]; a view of channels-last memory, the layout that depth-wise convolutions are fastest in."""
-    return convolution(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-
-
-def _grid(feature: Tensor, region_size: tuple[int, int]) -> tuple[int, int]:
-    return feature.shape[1] // region_size[0], feature.shape[2] // region_size[1]
-
-
-def _pad_to_multiple(feature: Tensor, region_size: tuple[int, int]) -> Tensor:
-    return F.pad(feature, (0, 0, 0, -feature.shape[2] % region_size[1], 0, -feature.shape[1] % region_size[0]))
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def _empty_regions(

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from biformer.attention import BiLevelRoutingAttention, FullAttention
-from biformer.model import BiFormer
+from biformer.attention import BiLevelRoutingAttention
+from biformer.full_attention import FullAttention
+from biformer.model import BiFormer, BiFormerBlock
 
 __all__ = ["Gather", "StraightforwardAttention", "straightforward_core", "straightforward_model"]
 
@@ -63,8 +64,8 @@ class StraightforwardAttention(nn.Module):
     def __init__(self, layer: BiLevelRoutingAttention, gather: Gather) -> None:
         super().__init__()
         self.qkv, self.lepe, self.proj = layer.qkv, layer.lepe, layer.proj
-        self.options = {"n_win": layer.n_win, "num_heads": layer.num_heads, "scale": layer.scale, "gather": gather}
-        self.n_win, self.topk, self.scale = layer.n_win, layer.topk, layer.scale
+        self.n_win, self.topk, self.num_heads, self.scale = layer.n_win, layer.topk, layer.num_heads, layer.scale
+        self.gather: Gather = gather
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within [B, H, W, C]."""
@@ -73,9 +74,10 @@ class StraightforwardAttention(nn.Module):
         with torch.no_grad():
             mean_query, mean_key = (_partition(half, self.n_win).mean(2) for half in (query, key))
             index = ((mean_query * self.scale) @ mean_key.transpose(1, 2)).topk(self.topk, -1).indices
-        attended = straightforward_core(qkv, index, **self.options)
-        enhanced = self.lepe(value.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
-        return self.proj(attended + enhanced)
+        attended = straightforward_core(
+            qkv, index, n_win=self.n_win, num_heads=self.num_heads, scale=self.scale, gather=self.gather
+        )
+        return self.proj(attended + _enhance(self.lepe, value))
 
 
 class _StraightforwardFullAttention(nn.Module):
@@ -88,7 +90,11 @@ class _StraightforwardFullAttention(nn.Module):
         query, key, value = tokens.unbind(0)
         weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
         attended = (weights @ value).transpose(1, 2).reshape(x.shape)
-        return self.proj(attended + self.lepe(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
+        return self.proj(attended + _enhance(self.lepe, x))
+
+
+def _enhance(convolution: nn.Conv2d | None, x: Tensor) -> Tensor | int:
+    return 0 if convolution is None else convolution(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
 
 
 class _StraightforwardBiFormer(BiFormer):
@@ -100,9 +106,9 @@ def straightforward_model(model: BiFormer, gather: Gather) -> BiFormer:
     """Return a copy of an NHWC model with every attention replaced, and images left in their own memory layout."""
     plain = copy.deepcopy(model)
     plain.__class__ = _StraightforwardBiFormer
-    for block in (block for stage in plain.stages for block in stage):
-        if isinstance(block.attn, BiLevelRoutingAttention):
+    for block in plain.modules():
+        if isinstance(block, BiFormerBlock) and isinstance(block.attn, BiLevelRoutingAttention):
             block.attn = StraightforwardAttention(block.attn, gather)
-        elif isinstance(block.attn, FullAttention):
+        elif isinstance(block, BiFormerBlock) and isinstance(block.attn, FullAttention):
             block.attn = _StraightforwardFullAttention(block.attn)
     return plain

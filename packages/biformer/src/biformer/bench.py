@@ -1,6 +1,5 @@
 """Speed and memory beside straightforward implementations, measured in turns in one process: `biformer bench`."""
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,13 +8,13 @@ import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from visionkernels.ops.region_attention import region_attention_packed
-from visionkernels.profiling import BenchRow, bench_table, compare, peak_memory_bytes, write_bench
 
 from biformer.baselines import Gather, straightforward_core, straightforward_model
 from biformer.model import BiFormer
+from visionkernels.ops.region_attention import region_attention_packed
+from visionkernels.profiling import BenchRow, compare, peak_memory_bytes
 
-__all__ = ["bench"]
+__all__ = ["measure"]
 
 # name: (batch, height, width, channels, n_win, topk, heads) of the attention core in some model
 _CORES = {
@@ -34,26 +33,8 @@ _LARGE_BYTES = 14 << 30
 _MODEL_TARGETS = {("tiny", 1): 1.4, ("tiny", 8): 1.7, ("small", 1): 1.3, ("small", 8): 1.5}
 
 
-def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
-    """Measure all rows, print them as a table, and write them to `json`.
-
-    Args:
-        full: also COCO's own sizes, two threads and more repeats; needs 14 GB of free memory
-        json: file for the rows
-        overwrite: replace an existing file
-    """
-    if json is not None and json.exists() and not overwrite:
-        raise FileExistsError(f"{json} exists; pass --overwrite to replace it")
-    rows = []
-    for row in _rows(full):
-        rows.append(row)
-        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
-    print(bench_table(rows))
-    if json is not None:
-        write_bench(json, rows, overwrite=overwrite)
-
-
-def _rows(full: bool) -> Iterator[BenchRow]:
+def measure(*, full: bool = False) -> Iterator[BenchRow]:
+    """Yield all rows as they are measured; `full` adds COCO's own sizes, a second thread and more repeats."""
     repeats = 21 if full else 9
     cores = _CORES | (_LARGE_CORES if full and _free_bytes() > _LARGE_BYTES else {})
     for threads in (1, 2) if full else (1,):
@@ -111,7 +92,7 @@ def _core_candidates(sizes: tuple[int, ...], is_training: bool) -> dict[str, Cal
             with torch.no_grad():
                 core(qkv)
 
-    cores = {
+    cores: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": ours,
         "expanded": partial(straightforward, gather="expanded"),
         "index_select": partial(straightforward, gather="index_select"),
@@ -142,7 +123,9 @@ def _inference_rows(size: str, batch: int, threads: int, repeats: int) -> Iterat
         with torch.no_grad():
             model(x)
 
-    timings = compare({name: partial(infer, model.eval()) for name, model in models.items()}, threads=threads, repeats=repeats)
+    timings = compare(
+        {name: partial(infer, model.eval()) for name, model in models.items()}, threads=threads, repeats=repeats
+    )
     for gather in ("expanded", "index_select"):
         yield BenchRow(
             id=f"infer-{size}-b{batch}-vs-{gather}-{threads}t",
@@ -164,7 +147,9 @@ def _training_rows(size: str, batch: int, threads: int, repeats: int) -> Iterato
         optimizer.step()
         optimizer.zero_grad()
 
-    steps = {name: partial(step, model.train(), torch.optim.AdamW(model.parameters())) for name, model in models.items()}
+    steps = {
+        name: partial(step, model.train(), torch.optim.AdamW(model.parameters())) for name, model in models.items()
+    }
     timings = compare(steps, threads=threads, repeats=repeats, warmup=1)
     for gather in ("expanded", "index_select"):
         yield BenchRow(
@@ -210,6 +195,7 @@ def _half_precision_rows(size: str, batch: int, repeats: int) -> Iterator[BenchR
 def _models(size: str) -> dict[str, BiFormer]:
     torch.manual_seed(0)
     model = timm.create_model(f"biformer_{size}")
+    assert isinstance(model, BiFormer)
     return {"ours": model} | {gather: straightforward_model(model, gather) for gather in ("expanded", "index_select")}
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
-from visionkernels.checkpoints import CheckpointError, KeyRules, load_strict, read_state
+from torch import Tensor, nn
 
-from biformer.attention import BiLevelRoutingAttention, ConvolutionalMixer
-from biformer.model import BiFormer, BiFormerBackbone, BiFormerBlock, BiFormerSTL
+from biformer.attention import BiLevelRoutingAttention
+from biformer.full_attention import ConvolutionalMixer
+from biformer.model import BiFormer, BiFormerBackbone, BiFormerSTL
+from visionkernels.checkpoints import CheckpointError, KeyRules, load_strict, read_state
 
 __all__ = ["MODEL_NAMES", "convert_stl", "load_model", "load_official", "official_block_rules", "official_rules"]
 
@@ -30,7 +31,7 @@ def load_official(path: str | Path, name: str | None = None, *, weights: str = "
     head = checkpoint.state.get("head.weight")
     classes = head.shape[0] if head is not None else 0
     name = name or _name_of(checkpoint.state, classes, path)
-    model = timm.create_model(name, num_classes=options.pop("num_classes", classes), **options)
+    model = _create(name, **({"num_classes": classes} | options))
     _load_official_state(model, checkpoint.state, path)
     return model.eval()
 
@@ -47,7 +48,7 @@ def load_model(path: str | Path, name: str | None = None, **options: Any) -> BiF
     if name is None:
         raise CheckpointError(f"{path} does not tell its model; name one of {', '.join(MODEL_NAMES)}")
     stored = json.loads(checkpoint.metadata.get("model_options", "{}"))
-    model = timm.create_model(name, **(stored | options))
+    model = _create(name, **(stored | options))
     load_strict(model, checkpoint.state, source=path, candidates=_candidates(model.num_classes, ours=True))
     return model.eval()
 
@@ -62,12 +63,12 @@ def official_rules(model: BiFormer | BiFormerBackbone) -> KeyRules:
         rules |= {"norm.{p}": "norm.{p}", "head.{p}": "head.fc.{p}"}
     blocks = "blocks." if isinstance(core, BiFormerSTL) else ""
     for stage, layers in enumerate(core.stages):
-        for official, ours in official_block_rules(layers[0], is_stl=bool(blocks)).items():
+        for official, ours in official_block_rules(next(iter(layers.children())), is_stl=bool(blocks)).items():
             rules[f"stages.{stage}.{blocks}{{j}}.{official}"] = f"stages.{stage}.{{j}}.{ours}"
     return KeyRules({key: ours if key.startswith("extra") else prefix + ours for key, ours in rules.items()})
 
 
-def official_block_rules(block: BiFormerBlock, *, is_stl: bool = False) -> dict[str, str]:
+def official_block_rules(block: nn.Module, *, is_stl: bool = False) -> dict[str, str]:
     """Return official name -> ours for the parameters of one block; the STL models number their MLP differently."""
     same = ("pos_embed.{p}", "norm1.{p}", "norm2.{p}", "gamma1", "gamma2")
     rules = {name: name for name in same}
@@ -117,6 +118,13 @@ def convert_stl(state: Mapping[str, Tensor], *, allow_inexact: bool = False) -> 
     return converted
 
 
+def _create(name: str, **options: Any) -> BiFormer:
+    model = timm.create_model(name, **options)
+    if not isinstance(model, BiFormer):
+        raise ValueError(f"{name} is no BiFormer; use one of {', '.join(MODEL_NAMES)}")
+    return model
+
+
 def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: str | Path) -> None:
     rules = official_rules(model)
     try:
@@ -124,9 +132,8 @@ def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: s
     except CheckpointError:
         # strange keys stay under their own names, so that the strict load tells all that differs at once
         renamed = dict(state)
-    candidates = {name: shapes for name, shapes in _candidates(model.num_classes).items()}
     keep = ["head.fc"] if model.num_classes == 0 else []
-    load_strict(model, renamed, source=source, candidates=candidates, keep=keep)
+    load_strict(model, renamed, source=source, candidates=_candidates(model.num_classes), keep=keep)
 
 
 def _name_of(state: Mapping[str, Tensor], classes: int, path: str | Path) -> str:
@@ -143,6 +150,6 @@ def _candidates(classes: int, *, ours: bool = False) -> dict[str, Callable[[], d
 
 def _shapes(name: str, classes: int, ours: bool) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=classes)
+        model = _create(name, num_classes=classes)
     state = model.state_dict() if ours else official_rules(model).inverse().rename(model.state_dict())
     return {key: tuple(value.shape) for key, value in state.items()}

@@ -1,9 +1,10 @@
-"""BiFormer as timm models: four stages of bi-level routing attention at strides 4, 8, 16 and 32 (BiFormer, sec. 3.3)."""
+"""BiFormer as timm models: four stages of routed attention at strides 4, 8, 16 and 32 (BiFormer, sec. 3.3)."""
 
 # B batch, H W map, C channels, S = n_win
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,11 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from visionkernels.ops import Backend
 
-from biformer.attention import BiLevelRoutingAttention, ConvolutionalMixer, DataFormat, FullAttention, PadMode
+from biformer.attention import BiLevelRoutingAttention, PadMode
+from biformer.full_attention import ConvolutionalMixer, FullAttention
+from biformer.maps import DataFormat
+from visionkernels.ops import Backend
 
 __all__ = ["BiFormer", "BiFormerBackbone", "BiFormerBlock", "BiFormerSTL"]
 
@@ -158,7 +161,7 @@ class BiFormer(nn.Module):
             {"num_chs": width, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
             for stage, width in enumerate(embed_dim)
         ]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depth)).tolist())
+        rates = iter(drop_path_rate * block / max(1, sum(depth) - 1) for block in range(sum(depth)))
         self.downsample_layers = nn.ModuleList(self._downsample_layers(in_chans, embed_dim))
         self.stages = nn.ModuleList()
         for stage in range(4):
@@ -175,7 +178,7 @@ class BiFormer(nn.Module):
                 for _ in range(depth[stage])
             ]  # fmt: skip
             self.stages.append(nn.Sequential(*blocks))
-        self.norm = nn.BatchNorm2d(embed_dim[-1])
+        self.norm: nn.Module = nn.BatchNorm2d(embed_dim[-1])
         self.head = ClassifierHead(embed_dim[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.apply(_init_weights)
 
@@ -185,7 +188,7 @@ class BiFormer(nn.Module):
         half = embed_dim[0] // 2
         stem = [_stride2(in_chans, half), nn.BatchNorm2d(half), nn.GELU(), _stride2(half, embed_dim[0])]
         layers = [nn.Sequential(*stem, nn.BatchNorm2d(embed_dim[0]))]
-        for narrow, wide in zip(embed_dim[:-1], embed_dim[1:], strict=True):
+        for narrow, wide in pairwise(embed_dim):
             layers.append(nn.Sequential(_stride2(narrow, wide), nn.BatchNorm2d(wide)))
         return layers
 
@@ -273,7 +276,7 @@ class BiFormer(nn.Module):
 
 
 class BiFormerSTL(BiFormer):
-    """BiFormer in the layout of Swin-T, for comparing kinds of attention (sec. 4.4): non-overlapping patch convolutions.
+    """BiFormer in the layout of Swin-T, for comparing kinds of attention (sec. 4.4): patches do not overlap.
 
     Sizes are cut to multiples of 4 by the stem and halved, rounding down, between stages.
     """
@@ -281,7 +284,7 @@ class BiFormerSTL(BiFormer):
     @staticmethod
     def _downsample_layers(in_chans: int, embed_dim: Sequence[int]) -> list[nn.Sequential]:
         layers = [nn.Sequential(nn.Conv2d(in_chans, embed_dim[0], 4, stride=4), nn.BatchNorm2d(embed_dim[0]))]
-        for narrow, wide in zip(embed_dim[:-1], embed_dim[1:], strict=True):
+        for narrow, wide in pairwise(embed_dim):
             layers.append(nn.Sequential(nn.BatchNorm2d(narrow), nn.Conv2d(narrow, wide, 2, stride=2)))
         return layers
 
@@ -293,9 +296,7 @@ class BiFormerBackbone(nn.Module):
     alone: the next stage takes the map before its norm. `norm_eval` keeps every BatchNorm in eval while training.
     """
 
-    def __init__(
-        self, model: BiFormer, out_indices: Sequence[int] = (0, 1, 2, 3), *, norm_eval: bool = False
-    ) -> None:
+    def __init__(self, model: BiFormer, out_indices: Sequence[int] = (0, 1, 2, 3), *, norm_eval: bool = False) -> None:
         super().__init__()
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
             raise ValueError(f"out_indices={tuple(out_indices)} must name stages among 0, 1, 2, 3")

@@ -1,9 +1,9 @@
-"""Which regions a region attends to: pooled queries and keys, their affinity, and its top-k (BiFormer, sec. 3.2, eq. 3-4).
+"""Which regions a region attends to: pooled queries and keys, their affinity, its top-k (BiFormer, sec. 3.2, eq. 3-4).
 
 Routing is computed in float32 (float64 for float64 input) also under autocast, since a top-k is a discrete choice.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,8 @@ from torch.nn.functional import avg_pool2d
 __all__ = ["Routing", "pool_regions", "route", "select_regions"]
 
 
-class Routing(NamedTuple):
+@dataclass(frozen=True)
+class Routing:
     """What one layer routed, per image and query region; regions are numbered row by row."""
 
     index: Int[Tensor, "batch regions topk"]

@@ -55,7 +55,7 @@ def recipe_weights(state: Mapping[str, Tensor], kept: Sequence[str] = ()) -> dic
 
 
 def _recipe_tensor(key: str, value: Tensor) -> Tensor:
-    noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(size=tuple(value.shape))  # noqa: NPY002
+    noise = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(size=tuple(value.shape))
     if key.endswith("running_var"):
         array = 1 + 0.1 * np.abs(noise)
     elif key.endswith("running_mean"):
@@ -75,7 +75,7 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     for spec in case["inputs"]:
         if spec["generator"] != "standard_normal":
             raise ValueError(f"generator {spec['generator']!r} is unknown; known: standard_normal")
-        random = np.random.RandomState(spec["seed"])  # noqa: NPY002 - the generator that the cases were made with
+        random = np.random.RandomState(spec["seed"])
         inputs[spec["name"]] = torch.from_numpy(random.standard_normal(spec["shape"]).astype(np.float32))
     return inputs
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 __all__ = ["TOLERANCES", "check_backend", "poisoned_empty"]
 
@@ -37,11 +39,13 @@ def check_backend(
         out.backward(weights.to(out))
         outputs.append([out, *(leaf.grad for leaf in leaves)])
     rtol, atol = TOLERANCES[inputs[0].dtype][is_reduction]
-    for name, ours, expected in zip(["output", *(f"gradient {i}" for i in range(len(inputs)))], *outputs, strict=True):
+    names = ["output", *(f"gradient {i}" for i in range(len(inputs)))]
+    for name, ours, expected in zip(names, *outputs, strict=True):
         assert ours.dtype == inputs[0].dtype, f"{name} is {ours.dtype}"
+        prefix = f"{name}: "
         scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(
-            ours.double().cpu(), expected.cpu(), rtol=rtol, atol=atol * scale, msg=lambda text, name=name: f"{name}: {text}"
+            ours.double().cpu(), expected.cpu(), rtol=rtol, atol=atol * scale, msg=partial(str.__add__, prefix)
         )
 
 
@@ -49,11 +53,11 @@ def check_backend(
 def poisoned_empty() -> Iterator[None]:
     """Fill what torch.empty and its kin return with NaN, so that a kernel that leaves a hole is found out."""
     previous = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(previous)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -51,7 +51,9 @@ def region_attention(
     _check_maps(query, key, num_heads, query_grid, key_grid)
     _check_value(query, key, value, num_heads)
     _check_index(region_index, len(query), query_grid, key_grid)
-    return _attend(query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight, backend)
+    return _attend(
+        query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight, backend
+    )
 
 
 def region_attention_packed(
@@ -66,13 +68,15 @@ def region_attention_packed(
     slot_weight: Float[Tensor, "batch regions topk"] | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "batch height width v"]:
-    """Run `region_attention` on query, key and value side by side in the channels of one map, as a fused Linear leaves them.
+    """Run `region_attention` on query, key and value side by side in the channels of one map, as a fused Linear does.
 
     `value_size` counts the channels of the value; query and key share the others. The gradient of `qkv` is written in
     one piece, without the concatenation that three views cost. All else as for `region_attention`.
     """
     if qkv.ndim != 4 or not 0 < value_size < qkv.shape[-1] or (qkv.shape[-1] - value_size) % 2:
-        raise ValueError(f"qkv has shape {_shape(qkv)}; expected [batch, height, width, 2 * qk + value_size={value_size}]")
+        raise ValueError(
+            f"qkv has shape {_shape(qkv)}; expected [batch, height, width, 2 * qk + value_size={value_size}]"
+        )
     query_size = (qkv.shape[-1] - value_size) // 2
     query, key, value = qkv.split([query_size, query_size, value_size], -1)
     _check_maps(query, key, num_heads, grid, grid)
@@ -142,7 +146,8 @@ def _check_maps(query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, ke
                 raise ValueError(f"{name} {axis} {size} does not divide into {parts} regions; pad it to a multiple")
     if query.dtype != key.dtype or len(query) != len(key) or query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"query {_shape(query)} {query.dtype} and key {_shape(key)} {key.dtype} must agree in batch, channels and dtype"
+            f"query {_shape(query)} {query.dtype} and key {_shape(key)} {key.dtype} must agree in batch, channels "
+            "and dtype"
         )
     if num_heads < 1 or query.shape[-1] % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")

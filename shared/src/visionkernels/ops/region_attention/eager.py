@@ -6,7 +6,7 @@ and recomputes them in backward. `_gathered` is the definition on fused attentio
 compiler plans its own memory, and for weighted slots.
 """
 
-# B batch, G query regions, L key regions, T tokens of a region, K = S * T' gathered tokens, M heads, D head size, S slots
+# B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T gathered tokens, M heads, D head size
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +63,9 @@ def _dense(
     shape = (*region_index.shape[:2], key_grid[0] * key_grid[1])
     bias = query.new_full(shape, -torch.inf).scatter_(2, region_index, 0.0)
     bias = bias[:, query_region][:, :, key_region].unsqueeze(1)
-    queries, keys, values = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    queries, keys, values = (
+        x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
     attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
     return attended.transpose(1, 2).flatten(2).unflatten(1, (query.shape[1], query.shape[2]))
 
@@ -126,20 +128,23 @@ class _Geometry:
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Keeps only its inputs for backward, and recomputes the weights there. Half precision is widened chunk by chunk."""
+    """Keeps only its inputs, and recomputes the weights in backward. Half precision is widened chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, geometry: _Geometry, region_index: Tensor, *maps: Tensor) -> Tensor:
         ctx.save_for_backward(region_index, *maps)
         ctx.geometry = geometry
-        return _forward(*geometry.unpack(maps), region_index, geometry)
+        query, key_value = geometry.unpack(maps)
+        return _forward(query, key_value, region_index, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         region_index, *maps = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
-        _backward(grad_out, *ctx.geometry.unpack(maps), *ctx.geometry.unpack(grads), region_index, ctx.geometry)
+        query, key_value = ctx.geometry.unpack(maps)
+        grad_query, grad_key_value = ctx.geometry.unpack(grads)
+        _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry)
         return None, None, *grads
 
 
@@ -161,7 +166,11 @@ def _backward(
     region_index: Tensor, geometry: _Geometry,
 ) -> None:  # fmt: skip
     walk = _Walk(query, key_value, region_index, geometry, buffers=2)
-    grad_regions, query_regions, key_rows = walk.query_regions(grad_out), walk.query_regions(query), walk.key_rows(key_value)
+    grad_regions, query_regions, key_rows = (
+        walk.query_regions(grad_out),
+        walk.query_regions(query),
+        walk.key_rows(key_value),
+    )
     grad_query_regions, key_sum = walk.query_regions(grad_query), walk.sum_by_region(key_value)
     for chunk in walk:
         queries, keys = walk.load_regions("query", query_regions, chunk), walk.load_rows(key_rows, chunk)
@@ -224,16 +233,16 @@ class _Walk:
         self._index_keys(key_value, region_index)
 
     def _index_keys(self, key: Tensor, region_index: Tensor) -> None:
-        rows, columns = self.geometry.key_grid
+        slots, (rows, columns) = region_index.shape[-1], self.geometry.key_grid
         image = torch.arange(len(key), device=key.device)[:, None, None]
-        self.key_region = (region_index + image * (rows * columns)).view(*self.grid, -1)
+        self.key_region = (region_index + image * (rows * columns)).view(*self.grid, slots)
         first_row = (image * rows + region_index // columns) * (self.key_height * columns) + region_index % columns
         row_in_region = torch.arange(self.key_height, device=key.device) * columns
-        self.key_row = first_row.view(*self.grid, -1, 1) + row_in_region
+        self.key_row = first_row.view(*self.grid, slots, 1) + row_in_region
         self.is_valid = None
         if self.geometry.valid_size is not None:
             valid = valid_tokens(key, self.geometry.key_grid, self.geometry.valid_size)
-            self.is_valid = valid[region_index].flatten(2).view(*self.grid, 1, -1)
+            self.is_valid = valid[region_index].flatten(2).view(*self.grid, 1, self.num_keys)
 
     def __iter__(self) -> Iterator[_Chunk]:
         for top in range(0, self.grid[0], self.rows_per_chunk):

@@ -1,4 +1,4 @@
-"""Region attention by its definition: gather the keys and values of the routed regions, then attend (BiFormer, eq. 6-8).
+"""Region attention by its definition: gather the keys and values of routed regions, then attend (BiFormer, eq. 6-8).
 
 The gathered copies are `topk` times as large as the keys and values; the other implementations exist to avoid them.
 """

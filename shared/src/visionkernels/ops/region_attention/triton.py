@@ -54,7 +54,8 @@ def _region_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, lse_ptr,  # maps [B, H, W, M * D]; [B, G, S]; out contiguous; [B, G, M, T]
     stride_qb, stride_qy, stride_qx, stride_kb, stride_ky, stride_kx, stride_vb, stride_vy, stride_vx,
     HEIGHT, WIDTH, KEY_HEIGHT, KEY_WIDTH, VALID_HEIGHT, VALID_WIDTH, scale_log2,
-    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,8 @@ def _region_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,  # out, grad, dq contiguous maps
     stride_qb, stride_qy, stride_qx, stride_kb, stride_ky, stride_kx, stride_vb, stride_vy, stride_vx,
     HEIGHT, WIDTH, KEY_HEIGHT, KEY_WIDTH, VALID_HEIGHT, VALID_WIDTH, scale_log2, scale,
-    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +176,8 @@ def _region_attention_bwd_dkv_kernel(
     order_ptr, first_ptr,  # [B * G * S] routes sorted by key region; [B * L + 1] where each key region's begin
     stride_qb, stride_qy, stride_qx, stride_kb, stride_ky, stride_kx, stride_vb, stride_vy, stride_vx,
     HEIGHT, WIDTH, KEY_HEIGHT, KEY_WIDTH, VALID_HEIGHT, VALID_WIDTH, scale_log2, scale,
-    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    COLUMNS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +258,9 @@ def _backward_op(
     sizes: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     launch = _Launch(query, key, value, index, sizes, scale)
-    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
     if not query.numel():
         return grad_query, grad_key.zero_(), grad_value.zero_()
     delta, grad, index = torch.empty_like(lse), grad.contiguous(), index.contiguous()
@@ -283,7 +288,9 @@ def _inverse_routes(index: Tensor, key_regions: int) -> tuple[Tensor, Tensor]:
 class _Launch:
     """The arguments and the grids of programs that the three kernels share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, sizes: list[int], scale: float) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, index: Tensor, sizes: list[int], scale: float
+    ) -> None:
         num_heads, rows, columns, key_rows, key_columns, *valid_size = sizes
         height, width = query.shape[1] // rows, query.shape[2] // columns
         key_height, key_width = key.shape[1] // key_rows, key.shape[2] // key_columns
@@ -325,7 +332,9 @@ def _options(dtype: torch.dtype, *, is_hip: bool = _IS_HIP) -> dict[str, Any]:
 
 
 @_forward_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, index: Tensor, sizes: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, sizes: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
     num_tokens = query.shape[1] * query.shape[2] // (sizes[1] * sizes[2])
     lse = query.new_empty(*index.shape[:2], sizes[0], num_tokens, dtype=torch.float32)
     return value.new_empty(*query.shape[:3], value.shape[-1]), lse
