@@ -146,7 +146,7 @@ def _draw_panel(
     limits = (0, shape[1], shape[0], 0)
     axes.imshow(picture.resize((shape[1], shape[0])), extent=limits)
     reach = (0, heat.shape[1] * stride, heat.shape[0] * stride, 0)
-    axes.imshow(heat / heat.max(), extent=reach, cmap="inferno", alpha=0.45, interpolation="nearest")
+    axes.imshow((heat / heat.max()).numpy(), extent=reach, cmap="inferno", alpha=0.45, interpolation="nearest")
     for rank, chosen in enumerate(routing.index[0, region].tolist(), 1):
         top, left = chosen // routing.grid[1] * height, chosen % routing.grid[1] * width
         axes.add_patch(patches.Rectangle((left, top), width, height, fill=False, edgecolor="gold", linewidth=1.2))

@@ -233,13 +233,13 @@ class BiFormer(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown; BiFormer gives 'NCHW'")
         take, last = feature_take_indices(4, indices)
         intermediates = []
-        for stage in range(last + 1 if stop_early else 4):
+        for stage in range(last + 1 if stop_early else len(self.stages)):
             x = self.forward_stage(x, stage)
             if stage in take:
                 intermediates.append(self.norm(x) if norm and stage == 3 else x)
         if intermediates_only:
             return intermediates
-        return self.norm(x) if x.shape[1] == self.num_features else x, intermediates
+        return (self.norm(x) if stage == 3 else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -1,0 +1,182 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+import biformer
+from biformer.model import BiFormerBackbone, BiFormerBlock
+
+NAMES = timm.list_models("biformer_*")
+MICRO = {"depth": (1, 1, 1, 1), "embed_dim": (16, 16, 32, 32), "topks": (1, 2, 4, -2), "head_dim": 16, "n_win": 2}
+
+
+def micro(name="biformer_tiny", **options):
+    topks = (1, 2, 4, -1) if name.endswith("nchw") else MICRO["topks"]
+    return timm.create_model(name, **(MICRO | {"topks": topks, "num_classes": 5} | options))
+
+
+def test_registered():
+    assert NAMES == ["biformer_base", "biformer_small", "biformer_stl", "biformer_stl_nchw", "biformer_tiny"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryModel:
+    """What timm asks of a model, on small versions of all."""
+
+    def test_forward_backward(self, name):
+        model = micro(name, drop_path_rate=0.1)
+        model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+        assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+
+    def test_default_cfg(self, name):
+        model = micro(name)
+        assert model.default_cfg["input_size"] == (3, 224, 224)
+        assert model.default_cfg["crop_pct"] == 0.875
+        assert model.default_cfg["interpolation"] == "bicubic"
+        state = model.state_dict()
+        assert f"{model.default_cfg['classifier']}.weight" in state
+        assert f"{model.default_cfg['first_conv']}.weight" in state
+        assert micro(name, img_size=(96, 128)).default_cfg["input_size"] == (3, 96, 128)
+
+    def test_classifier(self, name):
+        model = micro(name).eval()
+        x = torch.randn(2, 3, 64, 64)
+        features = model.forward_features(x)
+        assert features.shape == (2, 32, 2, 2)
+        assert model.forward_head(features, pre_logits=True).shape == (2, 32)
+        torch.testing.assert_close(model(x), model.forward_head(features))
+        assert model.get_classifier() is model.head.fc
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, 32)
+        assert micro(name, num_classes=0, global_pool="")(x).shape == (2, 32, 2, 2)
+        assert micro(name, in_chans=1)(x[:, :1]).shape == (2, 5)
+
+    def test_features(self, name):
+        model = micro(name, features_only=True)
+        maps = model(torch.randn(1, 3, 96, 128))
+        assert [tuple(m.shape) for m in maps] == [(1, 16, 24, 32), (1, 16, 12, 16), (1, 32, 6, 8), (1, 32, 3, 4)]
+        assert model.feature_info.reduction() == [4, 8, 16, 32]
+        assert model.feature_info.channels() == [16, 16, 32, 32]
+        chosen = micro(name, features_only=True, out_indices=(1, 2))(torch.randn(1, 3, 96, 128))
+        assert [m.shape[1:] for m in chosen] == [maps[1].shape[1:], maps[2].shape[1:]]
+
+    def test_checkpointing(self, name):
+        model, x = micro(name), torch.randn(1, 3, 64, 64)
+        gradients = []
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            model.zero_grad()
+            model.train()(x.clone()).sum().backward()
+            gradients.append(model.stages[0][0].mlp.fc1.weight.grad.clone())
+        torch.testing.assert_close(*gradients)
+
+    def test_state(self, name):
+        one, two = micro(name).eval(), micro(name).eval()
+        two.load_state_dict(one.state_dict())
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(one(x), two(x))
+
+    def test_sizes(self, name):
+        """Any size; the NCHW form needs a pixel a region in every stage."""
+        model = micro(name).eval()
+        sizes = [(64, 96), (61, 83)] + ([] if name.endswith("nchw") else [(32, 32)])
+        for size in sizes:
+            assert model(torch.randn(1, 3, *size)).isfinite().all()
+
+    def test_layouts(self, name):
+        model, x = micro(name).eval(), torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
+        assert model(x[:0]).shape == (0, 5)
+
+    def test_compile_export(self, name):
+        model, x = micro(name).eval(), torch.randn(1, 3, 64, 64)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+    def test_group_matcher(self, name):
+        model = micro(name)
+        groups = timm.models.group_parameters(model, model.group_matcher())
+        assert sorted(sum(groups.values(), [])) == sorted(key for key, _ in model.named_parameters())
+
+
+class TestBiFormer:
+    def test_drop_path_rates(self):
+        """Rates grow from 0 to the given one over all blocks."""
+        model = timm.create_model("biformer_tiny", drop_path_rate=0.13, num_classes=1)
+        rates = [
+            getattr(block.drop_path, "drop_prob", 0.0) for block in model.modules() if isinstance(block, BiFormerBlock)
+        ]
+        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.13, 14))
+
+    def test_init(self):
+        model = micro()
+        assert 0.015 < model.stages[0][0].attn.qkv.weight.std() < 0.025
+        assert not model.stages[0][0].attn.qkv.bias.any()
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"depth": (1, 1)}, ValueError, r"depth=\(1, 1\) has 2 values; give one for each of the 4 stages"),
+            ({"head_dim": 24}, ValueError, r"qk_dims\[0\]=16 is not divisible by head_dim=24"),
+            ({"topks": (1, 2, 5, -2)}, ValueError, r"topk=5 is outside \[1, 4\]"),
+            ({"topks": (1, 2, 4, -3)}, ValueError, "topk=-3 is unknown"),
+            ({"topks": (1, 2, 4, -2), "data_format": "NCHW"}, ValueError, "topk=-2 is unknown to the NCHW form"),
+            ({"pos_conv": 5}, ValueError, "pos_conv=5 must be 3, or 0 for none"),
+        ],
+    )
+    def test_errors(self, options, error, message):
+        with pytest.raises(error, match=message):
+            micro(**options)
+
+    def test_input_errors(self):
+        with pytest.raises(ValueError, match=r"input has shape \[3, 64, 64\]; expected images"):
+            micro()(torch.randn(3, 64, 64))
+        with pytest.raises(ValueError, match="set auto_pad=True"):
+            micro(auto_pad=False)(torch.randn(1, 3, 36, 36))
+
+    def test_no_weights(self):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+            timm.create_model("biformer_tiny", pretrained=True)
+
+    def test_bfloat16(self):
+        model, x = micro().eval(), torch.randn(2, 3, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        torch.testing.assert_close(out.float(), model(x), rtol=5e-2, atol=5e-2)
+        assert micro().bfloat16()(x.bfloat16()).isfinite().all()
+
+
+class TestBiFormerBackbone:
+    def test_norms_are_not_fed_forward(self):
+        """The next stage takes the map before its norm."""
+        model = micro()
+        x = torch.randn(1, 3, 64, 64)
+        raw = model.eval().forward_intermediates(x, intermediates_only=True)
+        backbone = BiFormerBackbone(model).eval()
+        for stage, (feature, plain) in enumerate(zip(backbone(x), raw, strict=True)):
+            torch.testing.assert_close(feature, backbone.extra_norms[str(stage)](plain))
+
+    def test_out_indices(self):
+        backbone = BiFormerBackbone(micro(), out_indices=(1, 2))
+        assert [m.shape[1:] for m in backbone(torch.randn(1, 3, 64, 64))] == [(16, 8, 8), (32, 4, 4)]
+        assert [info["reduction"] for info in backbone.feature_info] == [8, 16]
+        with pytest.raises(ValueError, match=r"out_indices=\(4,\) must name stages"):
+            BiFormerBackbone(micro(), out_indices=(4,))
+
+    def test_norm_eval(self):
+        backbone = BiFormerBackbone(micro(), norm_eval=True).train()
+        norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert norms and not any(norm.training for norm in norms)
+        assert backbone.training
+
+    def test_no_parameter_without_gradient(self):
+        backbone = BiFormerBackbone(micro())
+        sum(feature.sum() for feature in backbone(torch.randn(1, 3, 64, 64))).backward()
+        assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+def test_public_names():
+    assert all(hasattr(biformer, name) for name in biformer.__all__)
