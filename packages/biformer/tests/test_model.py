@@ -99,7 +99,8 @@ class TestEveryModel:
     def test_group_matcher(self, name):
         model = micro(name)
         groups = timm.models.group_parameters(model, model.group_matcher())
-        assert sorted(sum(groups.values(), [])) == sorted(key for key, _ in model.named_parameters())
+        grouped = [key for keys in groups.values() for key in keys]
+        assert sorted(grouped) == sorted(key for key, _ in model.named_parameters())
 
 
 class TestBiFormer:

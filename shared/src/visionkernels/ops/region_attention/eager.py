@@ -6,7 +6,7 @@ and recomputes them in backward. `_gathered` is the definition on fused attentio
 compiler plans its own memory, and for weighted slots.
 """
 
-# B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T gathered tokens, M heads, D head size
+# B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T tokens gathered, M heads, D their size
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -165,7 +165,7 @@ def _backward(
     grad_out: Tensor, query: Tensor, key_value: Tensor, grad_query: Tensor, grad_key_value: Tensor,
     region_index: Tensor, geometry: _Geometry,
 ) -> None:  # fmt: skip
-    walk = _Walk(query, key_value, region_index, geometry, buffers=2)
+    walk = _Walk(query, key_value, region_index, geometry, buffers=3)
     grad_regions, query_regions, key_rows = (
         walk.query_regions(grad_out),
         walk.query_regions(query),
