@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "AotCase", "KernelReport", "compile_report", "signature"]
+__all__ = ["TARGETS", "AotCase", "KernelReport", "Roofline", "compile_report", "roofline_report", "signature"]
 
 TARGETS = {
     # name: (backend, architecture, lanes of a warp, bytes of shared memory that a program may use)
@@ -70,6 +70,34 @@ def compile_report() -> list[KernelReport]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """The least that one call computes and moves, and the time that takes on an H100 (SXM, bfloat16).
+
+    3.0 TB/s is the measured speed of a copy, 790 TFLOP/s that of large dense products; nothing is faster than both.
+    """
+
+    op: str
+    config: str
+    operations: float
+    bytes_moved: float
+
+    @property
+    def bound(self) -> str:
+        """What limits the call, "memory" or "compute"."""
+        return "memory" if self.bytes_moved / 3.0e12 > self.operations / 790e12 else "compute"
+
+    @property
+    def microseconds(self) -> float:
+        """The least time."""
+        return 1e6 * max(self.bytes_moved / 3.0e12, self.operations / 790e12)
+
+
+def roofline_report() -> list[Roofline]:
+    """Return the rooflines that each op's `triton.py` computes from the shapes of its models (`rooflines()`)."""
+    return [line for _, module in _op_modules() for line in module.rooflines()]
+
+
 def signature(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, str]:
     """Return a type for each argument of `kernel`: from `types` by name, else by form.
 
@@ -85,13 +113,18 @@ def signature(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str
 
 
 def _cases(*, is_hip: bool) -> Iterator[tuple[str, AotCase]]:
+    for op, module in _op_modules():
+        for case in module.aot_cases(is_hip=is_hip):
+            yield op, case
+
+
+def _op_modules() -> Iterator[tuple[str, Any]]:
     import visionkernels.ops
 
     for module in pkgutil.iter_modules(visionkernels.ops.__path__):
         name = f"visionkernels.ops.{module.name}.triton"
         if module.ispkg and importlib.util.find_spec(name) is not None:
-            for case in importlib.import_module(name).aot_cases(is_hip=is_hip):
-                yield module.name, case
+            yield module.name, importlib.import_module(name)
 
 
 def _compile(op: str, case: AotCase, target: str) -> KernelReport:

@@ -6,7 +6,7 @@ and recomputes them in backward. `_gathered` is the definition on fused attentio
 compiler plans its own memory, and for weighted slots.
 """
 
-# B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T tokens gathered, M heads, D their size
+# B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T gathered tokens, M heads, D head
 
 from collections.abc import Iterator
 from dataclasses import dataclass

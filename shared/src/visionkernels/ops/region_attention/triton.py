@@ -18,9 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 from visionkernels.ops.region_attention.partition import Grid
 
 if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase
+    from visionkernels.testing.kernels import AotCase, Roofline
 
-__all__ = ["aot_cases", "region_attention"]
+__all__ = ["aot_cases", "region_attention", "rooflines"]
 
 _LOG2E = 1.4426950408889634
 # tiles and options that compile without spills for every target and head size; to be tuned where there is a GPU
@@ -398,3 +398,32 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
                 AotCase(kernel=kernel, config=config, signature=arguments, constants=constants, options=options)
             )
     return cases
+
+
+def rooflines() -> "list[Roofline]":
+    """Return the least work of forward and backward in the stages of BiFormer-S, batch 64 at 224 pixels and COCO."""
+    from visionkernels.testing.kernels import Roofline
+
+    stages = {
+        "224 stage 1": (64, 56 * 56, 49, 1, 64),
+        "224 stage 2": (64, 28 * 28, 49, 4, 128),
+        "224 stage 3": (64, 14 * 14, 49, 16, 256),
+        "COCO stage 1": (2, 208 * 336, 256, 1, 64),
+        "COCO stage 2": (2, 112 * 176, 256, 4, 128),
+        "COCO stage 3": (2, 64 * 96, 256, 16, 256),
+    }
+    lines = []
+    for name, (batch, pixels, regions, topk, channels) in stages.items():
+        product = 2 * batch * pixels * (topk * pixels / regions) * channels  # one of Q K^T, P V, ...
+        feature, statistic = 2 * batch * pixels * channels, 4 * batch * pixels * (channels // 32)
+        # forward: two products; reads q, k, v, writes out and lse
+        lines.append(
+            Roofline(op="region_attention", config=f"{name} forward", operations=2 * product,
+                     bytes_moved=4 * feature + statistic)
+        )  # fmt: skip
+        # backward: weights are computed twice, once for dQ and once for dK and dV; reads five maps, writes three
+        lines.append(
+            Roofline(op="region_attention", config=f"{name} backward", operations=7 * product,
+                     bytes_moved=8 * feature + 2 * statistic)
+        )  # fmt: skip
+    return lines
