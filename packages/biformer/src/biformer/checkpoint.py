@@ -126,14 +126,15 @@ def _create(name: str, **options: Any) -> BiFormer:
 
 
 def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: str | Path) -> None:
-    rules = official_rules(model)
-    try:
-        renamed = rules.rename(state)
-    except CheckpointError:
-        # strange keys stay under their own names, so that the strict load tells all that differs at once
-        renamed = dict(state)
+    rules, renamed = official_rules(model), {}
+    for key, value in state.items():
+        try:
+            renamed |= rules.rename({key: value})
+        except CheckpointError:
+            # a strange key stays under its own name, so that the strict load tells all that differs at once
+            renamed[key] = value
     keep = ["head.fc"] if model.num_classes == 0 else []
-    load_strict(model, renamed, source=source, candidates=_candidates(model.num_classes), keep=keep)
+    load_strict(model, renamed, source=source, candidates=_candidates(model.num_classes, ours=True), keep=keep)
 
 
 def _name_of(state: Mapping[str, Tensor], classes: int, path: str | Path) -> str:

@@ -50,7 +50,7 @@ def region_attention(
     key_grid = key_grid or query_grid
     _check_maps(query, key, num_heads, query_grid, key_grid)
     _check_value(query, key, value, num_heads)
-    _check_index(region_index, len(query), query_grid, key_grid)
+    _check_index(region_index, query.shape[0], query_grid, key_grid)
     return _attend(
         query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight, backend
     )
@@ -81,7 +81,7 @@ def region_attention_packed(
     query, key, value = qkv.split([query_size, query_size, value_size], -1)
     _check_maps(query, key, num_heads, grid, grid)
     _check_value(query, key, value, num_heads)
-    _check_index(region_index, len(query), grid, grid)
+    _check_index(region_index, query.shape[0], grid, grid)
     return _attend(query, key, value, region_index, num_heads, grid, grid, scale, valid_size, slot_weight, backend, qkv)
 
 
@@ -104,7 +104,7 @@ def region_attention_weights(
     """
     key_grid = key_grid or query_grid
     _check_maps(query, key, num_heads, query_grid, key_grid)
-    _check_index(region_index, len(query), query_grid, key_grid)
+    _check_index(region_index, query.shape[0], query_grid, key_grid)
     scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     return reference.region_attention_weights(
         query, key, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight
@@ -144,7 +144,7 @@ def _check_maps(query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, ke
         for axis, size, parts in (("height", feature.shape[1], grid[0]), ("width", feature.shape[2], grid[1])):
             if parts < 1 or size < parts or size % parts:
                 raise ValueError(f"{name} {axis} {size} does not divide into {parts} regions; pad it to a multiple")
-    if query.dtype != key.dtype or len(query) != len(key) or query.shape[-1] != key.shape[-1]:
+    if query.dtype != key.dtype or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"query {_shape(query)} {query.dtype} and key {_shape(key)} {key.dtype} must agree in batch, channels "
             "and dtype"

@@ -48,7 +48,7 @@ def region_attention(
 
 def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, key_grid: Grid) -> bool:
     """Choose by measurement: masked dense attention wins up to 4 times the routed work, while its mask stays small."""
-    mask_elements = len(query) * query.shape[1] * query.shape[2] * key.shape[1] * key.shape[2]
+    mask_elements = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] * key.shape[2]
     is_small = mask_elements <= max(WORKSPACE_ELEMENTS, query.numel())
     tokens = key.shape[1] * key.shape[2] / (key_grid[0] * key_grid[1])
     return is_small and key_grid[0] * key_grid[1] <= (1 + 12 / tokens) * region_index.shape[-1]

