@@ -111,7 +111,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 f"{path} needs the Python object {blocked[1]} to load, which could run code; "
                 "save its state dict alone, or as safetensors"
             ) from error
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).partition(chr(10))[0]}") from error
+        # torch's own text advises to load the file unsafely
+        reason = "" if "weights_only" in str(error) else f": {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{path} is damaged or no checkpoint of torch.save{reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; a checkpoint is a dict of tensors")
     plain = {str(key): str(value) for key, value in content.items() if isinstance(value, str | int | float)}
