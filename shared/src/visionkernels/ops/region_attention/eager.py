@@ -22,8 +22,8 @@ from visionkernels.ops.region_attention.reference import valid_tokens
 
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
 
-WORKSPACE_ELEMENTS = 1 << 20
-"""Elements of all buffers of a chunk: 4 MiB of float32, about the cache of a core. One region is the least."""
+WORKSPACE_ELEMENTS = 3 << 18
+"""Elements of all buffers of a chunk: 3 MiB of float32, about the cache of a core. One region is the least."""
 
 
 def region_attention(
@@ -117,15 +117,6 @@ class _Geometry:
         query_size = (maps[0].shape[-1] - self.value_size) // 2
         return maps[0].tensor_split([query_size], -1)
 
-    def heads(self, query_size: int) -> list[tuple[slice, slice]]:
-        """Return the channels of each head in the query or key, and in the key-value map's value."""
-        size, value_size = query_size // self.num_heads, self.value_size // self.num_heads
-        value_starts = (query_size + head * value_size for head in range(self.num_heads))
-        return [
-            (slice(head * size, (head + 1) * size), slice(start, start + value_size))
-            for head, start in enumerate(value_starts)
-        ]
-
 
 class _ChunkedAttention(torch.autograd.Function):
     """Keeps only its inputs, and recomputes the weights in backward. Half precision is widened chunk by chunk."""
@@ -149,15 +140,16 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry) -> Tensor:
-    walk = _Walk(query, key_value, region_index, geometry, buffers=1)
+    walk = _Walk(query, key_value, region_index, geometry, is_backward=False)
     out = query.new_empty(*query.shape[:3], geometry.value_size)
     out_regions, query_regions, key_rows = walk.query_regions(out), walk.query_regions(query), walk.key_rows(key_value)
     for chunk in walk:
-        queries, keys = walk.load_regions("query", query_regions, chunk), walk.load_rows(key_rows, chunk)
-        for head, value_head in walk.heads:
-            weights = walk.weights(chunk, queries[..., head], keys[..., head])
-            out_head = slice(value_head.start - query.shape[-1], value_head.stop - query.shape[-1])
-            walk.store_regions(torch.bmm(weights, keys[..., value_head]), out_regions[..., out_head], chunk)
+        queries = walk.load_regions("query", query_regions, chunk, geometry.scale)
+        keys = walk.load_rows(key_rows, chunk)
+        for head, key_head, value_head in walk.heads:
+            weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head])
+            attended = torch.bmm(weights, keys[..., value_head])
+            walk.store_regions(attended, out_regions.unflatten(-1, (geometry.num_heads, -1))[..., head, :], chunk)
     return out
 
 
@@ -165,31 +157,27 @@ def _backward(
     grad_out: Tensor, query: Tensor, key_value: Tensor, grad_query: Tensor, grad_key_value: Tensor,
     region_index: Tensor, geometry: _Geometry,
 ) -> None:  # fmt: skip
-    walk = _Walk(query, key_value, region_index, geometry, buffers=3)
-    grad_regions, query_regions, key_rows = (
-        walk.query_regions(grad_out),
-        walk.query_regions(query),
-        walk.key_rows(key_value),
-    )
-    grad_query_regions, key_sum = walk.query_regions(grad_query), walk.sum_by_region(key_value)
+    walk = _Walk(query, key_value, region_index, geometry, is_backward=True)
+    grad_regions, query_regions = walk.query_regions(grad_out), walk.query_regions(query)
+    grad_query_regions, key_rows = walk.query_regions(grad_query), walk.key_rows(key_value)
+    sums = [(walk.zeros_by_region(key), walk.zeros_by_region(value)) for _, key, value in walk.heads]
     for chunk in walk:
-        queries, keys = walk.load_regions("query", query_regions, chunk), walk.load_rows(key_rows, chunk)
-        grad = walk.load_regions("grad", grad_regions, chunk)
-        grad_keys = walk.buffer("grad_key", chunk, *keys.shape[1:])
-        grad_weights = walk.buffer("grad_weights", chunk, walk.num_tokens, walk.num_keys)
-        grad_logits = walk.buffer("grad_logits", chunk, walk.num_tokens, walk.num_keys)
-        for head, value_head in walk.heads:
-            grad_head = grad[..., value_head.start - query.shape[-1] : value_head.stop - query.shape[-1]]
-            weights = walk.weights(chunk, queries[..., head], keys[..., head])
-            grad_keys[..., value_head] = torch.bmm(weights.mT, grad_head)
-            torch.bmm(grad_head, keys[..., value_head].mT, out=grad_weights)
-            _softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_logits)
-            grad_logits.mul_(geometry.scale)
-            grad_keys[..., head] = torch.bmm(grad_logits.mT, queries[..., head])
-            walk.store_regions(torch.bmm(grad_logits, keys[..., head]), grad_query_regions[..., head], chunk)
-        key_sum.index_add_(0, chunk.key_regions, grad_keys.view(-1, *key_sum.shape[1:]))
+        queries = walk.load_regions("query", query_regions, chunk, geometry.scale)
+        keys, grads = walk.load_rows(key_rows, chunk), walk.load_regions("grad", grad_regions, chunk)
+        for head, key_head, value_head in walk.heads:
+            grad = grads.unflatten(-1, (geometry.num_heads, -1))[..., head, :]
+            weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head])
+            key_sum, value_sum = sums[head]
+            walk.add(value_sum, weights.mT, grad, chunk)
+            grad_logits = walk.grad_logits(weights, grad, keys[..., value_head], chunk)
+            # the loaded queries carry the scale
+            walk.add(key_sum, grad_logits.mT, queries[..., key_head], chunk)
+            grad_queries = torch.bmm(grad_logits, keys[..., key_head]).mul_(geometry.scale)
+            walk.store_regions(grad_queries, grad_query_regions[..., key_head], chunk)
     target = region_view(grad_key_value, geometry.key_grid)
-    target.copy_(key_sum.view(target.shape))
+    for (_, key_head, value_head), (key_sum, value_sum) in zip(walk.heads, sums, strict=True):
+        target[..., key_head] = key_sum.view(*target.shape[:-1], key_sum.shape[-1])
+        target[..., value_head] = value_sum.view(*target.shape[:-1], value_sum.shape[-1])
 
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
@@ -211,7 +199,7 @@ class _Walk:
     """The chunks of query regions, and the buffers that they share."""
 
     def __init__(
-        self, query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry, *, buffers: int
+        self, query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry, *, is_backward: bool
     ) -> None:
         batch, regions, slots = region_index.shape
         self.geometry, self.dtype = geometry, torch.promote_types(query.dtype, torch.float32)
@@ -219,10 +207,13 @@ class _Walk:
         self.key_height = key_value.shape[1] // geometry.key_grid[0]
         self.key_width = key_value.shape[2] // geometry.key_grid[1]
         self.num_keys = slots * self.key_height * self.key_width
-        self.heads = geometry.heads(query.shape[-1])
-        channels = key_value.shape[-1]
-        per_region = self.num_tokens * (self.num_keys + channels) + self.num_keys * channels
-        self.capacity = max(1, WORKSPACE_ELEMENTS // (buffers * per_region))
+        self.heads = _heads(query.shape[-1], geometry)
+        # queries, keys and values, logits and weights; backward: gradients of the output, logits, keys and values
+        per_region = self.num_tokens * (query.shape[-1] + 2 * self.num_keys) + self.num_keys * key_value.shape[-1]
+        if is_backward:
+            head_size = key_value.shape[-1] // geometry.num_heads
+            per_region += self.num_tokens * (geometry.value_size + self.num_keys) + self.num_keys * head_size
+        self.capacity = max(1, WORKSPACE_ELEMENTS // per_region)
         columns = geometry.query_grid[1]
         self.grid = (batch * geometry.query_grid[0], columns)
         self.columns_per_chunk = min(columns, self.capacity)
@@ -269,11 +260,17 @@ class _Walk:
     def key_rows(self, feature: Tensor) -> Tensor:  # [B * H * columns, w', C]
         return feature.unflatten(2, (self.geometry.key_grid[1], self.key_width)).flatten(0, 2)
 
-    def load_regions(self, name: str, regions: Tensor, chunk: _Chunk) -> Tensor:
-        """Copy the tokens of the chunk's regions, [size, T, C]."""
+    def load_regions(self, name: str, regions: Tensor, chunk: _Chunk, scale: float = 1.0) -> Tensor:
+        """Copy the tokens of the chunk's regions, [size, T, C], times `scale`."""
         source = regions[chunk.rows, chunk.columns]
         buffer = self.buffer(name, chunk, self.num_tokens, regions.shape[-1])
-        buffer.view(source.shape).copy_(source)
+        target = buffer.view(source.shape)
+        if scale == 1.0:
+            target.copy_(source)
+        elif source.dtype == target.dtype:
+            torch.mul(source, scale, out=target)
+        else:
+            target.copy_(source).mul_(scale)
         return buffer
 
     def store_regions(self, buffer: Tensor, regions: Tensor, chunk: _Chunk) -> None:
@@ -294,15 +291,40 @@ class _Walk:
         # two buffers: softmax in place is slower by half where K is no multiple of the vector width
         logits = self.buffer("logits", chunk, self.num_tokens, self.num_keys)
         weights = self.buffer("weights", chunk, self.num_tokens, self.num_keys)
-        torch.baddbmm(logits, queries, keys.mT, beta=0, alpha=self.geometry.scale, out=logits)
+        torch.bmm(queries, keys.mT, out=logits)
         if chunk.is_valid is None:
             return torch.softmax(logits, -1, out=weights)
         torch.softmax(logits.masked_fill_(~chunk.is_valid, -torch.inf), -1, out=weights)
         # a query whose routed tokens are all invalid attends to nothing
         return weights.masked_fill_(~chunk.is_valid.any(-1, keepdim=True), 0)
 
-    def sum_by_region(self, key_value: Tensor) -> Tensor:
-        """Return zeros [B * L, T', C], to which chunks add whole regions: far faster than row by row of the map."""
-        regions = len(key_value) * self.geometry.key_grid[0] * self.geometry.key_grid[1]
-        tokens = self.key_height * self.key_width
-        return torch.zeros(regions, tokens, key_value.shape[-1], dtype=self.dtype, device=key_value.device)
+    def grad_logits(self, weights: Tensor, grad: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:  # [size, T, K]
+        grad_weights = torch.bmm(grad, values.mT, out=self.buffer("logits", chunk, self.num_tokens, self.num_keys))
+        target = self.buffer("grad_logits", chunk, self.num_tokens, self.num_keys)
+        _softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=target)
+        return target
+
+    def zeros_by_region(self, head: slice) -> Tensor:
+        """Return zeros [B * L, T', D], to which chunks add whole regions: far faster than row by row of the map."""
+        regions = len(self.prototype) * self.geometry.key_grid[0] * self.geometry.key_grid[1]
+        shape = (regions, self.key_height * self.key_width, head.stop - head.start)
+        return torch.zeros(shape, dtype=self.dtype, device=self.prototype.device)
+
+    def add(self, regions: Tensor, left: Tensor, right: Tensor, chunk: _Chunk) -> None:
+        """Add the products left @ right, [size, K, D], to the regions that their keys were taken from."""
+        buffer = self.buffer(f"product{right.shape[-1]}", chunk, self.num_keys, right.shape[-1])
+        product = torch.bmm(left, right, out=buffer)
+        regions.index_add_(0, chunk.key_regions, product.view(-1, *regions.shape[1:]))
+
+
+def _heads(query_size: int, geometry: _Geometry) -> list[tuple[int, slice, slice]]:
+    """Return each head's number, its channels in query and key, and those of its value in the key-value map."""
+    size, value_size = query_size // geometry.num_heads, geometry.value_size // geometry.num_heads
+    return [
+        (
+            head,
+            slice(head * size, (head + 1) * size),
+            slice(query_size + head * value_size, query_size + (head + 1) * value_size),
+        )
+        for head in range(geometry.num_heads)
+    ]
