@@ -1,9 +1,16 @@
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from parity import check
+
+# a file beside this one, and no module of the package
+_spec = importlib.util.spec_from_file_location("biformer_parity", Path(__file__).with_name("parity.py"))
+assert _spec is not None and _spec.loader is not None
+parity = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(parity)
+check = parity.check
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())["cases"]
@@ -60,6 +67,8 @@ def test_other_configuration_runs(tmp_path):
         )
         spec["flat_stride"] = 1
     arrays = {spec["npz_key"]: np.zeros(spec["shape"], spec["dtype"]) for spec in case["outputs"]}
+    # any top-3: columns are compared only after they are set in the stored order
+    arrays.pop("r_idx"), case["outputs"].remove(next(s for s in case["outputs"] if s["name"] == "r_idx"))
     _write(tmp_path, case, arrays)
     mismatches = check(tmp_path)[case["name"]]
     assert any(".out: differs by" in text for text in mismatches)

@@ -126,7 +126,8 @@ def _create(name: str, **options: Any) -> BiFormer:
 
 
 def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: str | Path) -> None:
-    rules, renamed = official_rules(model), {}
+    rules = official_rules(model)
+    renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         try:
             renamed |= rules.rename({key: value})

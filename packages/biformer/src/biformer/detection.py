@@ -1,0 +1,232 @@
+"""BiFormer in a detector: the model, its task, and training by a recipe (BiFormer, sec. 4.2).
+
+Detectors are torchvision's, with the paper's settings. What differs from the paper's:
+
+| | the paper's | here |
+|---|---|---|
+| RetinaNet | loss averaged over the anchors of the batch | over those of each image |
+| | level 7 from level 6 as it is | from its ReLU |
+| Mask R-CNN | RoIAlign aligned to pixel centres | not aligned |
+| | L1 loss of boxes in the second stage | smooth L1, beta 1/9 |
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from tqdm import tqdm
+
+from biformer.dense_data import ObjectPictures, open_objects, pair_up
+from biformer.dense_recipes import DetectionHead, DetectionRecipe
+from biformer.model import BiFormerBackbone
+from biformer.recipes import settings
+from biformer.segmentation import backbone_model, own_share, stored_options
+from visionkernels.checkpoints import load_strict, read_state
+from visionkernels.extras import require
+from visionkernels.training import FitResult, TrainingData, fit
+
+__all__ = ["DetectionTask", "PyramidBackbone", "detection_model", "evaluate", "load_detection_model", "train"]
+
+_EXTRA = "biformer[dense]"
+
+
+def detection_model(
+    name: str,
+    head: DetectionHead = "retinanet",
+    *,
+    num_classes: int = 91,
+    min_size: int = 800,
+    max_size: int = 1333,
+    pyramid_channels: int = 256,
+    regions_per_image: int = 512,
+    checkpoint: str | Path | None = None,
+    n_win: int = 16,
+    **options: Any,
+) -> RetinaNet | MaskRCNN:
+    """Return a torchvision detector on a BiFormer.
+
+    It takes a list of images [3, H, W] in 0..1, which it resizes and pads to multiples of 32: the shorter side to
+    `min_size` pixels unless the longer one would exceed `max_size`. In training it takes targets too (`boxes`,
+    `labels`, `masks`) and returns its losses; in evaluation it returns for each image `boxes`, `labels`, `scores`, and
+    from "maskrcnn" `masks` [N, 1, H, W] in 0..1. `num_classes` counts the background, class 0. BatchNorm keeps its
+    statistics. The width of the heads follows `pyramid_channels`. "maskrcnn" learns from `regions_per_image` proposals,
+    of which up to a quarter lie on objects. `checkpoint`, `n_win` and `options` are as for
+    `biformer.segmentation.segmentation_model`. Raises ValueError for unknown names, and CheckpointError.
+    """
+    if head not in get_args(DetectionHead):
+        raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(DetectionHead))}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} must be at least 2: the background and one kind of object")
+    model = backbone_model(name, checkpoint, n_win=n_win, **options)
+    sizes: dict[str, Any] = {
+        "min_size": min_size,
+        "max_size": max_size,
+        "image_mean": list(IMAGENET_DEFAULT_MEAN),
+        "image_std": list(IMAGENET_DEFAULT_STD),
+        "size_divisible": 32,
+    }
+    if head == "retinanet":
+        stages = BiFormerBackbone(model, (1, 2, 3), norm_eval=True)
+        last = LastLevelP6P7(stages.feature_info[-1]["num_chs"], pyramid_channels)
+        last.use_P5 = False  # level 6 comes from the backbone, whatever its width
+        # anchors, 4 convolutions a branch, focal loss of gamma 2 and alpha 0.25, and L1 are torchvision's own
+        return RetinaNet(PyramidBackbone(stages, pyramid_channels, last), num_classes, detections_per_img=100, **sizes)
+    backbone = PyramidBackbone(BiFormerBackbone(model, norm_eval=True), pyramid_channels, LastLevelMaxPool())
+    return MaskRCNN(backbone, **_region_heads(pyramid_channels, num_classes, regions_per_image), **sizes)
+
+
+def _region_heads(channels: int, num_classes: int, regions_per_image: int) -> dict[str, Any]:
+    """The settings of Mask R-CNN that are the paper's; its usual widths at 256 channels."""
+    levels = [str(level) for level in range(4)]
+    return {
+        # 8 times the strides 4, 8, 16, 32, 64
+        "rpn_anchor_generator": AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
+        "rpn_post_nms_top_n_train": 1000,
+        "box_batch_size_per_image": regions_per_image,
+        "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=0),
+        "box_head": TwoMLPHead(channels * 7**2, 4 * channels),
+        "box_predictor": FastRCNNPredictor(4 * channels, num_classes),
+        "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=0),
+        "mask_head": MaskRCNNHeads(channels, [channels] * 4, dilation=1),
+        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
+    }
+
+
+class PyramidBackbone(nn.Module):
+    """A feature pyramid over the maps of a BiFormer: what torchvision's detectors take as their backbone."""
+
+    def __init__(self, stages: BiFormerBackbone, channels: int, last: nn.Module) -> None:
+        super().__init__()
+        dims = [info["num_chs"] for info in stages.feature_info]
+        self.stages, self.out_channels = stages, channels
+        self.pyramid = FeaturePyramidNetwork(dims, channels, extra_blocks=cast(Any, last))
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
+        """Return the maps of the pyramid by level, finest first."""
+        maps = OrderedDict((str(level), each.contiguous()) for level, each in enumerate(self.stages(images)))
+        return cast(dict[str, Tensor], self.pyramid(maps))
+
+
+class DetectionTask(TrainingTask):
+    """The sum of a torchvision detector's losses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = model
+
+    def forward(  # type: ignore[override]  # lists, since images differ in size
+        self, images: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Take what the detector takes in training; return the loss and its parts."""
+        losses: dict[str, Tensor] = self.trainable_module(images, targets)
+        return {"loss": torch.stack([each.float() for each in losses.values()]).sum(), **losses}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: RetinaNet | MaskRCNN, pictures: ObjectPictures, *, workers: int = 0, show_progress: bool = True
+) -> dict[str, float]:
+    """Measure a detector on its device by COCO's average precision, in percent; several processes share the pictures.
+
+    `box_ap` is the mean over overlaps 0.5 to 0.95, `box_ap50` and `box_ap75` that at one; `mask_ap` and so on for
+    "maskrcnn". A set without objects has AP -100.
+    """
+    has_masks = isinstance(model, MaskRCNN)
+    require("pycocotools", _EXTRA)
+    detection = require("torchmetrics.detection", _EXTRA)
+    kinds = {"box": "bbox"} | ({"mask": "segm"} if has_masks else {})
+    metrics = {kind: detection.MeanAveragePrecision(iou_type=iou_type) for kind, iou_type in kinds.items()}
+    device = next(model.parameters()).device
+    model.eval()
+    for image, target in tqdm(
+        own_share(pictures, workers), desc="evaluating", disable=None if show_progress else True, leave=False
+    ):
+        (found,) = model([image.to(device)])
+        found = {key: value.cpu() for key, value in found.items()}
+        if has_masks:
+            found["masks"] = found["masks"][:, 0] > 0.5
+            target = target | {"masks": target["masks"].bool()}
+        for metric in metrics.values():
+            metric.update([found], [target])
+    result: dict[str, float] = {}
+    for kind, metric in metrics.items():
+        measured = metric.compute()
+        parts = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
+        result |= {f"{kind}_{name}": 100 * float(measured[key]) for name, key in parts.items()}
+    return result
+
+
+def train(
+    recipe: DetectionRecipe,
+    data: str | Path | None,
+    run_dir: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+) -> FitResult:
+    """Train a detector; a run that `run_dir` holds goes on where it stopped.
+
+    `data` is as for `biformer.dense_data.open_objects`, by default the recipe's own; `checkpoint` gives the backbone's
+    weights. `run_dir/weights.safetensors` opens with `load_detection_model`. The metrics are those of `evaluate`.
+    Errors as for `open_objects`, `detection_model` and `visionkernels.training.fit`.
+    """
+    for module in ("accelerate", "torchmetrics", "pycocotools"):
+        require(module, "biformer[train,dense]")
+    data = data or recipe.data
+    if data is None:
+        raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
+    opened = partial(open_objects, data, num_classes=recipe.model.num_classes, has_masks=recipe.head == "maskrcnn")
+    pictures, val_pictures = opened("train"), opened("validation")
+    torch.manual_seed(recipe.fit.seed)
+    options: dict[str, Any] = {
+        "name": recipe.model.name,
+        "head": recipe.head,
+        "min_size": recipe.min_size,
+        "max_size": recipe.max_size,
+        "pyramid_channels": recipe.pyramid_channels,
+        "regions_per_image": recipe.regions_per_image,
+        **recipe.model.options(),
+    }
+    return fit(
+        DetectionTask(detection_model(**options, checkpoint=checkpoint)),
+        recipe.fit,
+        TrainingData(
+            train=pictures,
+            evaluate=partial(_metrics, pictures=val_pictures, workers=recipe.fit.num_workers),
+            collate=pair_up,
+        ),
+        run_dir,
+        details={
+            "task": "detection",
+            "detection_model": json.dumps(options),
+            "biformer": version("biformer"),
+            "settings": settings(recipe),
+            **({} if checkpoint is None else {"started_from": str(checkpoint)}),
+        },
+    )
+
+
+def load_detection_model(path: str | Path) -> RetinaNet | MaskRCNN:
+    """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
+    checkpoint = read_state(path)
+    model = detection_model(**stored_options(checkpoint, path, "detection_model"))
+    load_strict(model, checkpoint.state, source=path)
+    return model.eval()
+
+
+def _metrics(model: RetinaNet | MaskRCNN, pictures: ObjectPictures, workers: int) -> Mapping[str, float]:
+    return evaluate(model, pictures, workers=workers)

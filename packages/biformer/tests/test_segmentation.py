@@ -1,0 +1,372 @@
+"""Segmentation: the model under both heads, its loss, inference and metrics, pictures in folders, and training."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import biformer.segmentation
+from biformer.checkpoint import official_rules
+from biformer.dense_data import IGNORED, Scenes, aligned_size, draw_shapes, open_scenes
+from biformer.dense_recipes import DENSE_RECIPES, SceneRecipe, SegmentationRecipe
+from biformer.segmentation import (
+    SegmentationModel,
+    SegmentationTask,
+    evaluate,
+    load_segmentation_model,
+    predict,
+    segmentation_model,
+    train,
+)
+from visionkernels.checkpoints import CheckpointError
+
+HEADS = ("fpn", "upernet")
+LAYOUT = json.loads((Path(__file__).parent / "golden" / "state_layout.json").read_text())
+SCENE = SceneRecipe(short_side=96, long_side=192, crop=64, stride=40)
+
+
+def micro_model(head: str, **options) -> SegmentationModel:
+    sizes = {"depth": (1,) * 4, "embed_dim": (32, 32, 64, 64), "topks": (1, 4, 4, -2), "n_win": 4}
+    options = {"num_classes": 4, "decoder_channels": 32, "scene": SCENE} | sizes | options
+    return segmentation_model("biformer_tiny", head, **options)
+
+
+def micro_recipe(head: str, **fit) -> SegmentationRecipe:
+    recipe = DENSE_RECIPES["biformer_micro_shapes_fpn"]
+    return replace(
+        recipe,
+        head=head,
+        auxiliary_weight=0.4 if head == "upernet" else 0.0,
+        scene=replace(recipe.scene, short_side=96, long_side=128, crop=96, scale_range=(0.9, 1.2)),
+        fit=replace(recipe.fit, **fit),
+    )
+
+
+def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    scenes = open_scenes("shapes", "validation", replace(SCENE, short_side=64, long_side=96), num_classes=4)
+    images, labels = zip(*(scenes[index] for index in range(count)), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two pictures in ADE20K's layout; labels 0 (none) to 3 in four quarters."""
+    quarters = np.kron(np.array([[0, 1], [2, 3]], dtype=np.uint8), np.ones((24, 32), np.uint8))
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.fromarray(np.stack([60 * quarters] * 3, -1)).save(tmp_path / f"images/{split}/{name}.jpg")
+            Image.fromarray(quarters).save(tmp_path / f"annotations/{split}/{name}.png")
+    return tmp_path
+
+
+class Pointwise(SegmentationModel):
+    """Logits that are the image's channels: the same in any window."""
+
+    def __init__(self, scene: SceneRecipe) -> None:
+        nn.Module.__init__(self)
+        self.scene, self.num_classes = scene, 3
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return images
+
+
+class TestSegmentationModel:
+    @pytest.mark.parametrize("head", HEADS)
+    @pytest.mark.parametrize("size", [(64, 96), (33, 47), (1, 70)], ids=str)
+    def test_shapes(self, head, size):
+        model = micro_model(head)
+        images = torch.randn(2, 3, *size)
+        assert model.eval()(images).shape == (2, 4, *size)
+        assert [each.shape for each in model.train()(images)] == [(2, 4, *size)] * (2 if head == "upernet" else 1)
+
+    @pytest.mark.parametrize("head", HEADS)
+    def test_padding(self, head):
+        model, image = micro_model(head).eval(), torch.randn(1, 3, 40, 90)
+        padded = F.pad(image, (0, 6, 0, 24))
+        assert_close(model(image), model(padded)[..., :40, :90], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("head", HEADS)
+    def test_every_parameter_learns(self, head):
+        model = micro_model(head).train()
+        sum(each.square().sum() for each in model(torch.randn(2, 3, 64, 64))).backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+    def test_paper_sizes(self):
+        with torch.device("meta"):
+            upernet = segmentation_model("biformer_small", drop_path_rate=0.3)
+            fpn = segmentation_model("biformer_base", "fpn")
+        assert [block[1][0].out_channels for block in upernet.decoder.psp.blocks] == [512] * 4
+        assert [block[0].output_size for block in upernet.decoder.psp.blocks] == [1, 2, 3, 6]
+        assert upernet.auxiliary[0][0].kernel_size == (3, 3)
+        assert (upernet.auxiliary[0][0].in_channels, upernet.auxiliary[0][0].out_channels) == (256, 256)
+        assert (upernet.classifier[0].p, upernet.classifier[1].in_channels, upernet.num_classes) == (0.1, 512, 150)
+        assert (fpn.decoder.p5.in_channels, fpn.decoder.p5.out_channels) == (768, 256)
+        assert (fpn.decoder.dropout.p, fpn.classifier[1].in_channels, fpn.auxiliary) == (0.1, 128, None)
+        assert {block.attn.n_win for stage in fpn.backbone.model.stages[:3] for block in stage} == {8}
+
+    def test_norms(self):
+        """The stages' own norms are the only ones between backbone and decoder."""
+        keys = set(micro_model("upernet").state_dict())
+        assert {f"backbone.extra_norms.{stage}.weight" for stage in range(4)} <= keys
+        assert not any("feature_norms" in key for key in keys)
+
+    def test_official_checkpoint(self, tmp_path):
+        generator = torch.Generator().manual_seed(0)
+        official = {
+            key: torch.rand(shape, generator=generator) if shape else torch.tensor(3)
+            for key, shape in LAYOUT["biformer_tiny_224"].items()
+        }
+        torch.save({"model": official}, tmp_path / "official.pth")
+        model = segmentation_model("biformer_tiny", "fpn", num_classes=5, checkpoint=tmp_path / "official.pth")
+        loaded = model.backbone.state_dict()
+        renamed = official_rules(model.backbone).rename(
+            {key: value for key, value in official.items() if not key.startswith(("norm.", "head."))}
+        )
+        assert {key for key in loaded if not key.startswith("extra_norms.")} == set(renamed)
+        for key, value in renamed.items():
+            assert torch.equal(loaded[key], value), key
+
+    def test_smp_encoder(self):
+        """Registered in timm, the models also serve as encoders of any decoder of segmentation-models-pytorch."""
+        model = smp.Unet("tu-biformer_tiny", encoder_weights=None, classes=5).eval()
+        assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"name": "resnet50"}, "unknown model 'resnet50'; known: biformer_tiny"),
+            ({"head": "deeplab"}, "unknown head 'deeplab'; known: upernet, fpn"),
+            ({"num_classes": 0}, "num_classes=0 must be 1 to 255"),
+            ({"num_classes": 256}, "num_classes=256 must be 1 to 255"),
+            ({"head": "fpn", "decoder_channels": 48}, "decoder_channels=48 must be a multiple of 32"),
+        ],
+    )
+    def test_errors(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            segmentation_model(**({"name": "biformer_tiny"} | arguments))
+
+    def test_input_error(self):
+        with pytest.raises(ValueError, match=r"images have shape \[3, 64, 64\]"):
+            micro_model("fpn")(torch.zeros(3, 64, 64))
+
+    def test_missing_extra(self, monkeypatch):
+        monkeypatch.setitem(biformer.segmentation.require.__globals__["importlib"].sys.modules, "smp", None)
+        monkeypatch.setattr(biformer.segmentation, "require", partial(_refuse, biformer.segmentation.require))
+        with pytest.raises(ImportError, match=r"pip install 'biformer\[dense\]'"):
+            micro_model("fpn")
+
+
+def _refuse(require, module, install):
+    return require("segmentation_models_pytorch_missing", install)
+
+
+class TestSegmentationTask:
+    def test_loss(self):
+        model, (images, labels) = micro_model("upernet", dropout=0.0).train(), batch()
+        labels[:, :9] = IGNORED
+        found = SegmentationTask(model, auxiliary_weight=0.4)(images, labels)
+        main, auxiliary = (
+            F.cross_entropy(each, labels, ignore_index=IGNORED, reduction="none").mean() for each in model(images)
+        )
+        assert_close(found["main_loss"], main)
+        assert_close(found["loss"], main + 0.4 * auxiliary)
+        assert found["loss"].dtype == torch.float32
+
+    def test_no_labels(self):
+        model = micro_model("fpn").train()
+        found = SegmentationTask(model)(torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), IGNORED))
+        found["loss"].backward()
+        assert found["loss"].item() == 0
+        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+    @pytest.mark.parametrize("head", HEADS)
+    def test_loss_falls(self, head):
+        images, labels = batch()
+        task = SegmentationTask(micro_model(head).train())
+        optimizer = torch.optim.AdamW(task.parameters(), 2e-3)
+        losses = []
+        for _ in range(30):
+            loss = task(images, labels)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.6 * losses[0]
+
+
+class TestPredict:
+    IMAGE = torch.linspace(-1, 1, 3 * 50 * 130).reshape(3, 50, 130).sin()
+
+    @pytest.mark.parametrize(
+        "changes", [{}, {"test_flip": True}, {"inference": "slide"}], ids=["whole", "flip", "slide"]
+    )
+    def test_pointwise_model(self, changes):
+        """Windows and mirroring change nothing for a model that sees single pixels."""
+        scene = SceneRecipe(short_side=50, long_side=130, multiple=1, crop=32, stride=20)
+        found = predict(Pointwise(replace(scene, **changes)), self.IMAGE)
+        assert_close(found, self.IMAGE.softmax(0), rtol=0, atol=1e-6)
+
+    def test_probabilities(self):
+        model = micro_model("upernet", scene=replace(SCENE, test_scales=(0.5, 1.0), test_flip=True)).eval()
+        found = predict(model, self.IMAGE)
+        assert found.shape == (4, 50, 130)
+        assert_close(found.sum(0), torch.ones(50, 130))
+        assert_close(predict(model, self.IMAGE.flip(-1)).flip(-1), found, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("size", "expected"),
+        [((512, 683), (512, 704)), ((683, 512), (704, 512)), ((300, 2000), (320, 2048)), ((1, 1), (512, 512))],
+    )
+    def test_aligned_size(self, size, expected):
+        assert aligned_size(*size, SceneRecipe()) == expected
+
+
+class TestEvaluate:
+    LABELS = torch.tensor([[0, 0, 0, 1], [0, 0, IGNORED, 2]])
+
+    def scenes(self, answer: torch.Tensor) -> Scenes:
+        image = 9.0 * F.one_hot(answer, 3).permute(2, 0, 1).float()
+        return Scenes(lambda index: (image, self.LABELS), 2, lambda image, labels: (image, labels))
+
+    def measure(self, answer: torch.Tensor) -> dict[str, float]:
+        scene = SceneRecipe(short_side=2, long_side=4, multiple=1)
+        return evaluate(Pointwise(scene), self.scenes(answer), show_progress=False)
+
+    def test_perfect(self):
+        found = self.measure(torch.where(self.LABELS == IGNORED, 1, self.LABELS))
+        assert found == pytest.approx({"miou": 100, "pixel_accuracy": 100, "majority_miou": 100 * 5 / 7 / 3})
+
+    def test_majority(self):
+        found = self.measure(torch.zeros(2, 4, dtype=torch.long))
+        assert found["miou"] == pytest.approx(found["majority_miou"])
+        assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 7)
+
+    def test_classes_without_pixels_do_not_count(self):
+        answer = torch.where(self.LABELS == 2, 1, self.LABELS) % IGNORED
+        # class 0: 5 of 5, class 1: 1 of 2, class 2: 0 of 1
+        assert self.measure(answer)["miou"] == pytest.approx(100 * (1 + 0.5 + 0) / 3)
+
+
+class TestOpenScenes:
+    def test_folder(self, folder):
+        scenes = open_scenes(folder, "validation", SCENE, num_classes=3)
+        image, labels = scenes[1]
+        assert len(scenes) == 2
+        assert (image.shape, labels.shape, labels.dtype) == ((3, 48, 64), (48, 64), torch.int64)
+        assert [labels[y, x].item() for y, x in ((0, 0), (0, 63), (47, 0), (47, 63))] == [IGNORED, 0, 1, 2]
+        assert_close(
+            image[:, 47, 63], (180 / 255 - torch.tensor(SCENE.mean)) / torch.tensor(SCENE.std), rtol=0, atol=0.05
+        )
+
+    def test_training_crops(self, folder):
+        scene = SceneRecipe(
+            short_side=48, long_side=64, crop=80, stride=53, scale_range=(0.5, 2.0), max_class_share=0.6
+        )
+        scenes = open_scenes(folder, "train", scene, num_classes=3)
+        samples = [scenes[0] for _ in range(20)]
+        assert {(tuple(image.shape), tuple(labels.shape)) for image, labels in samples} == {((3, 80, 80), (80, 80))}
+        assert all(set(labels.unique().tolist()) <= {0, 1, 2, IGNORED} for _, labels in samples)
+        # what lies outside the picture is mean colour without a label
+        labels = next(labels for _, labels in samples if (labels[-1] == IGNORED).all())
+        assert (labels != IGNORED).any()
+
+    def test_order_does_not_matter(self):
+        scenes = open_scenes("shapes", "train", SCENE, num_classes=4)
+        torch.manual_seed(1)
+        first = scenes[5]
+        scenes[6]
+        torch.manual_seed(1)
+        assert_close(scenes[5], first, rtol=0, atol=0)
+
+    def test_errors(self, folder, tmp_path):
+        open_here = partial(open_scenes, scene=SCENE, num_classes=3)
+        with pytest.raises(FileNotFoundError, match=r"has no pictures .*images/training"):
+            open_here(tmp_path / "nowhere", "train")
+        with pytest.raises(ValueError, match="label 3; there are 2 classes"):
+            open_here(folder, "validation", num_classes=2)[0]
+        with pytest.raises(ValueError, match="num_classes=3 is too few for the 4 of the shapes"):
+            open_here("shapes", "train")
+        (folder / "annotations/validation/a.png").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match=r"annotation .*a.png cannot be read"):
+            open_here(folder, "validation")[0]
+        Image.new("L", (5, 5)).save(folder / "annotations/validation/a.png")
+        with pytest.raises(ValueError, match=r"shape \(5, 5\); its picture is \(48, 64\)"):
+            open_here(folder, "validation")[0]
+        (folder / "annotations/validation/a.png").unlink()
+        with pytest.raises(FileNotFoundError, match=r"lacks 1 annotations; the first is .*a.png"):
+            open_here(folder, "validation")
+
+
+class TestDrawShapes:
+    def test_repeats(self):
+        first, again, other = draw_shapes(3), draw_shapes(3), draw_shapes(4)
+        for one, two in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert (first[0] != other[0]).any()
+
+    def test_shapes(self):
+        kinds = set()
+        for index in range(30):
+            picture, masks, labels = draw_shapes(index, size=(40, 60))
+            assert (picture.shape, picture.dtype) == ((40, 60, 3), np.uint8)
+            assert (masks.shape, masks.sum(0).max()) == ((len(labels), 40, 60), 1)
+            assert masks.sum((1, 2)).min() >= 16
+            for mask, kind in zip(masks, labels, strict=True):
+                assert picture[mask].mean(0).argmax() == kind - 1
+            kinds |= set(labels.tolist())
+        assert kinds == {1, 2, 3}
+
+    def test_areas(self):
+        """A lone shape fills its circle by its kind: 1, 3 sqrt(3) / 4 pi and 2 / pi."""
+        shares: dict[int, list[float]] = {1: [], 2: [], 3: []}
+        for index in range(60):
+            _, (mask,), (kind,) = draw_shapes(index, size=(300, 300), max_shapes=1)
+            rows, columns = np.nonzero(mask)
+            points = np.stack([rows, columns], 1)
+            centre = points.mean(0)
+            radius = np.hypot(*(points - centre).T).max()
+            shares[int(kind)].append(mask.sum() / (np.pi * radius**2))
+        expected = {1: 1.0, 2: 3 * 3**0.5 / (4 * np.pi), 3: 2 / np.pi}
+        assert {kind: np.mean(each) for kind, each in shares.items()} == pytest.approx(expected, rel=0.03)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"size=\(301, 40\) must be 16 to 300"):
+            draw_shapes(0, size=(301, 40))
+
+
+class TestTrain:
+    def test_fpn(self, tmp_path):
+        recipe = micro_recipe("fpn", updates=150)
+        result = train(recipe, None, tmp_path / "run")
+        assert result.metrics["miou"] > result.metrics["majority_miou"] + 5
+        model = load_segmentation_model(result.weights)
+        assert (model.scene, model.training) == (recipe.scene, False)
+        scenes = open_scenes("shapes", "validation", recipe.scene, num_classes=4)
+        assert evaluate(model, scenes, show_progress=False)["miou"] == pytest.approx(result.metrics["miou"])
+
+    @pytest.mark.slow
+    def test_upernet(self, tmp_path):
+        result = train(micro_recipe("upernet", updates=100), None, tmp_path / "run")
+        assert result.metrics["miou"] > result.metrics["majority_miou"] + 10
+        assert load_segmentation_model(result.weights).auxiliary is not None
+
+    def test_errors(self, tmp_path, folder):
+        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
+            train(DENSE_RECIPES["biformer_small_ade20k_fpn"], None, tmp_path / "run")
+        with pytest.raises(ValueError, match="batch_size=1 gives a process 1 pictures; UperNet needs 2"):
+            train(micro_recipe("upernet", batch_size=1), None, tmp_path / "run")
+        torch.save({"model": {"stages.0.0.norm1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=r"other.pth holds no scene of `biformer train`"):
+            load_segmentation_model(tmp_path / "other.pth")
