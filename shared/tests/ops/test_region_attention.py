@@ -97,6 +97,16 @@ class TestRegionAttention:
         run = partial(region_attention, region_index=index, **options)
         check_backend(partial(run, backend="eager"), partial(run, backend="reference"), inputs)
 
+    @pytest.mark.parametrize("form", ["dense", "chunked", "triton"])
+    def test_repeated_region(self, monkeypatch, form):
+        """A region named twice counts twice."""
+        monkeypatch.setattr(eager, "_prefers_dense", lambda *_: form == "dense")
+        inputs, index, options = make(topk=4)
+        index[:, ::2, 1:3] = index[:, ::2, :1]
+        run = partial(region_attention, region_index=index, **options)
+        backend = "triton" if form == "triton" else "eager"
+        check_backend(partial(run, backend=backend), partial(run, backend="reference"), inputs)
+
     @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
     def test_shapes(self, backend, monkeypatch):
         monkeypatch.setattr(eager, "_prefers_dense", lambda *_: False)

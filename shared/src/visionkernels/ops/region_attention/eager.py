@@ -60,9 +60,10 @@ def _dense(
 ) -> Tensor:  # fmt: skip
     query_region = _region_of_pixel(query, query_grid)
     key_region = _region_of_pixel(key, key_grid)
-    shape = (*region_index.shape[:2], key_grid[0] * key_grid[1])
-    bias = query.new_full(shape, -torch.inf).scatter_(2, region_index, 0.0)
-    bias = bias[:, query_region][:, :, key_region].unsqueeze(1)
+    times_routed = query.new_zeros(*region_index.shape[:2], key_grid[0] * key_grid[1])
+    times_routed.scatter_add_(2, region_index.long(), query.new_ones(()).expand(region_index.shape))
+    # a region named n times has n equal keys each: exp(logit + log n); one not named has log 0, no weight
+    bias = times_routed.log()[:, query_region][:, :, key_region].unsqueeze(1)
     queries, keys, values = (
         x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
     )
