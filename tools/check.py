@@ -36,6 +36,7 @@ def steps(projects: Sequence[Project], only: Sequence[str]) -> list[Step]:
         Step("imports", [([sys.executable, "tools/imports.py"], ROOT)]),
         Step("dependencies", [(_deptry(project), project.folder) for project in projects]),
         Step("tests", [([*python, "pytest", "-m", "not slow and not browser", *tests], ROOT) for tests in suites]),
+        Step("shapes", [(_shapes(project), ROOT) for project in projects if project != SHARED]),
         Step("wheels", [([sys.executable, "tools/wheels.py", *chosen], ROOT)]),
     ]
 
@@ -46,6 +47,13 @@ def _deptry(project: Project) -> list[str]:
     extras = {re.split(r"[^\w.-]", requirement)[0] for group in groups for requirement in group} - {SHARED.name}
     ignored = ["DEP003=triton"] + ["DEP002=" + "|".join(sorted(extras))] * bool(extras)
     return [sys.executable, "-m", "deptry", "src", "--no-ansi", "--per-rule-ignores", ",".join(ignored)]
+
+
+def _shapes(project: Project) -> list[str]:
+    # the golden cases run the public functions; their annotated shapes are checked on the way
+    checked = f"{project.name},{SHARED.name},{SHARED.name}.testing.typechecking.check"
+    cases = [f"packages/{project.name}/tests/test_parity.py", "-k", "golden"]
+    return [sys.executable, "-m", "pytest", *cases, f"--jaxtyping-packages={checked}"]
 
 
 def check(*, only: Names = (), skip: Names = (), keep_going: bool = False) -> int:

@@ -22,7 +22,7 @@ def results():
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in CASES])
-def test_agrees(results, name):
+def test_golden(results, name):
     assert results[name] == []
 
 

@@ -57,7 +57,7 @@ def region_attention(
 
 
 def region_attention_packed(
-    qkv: Float[Tensor, "batch height width 2*qk+v"],
+    qkv: Float[Tensor, "batch height width qkv"],
     region_index: Int[Tensor, "batch regions topk"],
     *,
     value_size: int,

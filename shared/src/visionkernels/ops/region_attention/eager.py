@@ -8,7 +8,7 @@ compiler plans its own memory, and for weighted slots.
 
 # B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T gathered tokens, M heads, D head
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class _Geometry:
     valid_size: tuple[int, int] | None
     value_size: int  # channels
 
-    def unpack(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def unpack(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the query map and the key-value map, of these two or of one that holds both side by side."""
         if len(maps) == 2:
             return maps
