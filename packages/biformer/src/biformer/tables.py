@@ -15,7 +15,7 @@ from biformer.maps import convolve
 from biformer.model import BiFormer
 from visionkernels.profiling import FlopCount, count_flops, count_parameters
 from visionkernels.samples import photographs
-from visionkernels.tables import Cell, Figure, Measured, Table
+from visionkernels.tables import CHECKPOINT, DATASET, GPU, SAMPLES, Cell, Figure, Measured, Table
 
 __all__ = ["figures", "tables"]
 
@@ -85,14 +85,14 @@ def _imagenet() -> Table:
                  measure=partial(_gflops, name)),
             Cell(row=name, column="params M", paper=parameters, digits=1, tolerance=0.05, command=info,
                  measure=partial(_parameters, name)),
-            Cell(row=name, column="top-1 %", paper=top1, digits=1, tolerance=0.3, needs=("dataset", "gpu"),
+            Cell(row=name, column="top-1 %", paper=top1, digits=1, tolerance=0.3, needs=(DATASET, GPU),
                  command=f"biformer train {name}_in1k --data IMAGENET --out runs/{name}"),
         ]  # fmt: skip
     for name, (_, _, top1) in _TOKEN_LABELLING.items():
         recipe = f"{name}_in1k_token_labelling"
         cells.append(
             Cell(row=f"{name}, token labelling", column="top-1 %", paper=top1, digits=1, tolerance=0.3,
-                 source="recalled", needs=("dataset", "gpu"),
+                 source="recalled", needs=(DATASET, GPU),
                  command=f"biformer train {recipe} --data IMAGENET --out runs/{recipe}")
         )  # fmt: skip
     convention = (
@@ -117,7 +117,7 @@ def _breakdown() -> Table:
 def _coco() -> Table:
     cells = tuple(
         Cell(row=f"biformer_{size}, {head}", column=metric, paper=figure, digits=1, tolerance=0.4,
-             needs=("dataset", "checkpoint", "gpu"),
+             needs=(DATASET, CHECKPOINT, GPU),
              command=f"biformer train biformer_{size}_coco_{head} --data COCO --out runs/coco")
         for (size, head, metric), figure in _COCO.items()
     )  # fmt: skip
@@ -131,7 +131,7 @@ def _coco() -> Table:
 def _ade20k() -> Table:
     cells = tuple(
         Cell(row=f"biformer_{size}, {head}", column=metric, paper=figure, digits=1, tolerance=0.5,
-             needs=("dataset", "checkpoint", "gpu"),
+             needs=(DATASET, CHECKPOINT, GPU),
              command=f"biformer train biformer_{size}_ade20k_{head} --data ADE20K --out runs/ade20k")
         for (size, head, metric), figure in _ADE20K.items()
     )  # fmt: skip
@@ -144,7 +144,7 @@ def _ablation() -> Table:
     for kind, (top1, miou, source) in _ABLATION.items():
         for column, figure in (("top-1 %", top1), ("mIoU", miou)):
             cells.append(
-                Cell(row=kind, column=column, paper=figure, digits=1, tolerance=0.3, needs=("dataset", "gpu"),
+                Cell(row=kind, column=column, paper=figure, digits=1, tolerance=0.3, needs=(DATASET, GPU),
                      source="read" if source == "read" and column == "top-1 %" else "recalled",
                      command="biformer train biformer_stl_in1k --data IMAGENET --out runs/stl")
             )  # fmt: skip
@@ -190,7 +190,7 @@ def _identities() -> Table:
 
 def _mnist5k() -> Table:
     cell = Cell(row="biformer_micro_mnist5k", column="top-1 %", paper=None, digits=1, tolerance=0.0,
-                needs=("samples",), command="biformer train biformer_micro_mnist5k --out runs/mnist5k",
+                needs=(SAMPLES,), command="biformer train biformer_micro_mnist5k --out runs/mnist5k",
                 measure=_train_digits)  # fmt: skip
     convention = "A BiFormer of 0.9 M parameters, 4 epochs on 4,000 digits, tested on 1,000; seed 0; chance is 10 %."
     return Table("mnist5k", "Learning here and now: MNIST-5k", convention, (cell,))
