@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -280,15 +276,3 @@ class TestRegionAttentionWeights:
         ours = region_attention(query, key, value, index, **options)
         blocks = ours.unflatten(1, (3, 2)).unflatten(3, (2, 4)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         torch.testing.assert_close(out.flatten(3), blocks)
-
-
-def test_kernels_compile_without_spills():
-    """Every kernel, for every target, in a process whose Triton is not in interpreter mode."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "visionkernels.testing.kernels"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads(result.stdout)
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
-    bad = [row for row in rows if row["spills"] or row["shared_bytes"] > row["limit_shared_bytes"]]
-    assert not bad, bad
