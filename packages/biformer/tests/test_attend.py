@@ -59,7 +59,8 @@ class TestAttend:
         out = tmp_path / f"out.{suffix}"
         attend(picture, model, layer, (59, 90), out)
         if suffix == "png":
-            assert Image.open(out).width > (1000 if layer is None else 300)
+            with Image.open(out) as drawn:
+                assert drawn.width > (1000 if layer is None else 300)
         else:
             assert "</svg>" in out.read_text()
         assert len(routed_layers(model)) == 4

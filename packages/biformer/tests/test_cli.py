@@ -235,7 +235,8 @@ class TestAttend:
         query = ["--query", 20, 10, "--layer", "stages.2.0", "--checkpoint", weights, "--out", out]
         assert biformer("attend", picture, *query) == 0
         assert capsys.readouterr().out == f"{out}\n"
-        assert Image.open(out).width > 100
+        with Image.open(out) as drawn:
+            assert drawn.width > 100
 
     def test_errors(self, capsys, weights, picture, tmp_path):
         common = [picture, "--query", 20, 10, "--out", tmp_path / "a.png"]

@@ -13,8 +13,8 @@ from biformer.segmentation import segmentation_model
 from visionkernels.training.optimization import LearningRate, create_optimizer
 
 SEGMENTATION = {
-    "fpn": ("small", 0.15, 80_000, 32, 2e-4, 1e-4, ()),
-    "upernet": ("small", 0.3, 160_000, 16, 6e-5, 0.01, ("*norm*",)),
+    "fpn": (80_000, 32, 2e-4, 1e-4, ()),
+    "upernet": (160_000, 16, 6e-5, 0.01, ("*norm*",)),
 }
 DETECTION = {
     "retinanet": (1e-4, ()),
@@ -61,7 +61,7 @@ class TestPaperRecipes:
     @pytest.mark.parametrize("size", ["small", "base"])
     @pytest.mark.parametrize("head", SEGMENTATION)
     def test_segmentation(self, head, size):
-        _, _, updates, batch_size, lr, weight_decay, no_decay = SEGMENTATION[head]
+        updates, batch_size, lr, weight_decay, no_decay = SEGMENTATION[head]
         recipe = DENSE_RECIPES[f"biformer_{size}_ade20k_{head}"]
         fit, optimizer = recipe.fit, recipe.fit.optimizer
         assert isinstance(recipe, SegmentationRecipe)

@@ -1,22 +1,19 @@
-"""Segmentation: the model under both heads, its loss, inference and metrics, pictures in folders, and training."""
+"""Segmentation: the model under both heads, its loss, inference and metrics, and training."""
 
 import json
+import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import biformer.segmentation
 from biformer.checkpoint import official_rules
-from biformer.dense_data import IGNORED, Scenes, aligned_size, draw_shapes, open_scenes
+from biformer.dense_data import IGNORED, Scenes, open_scenes
 from biformer.dense_recipes import DENSE_RECIPES, SceneRecipe, SegmentationRecipe
 from biformer.segmentation import (
     SegmentationModel,
@@ -55,19 +52,6 @@ def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     scenes = open_scenes("shapes", "validation", replace(SCENE, short_side=64, long_side=96), num_classes=4)
     images, labels = zip(*(scenes[index] for index in range(count)), strict=True)
     return torch.stack(images), torch.stack(labels)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two pictures in ADE20K's layout; labels 0 (none) to 3 in four quarters."""
-    quarters = np.kron(np.array([[0, 1], [2, 3]], dtype=np.uint8), np.ones((24, 32), np.uint8))
-    for split in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (tmp_path / kind / split).mkdir(parents=True)
-        for name in ("a", "b"):
-            Image.fromarray(np.stack([60 * quarters] * 3, -1)).save(tmp_path / f"images/{split}/{name}.jpg")
-            Image.fromarray(quarters).save(tmp_path / f"annotations/{split}/{name}.png")
-    return tmp_path
 
 
 class Pointwise(SegmentationModel):
@@ -150,7 +134,9 @@ class TestSegmentationModel:
             ({"head": "deeplab"}, "unknown head 'deeplab'; known: upernet, fpn"),
             ({"num_classes": 0}, "num_classes=0 must be 1 to 255"),
             ({"num_classes": 256}, "num_classes=256 must be 1 to 255"),
-            ({"head": "fpn", "decoder_channels": 48}, "decoder_channels=48 must be a multiple of 32"),
+            ({"head": "fpn", "decoder_channels": 48}, "decoder_channels=48 must be a multiple of 32 for fpn"),
+            ({"decoder_channels": 33}, "decoder_channels=33 must be a multiple of 2 for upernet"),
+            ({"decoder_channels": 0}, "decoder_channels=0 must be a multiple of 2"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -162,14 +148,9 @@ class TestSegmentationModel:
             micro_model("fpn")(torch.zeros(3, 64, 64))
 
     def test_missing_extra(self, monkeypatch):
-        monkeypatch.setitem(biformer.segmentation.require.__globals__["importlib"].sys.modules, "smp", None)
-        monkeypatch.setattr(biformer.segmentation, "require", partial(_refuse, biformer.segmentation.require))
+        monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.decoders", None)
         with pytest.raises(ImportError, match=r"pip install 'biformer\[dense\]'"):
             micro_model("fpn")
-
-
-def _refuse(require, module, install):
-    return require("segmentation_models_pytorch_missing", install)
 
 
 class TestSegmentationTask:
@@ -215,7 +196,7 @@ class TestPredict:
     def test_pointwise_model(self, changes):
         """Windows and mirroring change nothing for a model that sees single pixels."""
         scene = SceneRecipe(short_side=50, long_side=130, multiple=1, crop=32, stride=20)
-        found = predict(Pointwise(replace(scene, **changes)), self.IMAGE)
+        found = predict(Pointwise(replace(scene, **changes)).eval(), self.IMAGE)
         assert_close(found, self.IMAGE.softmax(0), rtol=0, atol=1e-6)
 
     def test_probabilities(self):
@@ -225,24 +206,21 @@ class TestPredict:
         assert_close(found.sum(0), torch.ones(50, 130))
         assert_close(predict(model, self.IMAGE.flip(-1)).flip(-1), found, rtol=0, atol=1e-6)
 
-    @pytest.mark.parametrize(
-        ("size", "expected"),
-        [((512, 683), (512, 704)), ((683, 512), (704, 512)), ((300, 2000), (320, 2048)), ((1, 1), (512, 512))],
-    )
-    def test_aligned_size(self, size, expected):
-        assert aligned_size(*size, SceneRecipe()) == expected
+    def test_errors(self):
+        model = Pointwise(SCENE)
+        with pytest.raises(ValueError, match="the model is in training mode"):
+            predict(model, self.IMAGE)
+        with pytest.raises(ValueError, match=r"image has shape \[1, 3, 50, 130\]"):
+            predict(model.eval(), self.IMAGE[None])
 
 
 class TestEvaluate:
     LABELS = torch.tensor([[0, 0, 0, 1], [0, 0, IGNORED, 2]])
 
-    def scenes(self, answer: torch.Tensor) -> Scenes:
+    def measure(self, answer: torch.Tensor, labels: torch.Tensor = LABELS) -> dict[str, float]:
         image = 9.0 * F.one_hot(answer, 3).permute(2, 0, 1).float()
-        return Scenes(lambda index: (image, self.LABELS), 2, lambda image, labels: (image, labels))
-
-    def measure(self, answer: torch.Tensor) -> dict[str, float]:
-        scene = SceneRecipe(short_side=2, long_side=4, multiple=1)
-        return evaluate(Pointwise(scene), self.scenes(answer), show_progress=False)
+        scenes = Scenes(lambda index: (image, labels), 2, lambda image, labels: (image, labels))
+        return evaluate(Pointwise(SceneRecipe(short_side=2, long_side=4, multiple=1)), scenes, show_progress=False)
 
     def test_perfect(self):
         found = self.measure(torch.where(self.LABELS == IGNORED, 1, self.LABELS))
@@ -253,97 +231,20 @@ class TestEvaluate:
         assert found["miou"] == pytest.approx(found["majority_miou"])
         assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 7)
 
-    def test_classes_without_pixels_do_not_count(self):
+    def test_mean_over_classes(self):
         answer = torch.where(self.LABELS == 2, 1, self.LABELS) % IGNORED
         # class 0: 5 of 5, class 1: 1 of 2, class 2: 0 of 1
         assert self.measure(answer)["miou"] == pytest.approx(100 * (1 + 0.5 + 0) / 3)
 
+    def test_classes_that_do_not_occur(self):
+        labels = torch.where(self.LABELS == 2, 0, self.LABELS)
+        answer = torch.zeros(2, 4, dtype=torch.long)
+        expected = {"miou": 100 * 6 / 7 / 2, "pixel_accuracy": 100 * 6 / 7, "majority_miou": 100 * 6 / 7 / 2}
+        assert self.measure(answer, labels) == pytest.approx(expected)
 
-class TestOpenScenes:
-    def test_folder(self, folder):
-        scenes = open_scenes(folder, "validation", SCENE, num_classes=3)
-        image, labels = scenes[1]
-        assert len(scenes) == 2
-        assert (image.shape, labels.shape, labels.dtype) == ((3, 48, 64), (48, 64), torch.int64)
-        assert [labels[y, x].item() for y, x in ((0, 0), (0, 63), (47, 0), (47, 63))] == [IGNORED, 0, 1, 2]
-        assert_close(
-            image[:, 47, 63], (180 / 255 - torch.tensor(SCENE.mean)) / torch.tensor(SCENE.std), rtol=0, atol=0.05
-        )
-
-    def test_training_crops(self, folder):
-        scene = SceneRecipe(
-            short_side=48, long_side=64, crop=80, stride=53, scale_range=(0.5, 2.0), max_class_share=0.6
-        )
-        scenes = open_scenes(folder, "train", scene, num_classes=3)
-        samples = [scenes[0] for _ in range(20)]
-        assert {(tuple(image.shape), tuple(labels.shape)) for image, labels in samples} == {((3, 80, 80), (80, 80))}
-        assert all(set(labels.unique().tolist()) <= {0, 1, 2, IGNORED} for _, labels in samples)
-        # what lies outside the picture is mean colour without a label
-        labels = next(labels for _, labels in samples if (labels[-1] == IGNORED).all())
-        assert (labels != IGNORED).any()
-
-    def test_order_does_not_matter(self):
-        scenes = open_scenes("shapes", "train", SCENE, num_classes=4)
-        torch.manual_seed(1)
-        first = scenes[5]
-        scenes[6]
-        torch.manual_seed(1)
-        assert_close(scenes[5], first, rtol=0, atol=0)
-
-    def test_errors(self, folder, tmp_path):
-        open_here = partial(open_scenes, scene=SCENE, num_classes=3)
-        with pytest.raises(FileNotFoundError, match=r"has no pictures .*images/training"):
-            open_here(tmp_path / "nowhere", "train")
-        with pytest.raises(ValueError, match="label 3; there are 2 classes"):
-            open_here(folder, "validation", num_classes=2)[0]
-        with pytest.raises(ValueError, match="num_classes=3 is too few for the 4 of the shapes"):
-            open_here("shapes", "train")
-        (folder / "annotations/validation/a.png").write_bytes(b"no picture")
-        with pytest.raises(ValueError, match=r"annotation .*a.png cannot be read"):
-            open_here(folder, "validation")[0]
-        Image.new("L", (5, 5)).save(folder / "annotations/validation/a.png")
-        with pytest.raises(ValueError, match=r"shape \(5, 5\); its picture is \(48, 64\)"):
-            open_here(folder, "validation")[0]
-        (folder / "annotations/validation/a.png").unlink()
-        with pytest.raises(FileNotFoundError, match=r"lacks 1 annotations; the first is .*a.png"):
-            open_here(folder, "validation")
-
-
-class TestDrawShapes:
-    def test_repeats(self):
-        first, again, other = draw_shapes(3), draw_shapes(3), draw_shapes(4)
-        for one, two in zip(first, again, strict=True):
-            np.testing.assert_array_equal(one, two)
-        assert (first[0] != other[0]).any()
-
-    def test_shapes(self):
-        kinds = set()
-        for index in range(30):
-            picture, masks, labels = draw_shapes(index, size=(40, 60))
-            assert (picture.shape, picture.dtype) == ((40, 60, 3), np.uint8)
-            assert (masks.shape, masks.sum(0).max()) == ((len(labels), 40, 60), 1)
-            assert masks.sum((1, 2)).min() >= 16
-            for mask, kind in zip(masks, labels, strict=True):
-                assert picture[mask].mean(0).argmax() == kind - 1
-            kinds |= set(labels.tolist())
-        assert kinds == {1, 2, 3}
-
-    def test_areas(self):
-        """A lone shape fills its circle by its kind: 1, 3 sqrt(3) / 4 pi and 2 / pi."""
-        shares: dict[int, list[float]] = {1: [], 2: [], 3: []}
-        for index in range(60):
-            _, (mask,), (kind,) = draw_shapes(index, size=(300, 300), max_shapes=1)
-            rows, columns = np.nonzero(mask)
-            points = np.stack([rows, columns], 1)
-            centre = points.mean(0)
-            radius = np.hypot(*(points - centre).T).max()
-            shares[int(kind)].append(mask.sum() / (np.pi * radius**2))
-        expected = {1: 1.0, 2: 3 * 3**0.5 / (4 * np.pi), 3: 2 / np.pi}
-        assert {kind: np.mean(each) for kind, each in shares.items()} == pytest.approx(expected, rel=0.03)
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match=r"size=\(301, 40\) must be 16 to 300"):
-            draw_shapes(0, size=(301, 40))
+    def test_nothing_labelled(self):
+        with pytest.raises(ValueError, match="none of the 2 pictures has a labelled pixel"):
+            self.measure(torch.zeros(2, 4, dtype=torch.long), torch.full((2, 4), IGNORED))
 
 
 class TestTrain:
@@ -362,11 +263,11 @@ class TestTrain:
         assert result.metrics["miou"] > result.metrics["majority_miou"] + 10
         assert load_segmentation_model(result.weights).auxiliary is not None
 
-    def test_errors(self, tmp_path, folder):
+    def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
             train(DENSE_RECIPES["biformer_small_ade20k_fpn"], None, tmp_path / "run")
-        with pytest.raises(ValueError, match="batch_size=1 gives a process 1 pictures; UperNet needs 2"):
+        with pytest.raises(ValueError, match="batch_size=1 norms 1 pictures at a time; UperNet needs 2"):
             train(micro_recipe("upernet", batch_size=1), None, tmp_path / "run")
         torch.save({"model": {"stages.0.0.norm1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-        with pytest.raises(CheckpointError, match=r"other.pth holds no scene of `biformer train`"):
+        with pytest.raises(CheckpointError, match=r"other.pth holds no segmentation model of `biformer train`"):
             load_segmentation_model(tmp_path / "other.pth")

@@ -53,7 +53,9 @@ class CorruptPictureError(ValueError):
 
     def __init__(self, message: str) -> None:
         # from a data loading process an error comes back with its traceback as text; its last line is the message
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+        super().__init__(
+            message.strip().splitlines()[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        )
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,10 @@ def read_picture(source: str | Path | BinaryIO | Image.Image, *, name: str | Non
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"picture {source} is not a file")
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        picture.load()
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        # what the caller opened stays open
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
+            picture.load()
+            return _to_rgb(ImageOps.exif_transpose(picture))
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(source), "it").partition("\n")[0]
         raise CorruptPictureError(f"picture {name} cannot be read: {reason}") from error

@@ -5,13 +5,12 @@ Transforms are those of torchvision.transforms.v2; random numbers come from torc
 
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 
-from biformer.data import Split, read_picture
+from biformer.data import CorruptPictureError, Split, read_picture
 from biformer.dense_recipes import SceneRecipe
 from visionkernels.extras import require
 from visionkernels.samples import photographs
@@ -33,6 +31,7 @@ from visionkernels.samples import photographs
 __all__ = [
     "IGNORED",
     "SHAPES",
+    "CorruptAnnotationError",
     "ObjectPictures",
     "Scenes",
     "aligned_size",
@@ -50,38 +49,37 @@ SHAPES = ("background", "disc", "triangle", "square")
 _NUM_SHAPES = {"train": 512, "validation": 32}
 
 
-@dataclass(frozen=True)
-class Scenes(Dataset):
-    """Pictures with a class for every pixel: item i is `transform(image uint8 [3, H, W], labels uint8 [H, W])`."""
+Annotation = TypeVar("Annotation")
 
-    read: Callable[[int], tuple[tv_tensors.Image, tv_tensors.Mask]]
+
+class CorruptAnnotationError(CorruptPictureError):
+    """An annotation that cannot be read, or does not fit its picture or the classes."""
+
+
+@dataclass(frozen=True)
+class _Pictures(Dataset[tuple[Tensor, Annotation]], Generic[Annotation]):
+    read: Callable[[int], tuple[tv_tensors.Image, Any]]
     num_pictures: int
-    transform: Callable[..., tuple[Tensor, Tensor]]
+    transform: Callable[..., tuple[Tensor, Annotation]]
 
     def __len__(self) -> int:
         return self.num_pictures
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(*self.read(index))
+    def __getitem__(self, index: int) -> tuple[Tensor, Annotation]:
+        # the range ends iteration, and lets negative indices count from the end
+        return self.transform(*self.read(range(self.num_pictures)[index]))
 
 
-@dataclass(frozen=True)
-class ObjectPictures(Dataset):
+class Scenes(_Pictures[Tensor]):
+    """Pictures with a class for every pixel: item i is `transform(image uint8 [3, H, W], labels uint8 [H, W])`."""
+
+
+class ObjectPictures(_Pictures[dict[str, Tensor]]):
     """Pictures with objects: item i is (image [3, H, W] in 0..1, target) after `transform`.
 
     A target holds `boxes` [N, 4] as left, top, right, bottom in pixels, `labels` [N], `iscrowd` [N], and `masks`
-    [N, H, W] where the data has them.
+    [N, H, W] where they are asked for.
     """
-
-    read: Callable[[int], tuple[tv_tensors.Image, dict[str, Any]]]
-    num_pictures: int
-    transform: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-    def __len__(self) -> int:
-        return self.num_pictures
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.transform(*self.read(index))
 
 
 def open_scenes(data: str | Path, split: Split, scene: SceneRecipe, *, num_classes: int) -> Scenes:
@@ -89,7 +87,8 @@ def open_scenes(data: str | Path, split: Split, scene: SceneRecipe, *, num_class
 
     `data` is a folder in the layout of ADE20K, `images/training/*.jpg` and `annotations/training/*.png` (and
     `validation`), with 0 in an annotation for pixels without a class and k for class k - 1; or "shapes".
-    Raises FileNotFoundError for missing folders and annotations, and ValueError on reading a label above `num_classes`.
+    Raises FileNotFoundError for missing folders and annotations; reading raises CorruptPictureError, and
+    CorruptAnnotationError for labels above `num_classes` too.
     """
     transform = _training_transform(scene) if split == "train" else _evaluation_transform(scene)
     if str(data) == "shapes":
@@ -105,9 +104,7 @@ def open_scenes(data: str | Path, split: Split, scene: SceneRecipe, *, num_class
             "each with training/ and validation/, or be shapes"
         )
     pairs = [(file, annotations / f"{file.stem}.png") for file in files]
-    missing = [str(label) for _, label in pairs if not label.is_file()]
-    if missing:
-        raise FileNotFoundError(f"--data {data} lacks {len(missing)} annotations; the first is {missing[0]}")
+    _require_files(data, "annotations", [annotation for _, annotation in pairs])
     return Scenes(partial(_read_scene, pairs, num_classes), len(pairs), transform)
 
 
@@ -116,8 +113,9 @@ def open_objects(data: str | Path, split: Split, *, num_classes: int, has_masks:
 
     `data` is a folder in the layout of COCO, `train2017/`, `val2017/` and `annotations/instances_train2017.json` (and
     val), or "shapes". Labels are the category ids of the file; 0 is the background. Training leaves out crowds, boxes
-    without area and pictures without objects. Raises FileNotFoundError, ImportError without pycocotools, and
-    ValueError for a damaged file and for ids of `num_classes` or more.
+    of less than a pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without
+    pycocotools, and ValueError for a damaged file, one without objects, and category ids other than 1 to
+    `num_classes` - 1; reading raises CorruptPictureError, and CorruptAnnotationError for a picture of another size.
     """
     is_train = split == "train"
     steps = [v2.RandomHorizontalFlip()] if is_train else []
@@ -125,26 +123,19 @@ def open_objects(data: str | Path, split: Split, *, num_classes: int, has_masks:
     if str(data) == "shapes":
         if num_classes < len(SHAPES):
             raise ValueError(f"num_classes={num_classes} is too few for the {len(SHAPES)} of the shapes")
-        return ObjectPictures(partial(_read_shape_objects, split), _NUM_SHAPES[split], transform)
-    require("pycocotools", "biformer[dense]")
+        return ObjectPictures(partial(_read_shape_objects, split, has_masks), _NUM_SHAPES[split], transform)
     name = "train2017" if is_train else "val2017"
-    file = Path(data) / "annotations" / f"instances_{name}.json"
-    for path in (Path(data) / name, file):
+    folder, file = Path(data) / name, Path(data) / "annotations" / f"instances_{name}.json"
+    for path in (folder, file):
         if not path.exists():
             raise FileNotFoundError(f"--data {data} has no {path}; it must be in the layout of COCO, or be shapes")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # pycocotools reports there
-            coco = CocoDetection(str(Path(data) / name), str(file))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AssertionError) as error:
-        raise ValueError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
-    highest = max((category["id"] for category in coco.coco.dataset.get("categories", [])), default=0)
-    if highest >= num_classes:
-        raise ValueError(f"{file} has category id {highest}; num_classes={num_classes} must be above it")
-    if is_train:
-        coco.ids = [number for number in coco.ids if any(map(_is_usable, coco.coco.imgToAnns[number]))]
-    keys = ["boxes", "labels", "iscrowd", *(["masks"] if has_masks else [])]
-    wrapped = wrap_dataset_for_transforms_v2(coco, target_keys=keys)
-    return ObjectPictures(partial(_read_coco, wrapped, is_train, has_masks), len(coco.ids), transform)
+    coco = _open_coco(file, num_classes=num_classes, has_masks=has_masks)
+    with_objects = {each["image_id"] for each in coco.dataset["annotations"] if _is_usable(each)}
+    numbers = [number for number in sorted(coco.imgs) if not is_train or number in with_objects]
+    if not with_objects.intersection(numbers):
+        raise ValueError(f"{file} has no objects of a pixel or more a side in its pictures")
+    _require_files(data, "pictures", [folder / coco.imgs[number]["file_name"] for number in numbers])
+    return ObjectPictures(partial(_read_coco, coco, folder, numbers, is_train, has_masks), len(numbers), transform)
 
 
 def pair_up(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
@@ -227,21 +218,28 @@ def _read_shape_scene(split: Split, index: int) -> tuple[tv_tensors.Image, tv_te
     return image, tv_tensors.Mask(torch.from_numpy(labels))
 
 
-def _read_shape_objects(split: Split, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
+def _read_shape_objects(split: Split, has_masks: bool, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
     image, masks, kinds = _read_shapes(split, index)
     tensor = torch.from_numpy(masks)
     boxes = masks_to_boxes(tensor) + torch.tensor([0, 0, 1, 1])  # of the pixels' outer edges
-    return image, _target(boxes, torch.from_numpy(kinds), tensor, image)
+    labels = torch.from_numpy(kinds)
+    return image, _target(image, boxes, labels, torch.zeros_like(labels), tensor if has_masks else None)
 
 
-def _target(boxes: Tensor, labels: Tensor, masks: Tensor | None, image: Tensor) -> dict[str, Any]:
+def _target(image: Tensor, boxes: Tensor, labels: Tensor, is_crowd: Tensor, masks: Tensor | None) -> dict[str, Any]:
     canvas_size = (image.shape[-2], image.shape[-1])
     target: dict[str, Any] = {
         "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=canvas_size),
         "labels": labels,
-        "iscrowd": torch.zeros_like(labels),
+        "iscrowd": is_crowd,
     }
     return target if masks is None else target | {"masks": tv_tensors.Mask(masks.to(torch.uint8))}
+
+
+def _require_files(data: str | Path, what: str, files: Sequence[Path]) -> None:
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"--data {data} lacks {len(missing)} {what}; the first is {missing[0]}")
 
 
 def _read_scene(
@@ -252,33 +250,68 @@ def _read_scene(
     try:
         with Image.open(annotation) as opened:
             raw = np.asarray(opened)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"annotation {annotation} cannot be read: {str(error).splitlines()[0]}") from error
-    if raw.ndim != 2 or raw.shape != image.shape[1:]:
-        raise ValueError(f"annotation {annotation} has shape {raw.shape}; its picture is {tuple(image.shape[1:])}")
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CorruptAnnotationError(f"annotation {annotation} cannot be read: {reason}") from error
+    if raw.shape != image.shape[1:]:
+        raise CorruptAnnotationError(
+            f"annotation {annotation} has shape {raw.shape}; its picture is {tuple(image.shape[1:])}"
+        )
     if raw.max() > num_classes:
-        raise ValueError(f"annotation {annotation} has label {raw.max()}; there are {num_classes} classes")
+        raise CorruptAnnotationError(f"annotation {annotation} has label {raw.max()}; there are {num_classes} classes")
     labels = raw.astype(np.uint8) - np.uint8(1)  # 0, no class, becomes 255
     return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels))
 
 
+def _open_coco(file: Path, *, num_classes: int, has_masks: bool) -> Any:
+    """Read a file of COCO, and see that its annotations have what training reads of them."""
+    pycocotools = require("pycocotools.coco", "biformer[dense]")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # pycocotools reports there
+            coco = pycocotools.COCO(str(file))
+        annotations, images = coco.dataset["annotations"], coco.imgs.values()
+        boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64)
+        labels = {each["category_id"] for each in annotations}
+        unlike = [
+            each for each in images if not (isinstance(each["file_name"], str) and each["height"] * each["width"])
+        ]
+        empty = [each["id"] for each in annotations if has_masks and not each["segmentation"]]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
+    if unlike:
+        raise ValueError(f"{file} has an image without name or size: {unlike[0]}")
+    if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
+        raise ValueError(f"{file} has a bbox that is not four numbers: left, top, width, height")
+    if strange := [each for each in labels if not (isinstance(each, int) and 0 < each < num_classes)]:
+        raise ValueError(
+            f"{file} has category id {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}"
+        )
+    if empty:
+        raise ValueError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
+    return coco
+
+
 def _is_usable(annotation: dict[str, Any]) -> bool:
-    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
+    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) >= 1
 
 
-def _read_coco(wrapped: Any, is_train: bool, has_masks: bool, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
-    picture, found = wrapped[index]
-    image = tv_tensors.Image(v2.functional.pil_to_tensor(picture))
-    if "boxes" not in found:
-        masks = torch.zeros(0, *image.shape[1:]) if has_masks else None
-        return image, _target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), masks, image)
-    target = _target(found["boxes"], found["labels"], found.get("masks"), image)
-    target["iscrowd"] = torch.tensor(found["iscrowd"])
-    if not is_train:
-        return image, target
-    boxes = target["boxes"]
-    is_kept = (target["iscrowd"] == 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return image, {key: tv_tensors.wrap(value[is_kept], like=value) for key, value in target.items()}
+def _read_coco(
+    coco: Any, folder: Path, numbers: Sequence[int], is_train: bool, has_masks: bool, index: int
+) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    stated = coco.imgs[numbers[index]]
+    file, size = folder / stated["file_name"], (stated["height"], stated["width"])
+    image = tv_tensors.Image(v2.functional.pil_to_tensor(read_picture(file)))
+    if image.shape[1:] != size:
+        raise CorruptAnnotationError(f"picture {file} is {tuple(image.shape[1:])}; its annotations are for {size}")
+    found = [each for each in coco.imgToAnns.get(numbers[index], ()) if not is_train or _is_usable(each)]
+    boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
+    labels, is_crowd = (
+        torch.tensor([each.get(key, 0) for each in found], dtype=torch.int64) for key in ("category_id", "iscrowd")
+    )
+    masks = None
+    if has_masks:
+        masks = torch.from_numpy(np.array([coco.annToMask(each) for each in found], np.uint8).reshape(-1, *size))
+    return image, _target(image, box_convert(boxes, "xywh", "xyxy"), labels, is_crowd, masks)
 
 
 def _types(mask: torch.dtype) -> dict[Any, torch.dtype | None]:
@@ -293,7 +326,7 @@ def _evaluation_transform(scene: SceneRecipe) -> v2.Compose:
 
 
 def _training_transform(scene: SceneRecipe) -> v2.Compose:
-    colours = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
+    colours = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
     return v2.Compose(
         [
             _RandomScale(scene),

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -70,7 +70,7 @@ def segmentation_model(
     """Return a BiFormer with a segmentation head.
 
     `has_auxiliary` adds the second head on stage 3, by default for UperNet. `decoder_channels` is by default the
-    paper's, 512 of UperNet and 128 of FPN, where it must be a multiple of 32; the FPN's own maps have twice as many.
+    paper's, 512 of UperNet (even) and 128 of FPN (a multiple of 32, its own maps have twice as many).
     `checkpoint` gives the backbone's weights, official or ours; its classifier and last norm are left out. `n_win`
     and `options` (`drop_path_rate`, `depth`, ...) go to `timm.create_model`. `scene` is what `predict` goes by.
     Raises ValueError for unknown names, CheckpointError, and ImportError without `biformer[dense]`.
@@ -79,9 +79,12 @@ def segmentation_model(
         raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(SegmentationHead))}")
     if num_classes < 1 or num_classes > IGNORED:
         raise ValueError(f"num_classes={num_classes} must be 1 to {IGNORED}, the label of ignored pixels")
+    channels = (512 if head == "upernet" else 128) if decoder_channels is None else decoder_channels
+    multiple = 2 if head == "upernet" else 32
+    if channels < 1 or channels % multiple:
+        raise ValueError(f"decoder_channels={channels} must be a multiple of {multiple} for {head}")
     backbone = BiFormerBackbone(backbone_model(name, checkpoint, n_win=n_win, **options))
     dims = [info["num_chs"] for info in backbone.feature_info]
-    channels = decoder_channels or (512 if head == "upernet" else 128)
     auxiliary = None
     if has_auxiliary or (has_auxiliary is None and head == "upernet"):
         auxiliary = nn.Sequential(
@@ -114,8 +117,6 @@ def _decoder(head: SegmentationHead, dims: list[int], channels: int, dropout: fl
     # by its convention the maps at strides 1 and 2 come first
     encoder_channels = [3, 0, *dims]
     if head == "fpn":
-        if channels % 32:
-            raise ValueError(f"decoder_channels={channels} must be a multiple of 32, the groups of FPN's norms")
         fpn = decoders.fpn.decoder.FPNDecoder(
             encoder_channels, pyramid_channels=2 * channels, segmentation_channels=channels, dropout=dropout
         )
@@ -199,8 +200,13 @@ def predict(
     """Return class probabilities for every pixel of a normalised image, by the settings of `model.scene`.
 
     The image is resized to `aligned_size`, computed whole or in windows, and the logits are resized back; the mean is
-    over `test_scales` and, with `test_flip`, over the mirrored image as well. `model` should be in evaluation mode.
+    over `test_scales` and, with `test_flip`, over the mirrored image as well. Raises ValueError for a batch, and for a
+    model in training mode.
     """
+    if image.ndim != 3:
+        raise ValueError(f"image has shape {list(image.shape)}; expected [channels, height, width]")
+    if model.training:
+        raise ValueError("the model is in training mode, where it returns a list; call model.eval() first")
     scene, (height, width) = model.scene, image.shape[-2:]
     infer = partial(_slide, crop=scene.crop, stride=scene.stride) if scene.inference == "slide" else _whole
     total, count = image.new_zeros(model.num_classes, height, width), 0
@@ -220,7 +226,8 @@ def evaluate(
 
     `miou` is the mean over the classes that occur, in labels or predictions of the whole set, of intersection over
     union; `pixel_accuracy` the share of labelled pixels that are right; `majority_miou` the `miou` of always naming
-    the most frequent class.
+    the most frequent class. Raises ValueError for pictures without a labelled pixel, and ImportError without
+    `biformer[dense]`.
     """
     metrics = require("torchmetrics", _EXTRA)
     device = next(model.parameters()).device
@@ -233,6 +240,8 @@ def evaluate(
     ):
         confusion.update(predict(model, image.to(device)).argmax(0), labels.to(device))
     counts = confusion.compute().double()
+    if not counts.any():
+        raise ValueError(f"none of the {len(scenes)} pictures has a labelled pixel, so there is nothing to measure")
     truth, named, right = counts.sum(1), counts.sum(0), counts.diagonal()
     union = truth + named - right
     return {
@@ -269,14 +278,12 @@ def train(
     if data is None:
         raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    each = recipe.fit.batch_size // (recipe.fit.accumulation_steps * processes)
-    if recipe.head == "upernet" and each < 2:
-        raise ValueError(f"batch_size={recipe.fit.batch_size} gives a process {each} pictures; UperNet needs 2 to norm")
-    num_classes = recipe.model.num_classes
-    scenes, val_scenes = (
-        open_scenes(data, split, recipe.scene, num_classes=num_classes)
-        for split in cast(tuple[Literal["train", "validation"], ...], ("train", "validation"))
-    )
+    is_synced = recipe.sync_norm and processes > 1 and recipe.fit.device != "cpu" and torch.cuda.is_available()
+    together = recipe.fit.batch_size // (recipe.fit.accumulation_steps * (1 if is_synced else processes))
+    if recipe.head == "upernet" and together < 2:
+        raise ValueError(f"batch_size={recipe.fit.batch_size} norms {together} pictures at a time; UperNet needs 2")
+    opened = partial(open_scenes, data, scene=recipe.scene, num_classes=recipe.model.num_classes)
+    scenes, val_scenes = opened("train"), opened("validation")
     torch.manual_seed(recipe.fit.seed)
     options: dict[str, Any] = {
         "name": recipe.model.name,
@@ -287,7 +294,7 @@ def train(
         **recipe.model.options(),
     }
     model: nn.Module = segmentation_model(**options, scene=recipe.scene, checkpoint=checkpoint)
-    if recipe.sync_norm and processes > 1 and torch.cuda.is_available():
+    if is_synced:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return fit(
         SegmentationTask(model, auxiliary_weight=recipe.auxiliary_weight),
@@ -308,8 +315,8 @@ def train(
 def load_segmentation_model(path: str | Path) -> SegmentationModel:
     """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
     checkpoint = read_state(path)
-    scene = SceneRecipe(**stored_options(checkpoint, path, "scene"))
-    model = segmentation_model(**stored_options(checkpoint, path, "segmentation_model"), scene=scene)
+    options = stored_options(checkpoint, path, "segmentation_model")
+    model = segmentation_model(**options, scene=SceneRecipe(**stored_options(checkpoint, path, "scene")))
     load_strict(model, checkpoint.state, source=path)
     return model.eval()
 
@@ -317,8 +324,8 @@ def load_segmentation_model(path: str | Path) -> SegmentationModel:
 def stored_options(checkpoint: Checkpoint, path: str | Path, key: str) -> dict[str, Any]:
     """Return the keyword arguments that a weights file of ours holds under `key`, JSON's lists as tuples."""
     if key not in checkpoint.metadata:
-        kind = key.removesuffix("_model")
-        raise CheckpointError(f"{path} holds no {kind} of `biformer train`; give weights.safetensors of such a run")
+        what = key.replace("_", " ")
+        raise CheckpointError(f"{path} holds no {what} of `biformer train`; give weights.safetensors of such a run")
     stored = json.loads(checkpoint.metadata[key])
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
