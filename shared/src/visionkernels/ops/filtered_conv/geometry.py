@@ -1,0 +1,101 @@
+"""Which pixels the cells of a filtered convolution cover; all of it is separable, so it is stated for one axis.
+
+A cell is a run of `radius` outputs. Along the input it samples, for each of its outputs, the box of pixels in the
+middle of the kernel's span, as wide as the stride.
+"""
+
+# i output, h input pixel, q cell, u tap of the kernel
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Axis", "Slice", "cell_means", "cell_sums", "patch_axis"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a convolution and its filter; sizes in pixels, `radius` in outputs."""
+
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+    radius: int
+
+    @property
+    def span(self) -> int:
+        """Input pixels from the first tap of the kernel to the last."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def outputs(self) -> int:
+        return (self.size + 2 * self.padding - self.span) // self.stride + 1
+
+    @property
+    def cells(self) -> int:
+        return -(-self.outputs // self.radius)
+
+    @property
+    def box(self) -> int:
+        """Input pixels that stand for one output: all between two outputs, but none that no tap could read."""
+        return min(self.stride, self.span)
+
+    @property
+    def offset(self) -> int:
+        """First pixel of output 0's box; negative where it begins in the padding."""
+        return -((self.box - self.span) // 2) - self.padding
+
+    @property
+    def coverage(self) -> tuple[float, ...]:
+        """Share of the outputs for which each tap reads a pixel and no padding."""
+        first = np.arange(self.outputs) * self.stride - self.padding
+        reads = first[:, None] + np.arange(self.kernel) * self.dilation
+        return tuple(((reads >= 0) & (reads < self.size)).mean(0).tolist())
+
+    def slices(self) -> Iterator["Slice"]:
+        """Yield strided runs of pixels that together are all sampled pixels, each once, sorted to their cells."""
+        step = self.radius * self.stride
+        for place in range(min(self.radius, self.outputs)):
+            for pixel in range(self.box):
+                first = self.offset + place * self.stride + pixel
+                begin = max(0, -(first // step))
+                end = min((self.outputs - 1 - place) // self.radius, (self.size - 1 - first) // step) + 1
+                if begin < end:
+                    yield Slice(begin, end, first + begin * step, first + (end - 1) * step + 1, step)
+
+
+class Slice(NamedTuple):
+    """Cells `begin:end`, and one pixel of each of them, `start:stop:step`."""
+
+    begin: int
+    end: int
+    start: int
+    stop: int
+    step: int
+
+
+def patch_axis(size: int, radius: int) -> Axis:
+    """Return the axis whose cells are patches of a map itself."""
+    return Axis(size, kernel=1, stride=1, padding=0, dilation=1, radius=radius)
+
+
+@lru_cache(maxsize=512)
+def cell_sums(axis: Axis) -> npt.NDArray[np.float64]:
+    """Return the matrix [cells, size] that sums over a cell's outputs the means of their boxes (C S of the README)."""
+    matrix = np.zeros((axis.cells, axis.size))
+    for part in axis.slices():
+        matrix[np.arange(part.begin, part.end), np.arange(part.start, part.stop, part.step)] = 1 / axis.box
+    return matrix
+
+
+@lru_cache(maxsize=512)
+def cell_means(axis: Axis) -> npt.NDArray[np.float64]:
+    """Return `cell_sums` with each row divided by the number of the cell's outputs, [cells, size]."""
+    counts = np.minimum(axis.outputs - axis.radius * np.arange(axis.cells), axis.radius)
+    return cell_sums(axis) / counts[:, None]
