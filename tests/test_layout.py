@@ -41,6 +41,14 @@ class TestDistribution:
         assert table["requires-python"] == ">=3.11"
         assert (table["readme"], table["license"], table["license-files"]) == ("README.md", "Apache-2.0", ["LICENSE"])
 
+    def test_extras_are_in_the_workspace(self, folder: Path) -> None:
+        workspace = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["envs"]["default"][
+            "workspace"
+        ]
+        where = "shared" if folder == SHARED else "packages/*"
+        (features,) = [member["features"] for member in workspace["members"] if member["path"] == where]
+        assert set(project(folder).get("optional-dependencies", {})) - set(features) == set()
+
     def test_changelog_names_the_version(self, folder: Path) -> None:
         released = re.findall(r"^## (\d+\.\d+\.\d+) ", (folder / "CHANGELOG.md").read_text(), re.MULTILINE)
         # before the first release there is none

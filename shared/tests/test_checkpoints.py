@@ -1,10 +1,15 @@
 import argparse
+import collections
+import concurrent.futures
 import hashlib
 import http.server
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -30,12 +35,36 @@ def equal(left, right):
     return True
 
 
-class RunsCode:
-    def __init__(self, function, argument):
-        self.call = (function, (argument,))
+class Calls:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
 
     def __reduce__(self):
         return self.call
+
+
+class ByName:
+    """Is pickled as the global of that name, which need not exist here."""
+
+    def __init__(self, module, name):
+        self.place = (module, name)
+
+    def __call__(self):
+        pytest.fail("it only looks like a function")
+
+    @staticmethod
+    def dump(pickler, value):
+        pickler.write(b"c" + "\n".join([*value.place, ""]).encode())
+
+
+class NamingPickler(pickle._Pickler):
+    """The pickler that torch.save is given to write ByName objects, alone or as what a Calls calls."""
+
+    dispatch = {**pickle._Pickler.dispatch, ByName: ByName.dump}  # noqa: RUF012
+
+
+NAMING = types.ModuleType("naming")
+NAMING.Pickler = NamingPickler
 
 
 class TestReadState:
@@ -64,22 +93,69 @@ class TestReadState:
         with pytest.raises(CheckpointError, match="no model weights; it holds model_ema"):
             read_state(tmp_path / "w.pth", weights="model")
 
+    def test_several_sets_of_weights_are_told(self, tmp_path, caplog):
+        other = {"0.weight": torch.ones(1)}
+        torch.save({"student": STATE, "teacher": other, "model_ema": other, "optimizer": {"state": {}}}, tmp_path / "w")
+        assert read_state(tmp_path / "w").taken_from == "student"
+        assert caplog.messages == [f"{tmp_path / 'w'} holds several sets of weights; took student, left teacher"]
+        torch.save({"model": STATE, "last_shuffle_up": other}, tmp_path / "w")
+        assert read_state(tmp_path / "w").taken_from == "model"
+        assert "took model, left last_shuffle_up" in caplog.messages[1]
+        assert equal(read_state(tmp_path / "w", entry="last_shuffle_up").state, other)
+        assert len(caplog.messages) == 2
+
+    def test_entry(self, tmp_path):
+        parts = {"vln_bert": {"epoch": 3, "state_dict": STATE}, "critic": {"state_dict": {"module.a": torch.ones(1)}}}
+        torch.save(parts, tmp_path / "w")
+        for message in (
+            r"first: vln_bert, critic\).*; entries with weights: vln_bert\.state_dict, critic\.state_dict",
+            r"no entry 'critics'; entries with weights: vln_bert\.state_dict, critic\.state_dict",
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                read_state(tmp_path / "w", entry="critics" if "critics" in message else None)
+        checkpoint = read_state(tmp_path / "w", entry="vln_bert.state_dict")
+        assert equal(checkpoint.state, STATE)
+        assert checkpoint.taken_from == "vln_bert.state_dict"
+        assert list(read_state(tmp_path / "w", entry="critic.state_dict").state) == ["a"]
+
+    @pytest.mark.parametrize("entry", ["", "model"])
+    def test_versions_of_modules_are_no_weights(self, tmp_path, entry):
+        state = {**STATE, "_metadata": collections.OrderedDict({"": {"version": 1}})}
+        torch.save({entry: state} if entry else state, tmp_path / "w")
+        assert equal(read_state(tmp_path / "w").state, STATE)
+
+    def test_lightning(self, tmp_path):
+        # as omegaconf's configurations are pickled
+        config = Calls(ByName("omegaconf.dictconfig", "DictConfig"), None)
+        cache = collections.defaultdict(dict, {"a": {}})
+        kept = {"cfg": config, "cache": cache, "type": ByName("typing", "Any"), "of": dict}
+        torch.save({"state_dict": STATE, "hyper_parameters": kept}, tmp_path / "w", pickle_module=NAMING)
+        assert equal(read_state(tmp_path / "w").state, STATE)
+
+    @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+    @pytest.mark.parametrize("name", ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"])
+    def test_paths_of_every_python(self, tmp_path, module, name):
+        torch.save({"model": STATE, "a": Calls(ByName(module, name), "out")}, tmp_path / "w", pickle_module=NAMING)
+        assert equal(read_state(tmp_path / "w").state, STATE)
+
     @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
     def test_old_training_checkpoint(self, tmp_path, zipped):
         extras = {
             "args": argparse.Namespace(lr=1e-3, output_dir=pathlib.PosixPath("out"), betas=[0.9, 0.999]),
             "max_accuracy": np.float64(81.4),
             "history": np.arange(3),
+            "name": np.str_("x"),
             "epoch": 299,
+            "rounds": np.array([7], ">i4")[0],
         }
         torch.save({"model": STATE, **extras}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
         checkpoint = read_state(tmp_path / "w.pth")
         assert equal(checkpoint.state, STATE)
-        assert checkpoint.metadata == {"max_accuracy": "81.4", "epoch": "299"}
+        assert checkpoint.metadata == {"max_accuracy": "81.4", "epoch": "299", "rounds": "7"}
 
     @pytest.mark.parametrize(
         ("attack", "name"),
-        [(RunsCode(os.mkdir, "owned"), r"\w+\.mkdir"), (RunsCode(exec, "open('owned', 'w')"), r"\S*exec")],
+        [(Calls(os.mkdir, "owned"), r"\w+\.mkdir"), (Calls(exec, "open('owned', 'w')"), r"\S*exec")],
         ids=["blocked-module", "unknown-global"],
     )
     def test_never_runs_code(self, tmp_path, monkeypatch, attack, name):
@@ -88,6 +164,15 @@ class TestReadState:
         with pytest.raises(CheckpointError, match=rf"w\.pth needs the Python object {name} to load"):
             read_state("w.pth")
         assert not pathlib.Path("owned").exists()
+
+    def test_never_follows_pointers(self, tmp_path):
+        array, dtype = ByName("numpy", "ndarray"), Calls(ByName("numpy", "dtype"), "O8")
+        forged = Calls(array, (2,), dtype, b"A" * 16)
+        torch.save({"model": STATE, "args": Calls(array, forged)}, tmp_path / "w", pickle_module=NAMING)
+        # what an array of objects does with such addresses ends the process
+        code = "import sys; from visionkernels.checkpoints import read_state; print(*read_state(sys.argv[1]).state)"
+        ran = subprocess.run([sys.executable, "-c", code, tmp_path / "w"], capture_output=True, text=True)
+        assert ran.stdout.split() == list(STATE), (ran.returncode, ran.stderr)
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_truncated(self, tmp_path, suffix):
@@ -192,8 +277,11 @@ class TestKeyRules:
             ({"a.{x}": "c.{x}", "a.one": "d.one"}, "both match"),
             ({"a.{x}": "n.{x}.w", "b.{x}": "n.z.{x}"}, "both match"),
             ({"{x*}": "{x*}", "a.{y}": "b.{y}"}, "both match"),
+            ({"a{x*}.w": "b{x*}.w", "{y}c.{z}": "{y}d.{z}"}, "both match"),
+            ({"{0}.w": "{0}.w"}, r"placeholders of '\{0\}\.w' must be different names"),
+            ({"{x}.{x}": "{x}.{x}"}, "must be different names"),
         ],
-        ids=["names", "lost", "same-target", "general-first", "crossing-targets", "catch-all-first"],
+        ids=["names", "lost", "same-target", "general", "crossing", "catch-all", "parts", "number", "twice"],
     )
     def test_ambiguous(self, names, message):
         with pytest.raises(ValueError, match=message):
@@ -206,6 +294,10 @@ class TestKeyRules:
     def test_parts_of_a_component(self):
         rules = KeyRules({"layer{i}.w": "layers.{i}.w", "conv{i}.w": "convs.{i}.w"})
         assert list(rules.rename({"layer12.w": torch.zeros(1)})) == ["layers.12.w"]
+
+    def test_patterns_that_share_no_key(self):
+        rules = KeyRules({"block{rest*}": "blocks{rest*}", "head.{p}": "fc.{p}", "x{a}.b.c": "y{a}.b.d"})
+        assert list(rules.rename({"block1.x.y": torch.zeros(1), "head.w": torch.zeros(1)})) == ["blocks1.x.y", "fc.w"]
 
     def test_errors(self):
         with pytest.raises(ValueError, match="left side of no rule"):
@@ -246,6 +338,46 @@ class TestLoadStrict:
         assert equal(target[0].weight.detach(), state["0.weight"])
         assert equal(target[1].weight, before)
 
+    def test_keeps_single_parameters(self):
+        target, state = self.model(), self.model().state_dict()
+        before = target[1].bias.clone()
+        load_strict(target, state, source="", keep=["1.bias"])
+        assert equal(target[1].bias, before)
+        assert equal(target[1].weight.detach(), state["1.weight"])
+
+    @pytest.mark.parametrize(
+        ("build", "other", "key"),
+        [
+            (lambda size: nn.ParameterDict({"pos_embed": torch.zeros(size, 3)}), 7, "pos_embed"),
+            (lambda size: nn.Sequential(nn.Embedding(size, 3), nn.Linear(3, 2)), 7, r"0\.weight"),
+            (lambda size: nn.Linear(3, size), 7, "weight"),
+        ],
+        ids=["bare", "vocabulary", "whole"],
+    )
+    def test_only_a_head_is_called_a_classifier(self, build, other, key):
+        with pytest.raises(CheckpointError, match=rf"keys misshapen \(first: {key} \["):
+            load_strict(build(2), build(other).state_dict(), source="w.pth")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+    def test_kinds_of_numbers(self, dtype):
+        state = self.model().state_dict()
+        state["1.bias"] = state["1.bias"].to(dtype)
+        with pytest.raises(CheckpointError, match=rf"1 keys of another kind \(first: 1\.bias {dtype} instead of"):
+            load_strict(self.model(), state, source="w.pth")
+        half = {key: value.half() for key, value in self.model().state_dict().items()}
+        load_strict(self.model(), half, source="")
+
+    def test_counters_may_be_floats(self):
+        norm, state = nn.BatchNorm1d(2), nn.BatchNorm1d(2).state_dict()
+        load_strict(norm, state | {"num_batches_tracked": torch.tensor(3.0)}, source="")
+        assert norm.num_batches_tracked == 3
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"keep=\['heads'\] names no submodule or parameter of Sequential"):
+            load_strict(self.model(), self.model().state_dict(), source="", keep=["heads", "1"])
+        with pytest.raises(ValueError, match="Sequential is on the meta device"):
+            load_strict(self.model().to("meta"), self.model().state_dict(), source="")
+
 
 class TestSaveWeights:
     def test_round_trip(self, tmp_path):
@@ -269,7 +401,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Sends CONTENT, stops after `cut` bytes, honours ranges if asked to, notes what was asked."""
+    """Sends CONTENT, stops the first time after `cut` bytes, honours ranges if asked to, notes what was asked."""
 
     cut: int | None = None
     ranges = True
@@ -280,12 +412,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.asked.append(self.headers.get("Range"))
         if self.headers.get("Range") and self.ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            self.send_response(206 if start < len(CONTENT) else 416)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : self.cut])
+        self.wfile.write(CONTENT[start : self.cut if len(self.asked) == 1 else None])
 
     def log_message(self, *args):
         pass
@@ -306,28 +439,58 @@ def server():
 class TestDownload:
     def test_fetches_once(self, server, tmp_path):
         path = download(server.url, sha256=SHA256, cache=tmp_path)
-        assert path == tmp_path / "w.pth"
+        assert path == tmp_path / f"{SHA256[:16]}-w.pth"
         assert path.read_bytes() == CONTENT
-        assert download(server.url, sha256=SHA256, cache=tmp_path) == path
+        assert download(server.url, sha256=SHA256.upper(), cache=tmp_path) == path
         assert len(server.asked) == 1
 
     @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
-    def test_goes_on_after_a_cut(self, server, tmp_path, ranges):
+    def test_goes_on_after_a_cut(self, server, tmp_path, monkeypatch, ranges):
+        monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
         server.cut, server.ranges = 70_000, ranges
-        with pytest.raises(OSError, match="broke off at 70000 of 102400 bytes; run again"):
-            download(server.url, sha256=SHA256, cache=tmp_path)
-        server.cut = None
         assert download(server.url, sha256=SHA256, cache=tmp_path).read_bytes() == CONTENT
         assert server.asked == [None, "bytes=70000-"]
-        assert len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize("have", [70_000, len(CONTENT)], ids=["part", "all"])
+    def test_goes_on_after_a_kill(self, server, tmp_path, have):
+        (tmp_path / f"{SHA256[:16]}-w.pth.part").write_bytes(CONTENT[:have])
+        assert download(server.url, sha256=SHA256, cache=tmp_path).read_bytes() == CONTENT
+        assert server.asked == (["bytes=70000-"] if have == 70_000 else [])
 
     def test_wrong_hash(self, server, tmp_path):
-        with pytest.raises(CheckpointError, match="it was removed"):
+        with pytest.raises(CheckpointError, match=f"has not the sha256 {'0' * 64}"):
             download(server.url, sha256="0" * 64, cache=tmp_path)
-        assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.glob("*w.pth*[!k]"))
 
-    def test_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="with its sha256"):
-            download("https://example.org/w.pth", cache=tmp_path)
-        with pytest.raises(ValueError, match="source='ftp://x' must be"):
-            download("ftp://x", sha256=SHA256)
+    def test_leaves_other_files_alone(self, server, tmp_path):
+        (tmp_path / "w.pth").write_text("of another program")
+        first = download(server.url, sha256=SHA256, cache=tmp_path)
+        with pytest.raises(CheckpointError):
+            download(server.url.replace("files", "others"), sha256="0" * 64, cache=tmp_path)
+        assert (first.read_bytes(), (tmp_path / "w.pth").read_text()) == (CONTENT, "of another program")
+        first.write_text("damaged")
+        with pytest.raises(CheckpointError, match="remove it and run again"):
+            download(server.url, sha256=SHA256, cache=tmp_path)
+        assert first.read_text() == "damaged"
+
+    def test_several_at_once(self, server, tmp_path):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            paths = set(pool.map(lambda _: download(server.url, sha256=SHA256, cache=tmp_path), range(4)))
+        assert {path.read_bytes() for path in paths} == {CONTENT}
+        assert len(server.asked) == 1
+
+    def test_hub(self, tmp_path, monkeypatch):
+        blob = tmp_path / "blob"
+        blob.write_bytes(CONTENT)
+        asked = []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **_: asked.append(args) or str(blob))
+        assert download("hf://owner/name/folder/w.pth", sha256=SHA256) == blob
+        assert asked == [("owner/name", "folder/w.pth")]
+        with pytest.raises(CheckpointError, match="has not the sha256"):
+            download("hf://owner/name/w.pth", sha256="0" * 64)
+        assert blob.exists()
+
+    @pytest.mark.parametrize("source", ["https://example.org/w.pth", "ftp://x", "hf://owner/name"])
+    def test_errors(self, tmp_path, source):
+        with pytest.raises(ValueError, match=f"source='{source}' must be"):
+            download(source, sha256=None if source.startswith("https") else SHA256, cache=tmp_path)

@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -35,18 +37,62 @@ class TestReplaceFile:
         with pytest.raises(FileExistsError, match=r"out\.txt exists; pass --overwrite"), replace_file(target):
             pytest.fail("the block must not run")
 
-    @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
-    def test_is_as_readable_as_any_new_file(self, tmp_path):
-        (tmp_path / "plain").touch()
-        with replace_file(tmp_path / "ours"):
-            pass
-        assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    def test_the_second_of_two_writers_fails(self, tmp_path):
+        target = tmp_path / "out.txt"
+        with (
+            pytest.raises(FileExistsError, match=r"out\.txt exists; pass --overwrite"),
+            replace_file(target) as slow,
+        ):
+            slow.write_text("second")
+            with replace_file(target) as fast:
+                fast.write_text("first")
+        assert target.read_text() == "first"
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_file_system_without_hard_links(self, tmp_path, monkeypatch):
+        def refuse(*_):
+            raise PermissionError
+
+        monkeypatch.setattr(os, "link", refuse)
+        with replace_file(tmp_path / "out.txt") as temporary:
+            temporary.write_text("data")
+        assert (tmp_path / "out.txt").read_text() == "data"
+
+    @pytest.mark.parametrize("exists", [True, False], ids=["target", "dangling"])
+    def test_links_stay(self, tmp_path, exists):
+        target, link = tmp_path / "folder" / "target.txt", tmp_path / "link.txt"
+        target.parent.mkdir()
+        if exists:
+            target.write_text("old")
+        link.symlink_to(target)
+        with replace_file(link, overwrite=exists) as temporary:
+            temporary.write_text("new")
+        assert (link.readlink(), target.read_text()) == (target, "new")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    @pytest.mark.parametrize("overwrite", [True, False])
+    def test_pipes_stay(self, tmp_path, overwrite):
+        pipe, read = tmp_path / "pipe", []
+        os.mkfifo(pipe)
+        reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+        reader.start()
+        write_json(pipe, {"a": 1}, overwrite=overwrite)
+        reader.join()
+        assert json.loads(read[0]) == {"a": 1}
+        assert pipe.is_fifo()
 
 
 class TestWriteJson:
     def test_round_trip(self, tmp_path):
         write_json(tmp_path / "a.json", {"x": [1, 2.5, "ü"]})
         assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2.5, "ü"]}
+
+    @pytest.mark.parametrize("path", ["-", Path("-")], ids=["text", "path"])
+    def test_stdout(self, tmp_path, monkeypatch, capsys, path):
+        monkeypatch.chdir(tmp_path)
+        write_json(path, {"a": 1})
+        assert json.loads(capsys.readouterr().out) == {"a": 1}
+        assert not list(tmp_path.iterdir())
 
     def test_not_a_number_writes_nothing(self, tmp_path):
         with pytest.raises(ValueError, match="JSON"):

@@ -1,11 +1,14 @@
 import functools
+import json
 import operator
 import os
 import pickle
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from visionkernels import sweeps
 from visionkernels.sweeps import SweepError
@@ -32,6 +35,23 @@ class TestMap:
         assert sweeps.map(os.getenv, ["MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], jobs=2) == ["1", "1"]
         assert sweeps.map(os.getenv, ["MKL_NUM_THREADS"], jobs=2, threads=3) == ["3"]
 
+    def test_threads_of_one_job(self):
+        before = torch.get_num_threads()
+        assert sweeps.map(lambda _: torch.get_num_threads(), [0], jobs=1, threads=before + 1) == [before + 1]
+        assert torch.get_num_threads() == before
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_failures_in_their_places(self, jobs):
+        first, failure, last = sweeps.map(invert, [2, 0, 4], jobs=jobs, errors="return")
+        assert (first, last) == (0.5, 0.25)
+        assert (failure.item, str(failure)) == (0, "item 0 failed: ZeroDivisionError: division by zero")
+
+    def test_message_is_short(self):
+        with pytest.raises(SweepError) as caught:
+            sweeps.map(invert, [list(range(1000))], jobs=1)
+        assert len(str(caught.value)) < 400
+        assert caught.value.item == list(range(1000))
+
     @pytest.mark.parametrize("jobs", [1, 2])
     def test_failure_carries_the_item(self, jobs):
         with pytest.raises(SweepError, match="item 0 failed: ZeroDivisionError") as caught:
@@ -43,6 +63,8 @@ class TestMap:
             sweeps.map(square, [1], jobs=0)
         with pytest.raises(ValueError, match="backend='mpi' must be"):
             sweeps.map(square, [1], backend="mpi")
+        with pytest.raises(ValueError, match="errors='ignore' must be"):
+            sweeps.map(square, [1], errors="ignore")
 
     @pytest.mark.parametrize(("backend", "module"), [("ray", "ray.util.joblib"), ("dask", "distributed")])
     def test_missing_backend_names_the_pip_line(self, monkeypatch, backend, module):
@@ -64,6 +86,68 @@ class TestMap:
         distributed = pytest.importorskip("distributed", reason="distributed is not installed; pip install distributed")
         with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None):
             assert sweeps.map(square, range(8), backend="dask", jobs=2) == [number**2 for number in range(8)]
+
+
+class TestDone:
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_goes_on_after_a_failure(self, tmp_path, jobs):
+        done = tmp_path / "new" / "done.jsonl"
+        with pytest.raises(SweepError, match="item 0 failed"):
+            sweeps.map(invert, [4, 2, 0], jobs=jobs, done=done)
+        assert sweeps.map(invert, [4, 2, 1], jobs=jobs, done=done) == [0.25, 0.5, 1.0]
+        lines = [json.loads(line) for line in done.read_text().splitlines()]
+        assert sorted(lines, key=str) == [{"key": str(n), "result": 1 / n} for n in (1, 2, 4)]
+
+    def test_computes_only_what_is_missing(self, tmp_path):
+        asked = []
+        for items in ([1, 2], [3, 2, 1], [2, 3]):
+            result = sweeps.map(lambda item: asked.append(item) or -item, items, jobs=1, done=tmp_path / "done")
+            assert result == [-item for item in items]
+        assert asked == [1, 2, 3]
+
+    def test_keeps_no_failures(self, tmp_path):
+        for numerator in (1, 2):
+            function = functools.partial(operator.truediv, numerator)
+            first, failure = sweeps.map(function, [2, 0], jobs=1, errors="return", done=tmp_path / "done")
+            assert (first, type(failure)) == (0.5, SweepError)
+
+    def test_slow_items_hold_up_no_result(self, tmp_path):
+        done = tmp_path / "done"
+        # the second ends while the first sleeps
+        sweeps.map(time.sleep, [0.5, 0.0], jobs=2, done=done)
+        assert [json.loads(line)["key"] for line in done.read_text().splitlines()] == ["0.0", "0.5"]
+
+    @pytest.mark.parametrize("length", range(1, 27))
+    def test_torn_line(self, tmp_path, length):
+        done = tmp_path / "done"
+        done.write_text('{"key": "2", "result": 4}\n{"key": "3", "result": 7}'[: 26 + length])
+        assert sweeps.map(square, [2, 3], jobs=1, done=done) == [4, 9]
+        assert [json.loads(line)["result"] for line in done.read_text().splitlines()] == [4, 9]
+
+    def test_fresh_and_kept_results_are_alike(self, tmp_path):
+        for _ in range(2):
+            assert sweeps.map(lambda item: (item, None), ["ü"], jobs=1, done=tmp_path / "done") == [["ü", None]]
+
+    def test_result_that_is_not_json(self, tmp_path):
+        with pytest.raises(SweepError, match="item 1 failed: TypeError: Object of type complex is not JSON"):
+            sweeps.map(complex, [1], jobs=2, done=tmp_path / "done")
+
+    def test_key(self, tmp_path):
+        items = [np.zeros(2000), np.zeros(2000)]
+        items[1][1000] = 1
+        with pytest.raises(ValueError, match=r"two items have the key array\(\[0., 0., .*; give key="):
+            sweeps.map(np.sum, items, jobs=1, done=tmp_path / "done")
+        result = sweeps.map(
+            lambda item: item.sum(), items, jobs=1, done=tmp_path / "done", key=lambda item: str(item.sum())
+        )
+        assert result == [0.0, 1.0]
+
+    @pytest.mark.parametrize("content", ["my notes", "my notes\n", "[1]\n", '{"a": 1}\n'])
+    def test_foreign_file_stays(self, tmp_path, content):
+        (tmp_path / "notes").write_text(content)
+        with pytest.raises(ValueError, match="notes' holds something else than results of a sweep"):
+            sweeps.map(square, [1], jobs=1, done=tmp_path / "notes")
+        assert (tmp_path / "notes").read_text() == content
 
 
 class TestSweepError:

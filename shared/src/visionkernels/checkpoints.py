@@ -4,28 +4,21 @@ Sharing on the Hugging Face Hub needs nothing from here: a model class inherits 
 for `from_pretrained` and `push_to_hub`, and timm reads `hf-hub:` names itself.
 """
 
-import argparse
-import codecs
 import hashlib
 import logging
-import pathlib
 import re
-import shutil
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from visionkernels._unpickling import CheckpointError, read_torch
 from visionkernels.files import replace_file
 
 __all__ = ["Checkpoint", "CheckpointError", "KeyRules", "download", "load_strict", "read_state", "save_weights"]
@@ -41,27 +34,6 @@ MODEL_ENTRIES = ("model", "state_dict", "module", "student", "teacher")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-# Plain data that old training checkpoints hold beside the weights. None of it runs code when it is built. numpy 1 and 2
-# write different module names for the functions that rebuild their values.
-_NUMPY_BUILDERS = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-_SAFE_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    codecs.encode,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"},
-    *(
-        (build, f"{core}.multiarray.{name}")
-        for core in ("numpy.core", "numpy._core")
-        for name, build in _NUMPY_BUILDERS.items()
-    ),
-]
-
-
-class CheckpointError(ValueError):
-    """A weights file that cannot be read, or that does not fit."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -72,13 +44,15 @@ class Checkpoint:
     metadata: dict[str, str]
 
 
-def read_state(path: str | Path, *, weights: Weights = "auto") -> Checkpoint:
+def read_state(path: str | Path, *, weights: Weights = "auto", entry: str | None = None) -> Checkpoint:
     """Read the weights of a .safetensors or PyTorch file, on the CPU, without running code that the file holds.
 
     `weights="model"` takes the raw weights and `"ema"` the averaged ones; `"auto"` takes the raw ones, and averaged
-    ones only where there are no others, with a warning. `taken_from` tells which entry it was ("" for a bare state
-    dict). The prefixes `module.` and `_orig_mod.` are cut where all keys carry them. Raises FileNotFoundError, and
-    CheckpointError for a damaged file, for one that needs code to load, and for one without the asked weights.
+    ones only where there are no others, with a warning. A file with several raw ones gives a warning too; `entry` names
+    one, e.g. "teacher" or "generator.state_dict", and `weights` is then unused. `taken_from` tells which entry it was
+    ("" for a bare state dict). The prefixes `module.` and `_orig_mod.` are cut where all keys carry them. Raises
+    FileNotFoundError, and CheckpointError for a damaged file, for one that needs code to load, and for one without the
+    asked weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,9 +60,10 @@ def read_state(path: str | Path, *, weights: Weights = "auto") -> Checkpoint:
     with path.open("rb") as file:
         # a safetensors file is the length of its JSON header in 8 bytes, then the header
         is_safetensors = file.read(9)[8:] == b"{"
-    content, metadata = _read_safetensors(path) if is_safetensors else _read_torch(path)
-    state, taken_from = _choose_weights(content, weights, path)
-    return Checkpoint(_strip_wrappers(state), taken_from, metadata)
+    content, metadata = _read_safetensors(path) if is_safetensors else read_torch(path)
+    taken = _choose_entry(content, weights, path) if entry is None else entry
+    state = _state_in(content, taken, path)
+    return Checkpoint(_strip_wrappers(state), taken, metadata)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -100,45 +75,59 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises almost any type
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked:
-            raise CheckpointError(
-                f"{path} needs the Python object {blocked[1]} to load, which could run code; "
-                "save its state dict alone, or as safetensors"
-            ) from error
-        # torch's own text advises to load the file unsafely
-        reason = "" if "weights_only" in str(error) else f": {str(error).partition(chr(10))[0]}"
-        raise CheckpointError(f"{path} is damaged or no checkpoint of torch.save{reason}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a checkpoint is a dict of tensors")
-    plain = {str(key): str(value) for key, value in content.items() if isinstance(value, str | int | float)}
-    return dict(content), plain
-
-
-def _choose_weights(content: Mapping[str, Any], weights: Weights, path: Path) -> tuple[dict[str, Tensor], str]:
+def _choose_entry(content: Mapping[str, Any], weights: Weights, path: Path) -> str:
     present = [name for name in (*MODEL_ENTRIES, *EMA_ENTRIES) if isinstance(content.get(name), Mapping)]
     raw, averaged = ([name for name in present if name in entries] for entries in (MODEL_ENTRIES, EMA_ENTRIES))
     allowed = {"auto": raw or averaged, "model": raw, "ema": averaged}
     if weights not in allowed:
         raise ValueError(f"weights={weights!r} must be 'auto', 'model' or 'ema'")
     if not present and weights != "ema":
-        allowed[weights], content = [""], {"": content}
+        return ""
     if not allowed[weights]:
         raise CheckpointError(f"{path} has no {weights} weights; it holds {', '.join(present) or 'a bare state dict'}")
     taken = allowed[weights][0]
-    state = content[taken]
-    strangers = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if strangers or not state:
-        what = f"non-tensor entries (first: {_first(strangers)})" if strangers else "nothing"
-        raise CheckpointError(f"{path} holds {what} where weights were expected, in {taken or 'the file itself'}")
-    if weights == "auto" and taken in EMA_ENTRIES:
+    others = [name for name in _entries(content) if name not in (taken, *EMA_ENTRIES)]
+    if taken in EMA_ENTRIES and weights == "auto":
         _log.warning("%s holds only averaged weights; took %s", path, taken)
-    return dict(state), taken
+    elif taken in MODEL_ENTRIES and others:
+        _log.warning("%s holds several sets of weights; took %s, left %s", path, taken, _first(others))
+    return taken
+
+
+def _entries(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The names of the state dicts in a file, at the top or one level down."""
+    names = []
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping):
+            if value and not _strangers(value):
+                names.append(prefix + key)
+            elif not prefix:
+                names += _entries(value, f"{key}.")
+    return names
+
+
+def _strangers(state: Mapping[str, Any]) -> list[str]:
+    return [
+        str(key)
+        for key, value in state.items()
+        if key != "_metadata" and not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+
+
+def _state_in(content: Mapping[str, Any], entry: str, path: Path) -> dict[str, Tensor]:
+    state: Any = content
+    for name in filter(None, entry.split(".")):
+        state = state.get(name) if isinstance(state, Mapping) else None
+    found = _entries(content)
+    hint = f"; entries with weights: {', '.join(found)}" if found else ""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} has no entry {entry!r}{hint}")
+    # torch's own versions of the modules, which some scripts save as one more key
+    state = {key: value for key, value in state.items() if key != "_metadata"}
+    if not state or _strangers(state):
+        what = f"non-tensor entries (first: {_first(_strangers(state))})" if state else "nothing"
+        raise CheckpointError(f"{path} holds {what} where weights were expected, in {entry or 'the file itself'}{hint}")
+    return state
 
 
 def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,6 +157,10 @@ class KeyRules:
     ignored: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for pattern in (*self.names, *self.names.values(), *self.ignored):
+            placeholders = [name for name, _ in _placeholders(pattern)]
+            if not all(map(str.isidentifier, placeholders)) or len(set(placeholders)) < len(placeholders):
+                raise ValueError(f"the placeholders of {pattern!r} must be different names, e.g. {{i}} and {{rest*}}")
         unknown = [pattern for pattern in self.transforms if pattern not in self.names]
         if unknown:
             raise ValueError(f"transforms has {unknown[0]!r}, which is the left side of no rule")
@@ -178,7 +171,7 @@ class KeyRules:
             for index, later in enumerate(side):
                 for earlier in side[:index]:
                     special_first = earlier != later and _covers(later, earlier)
-                    if _overlap(earlier.split("."), later.split(".")) and not special_first:
+                    if _overlap(_tokens(earlier), _tokens(later)) and not special_first:
                         raise ValueError(f"patterns {earlier!r} and {later!r} both match some key; narrow one of them")
 
     def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -233,26 +226,32 @@ def _covers(general: str, special: str) -> bool:
     return _compile(general).fullmatch(sample) is not None
 
 
+def _tokens(pattern: str) -> list[str]:
+    """Split a pattern into characters and placeholders."""
+    return [found[0] for found in re.finditer(r"\{\w+\*?\}|.", pattern)]
+
+
 def _overlap(left: list[str], right: list[str]) -> bool:
-    """Whether some key could match both patterns, given as lists of components."""
-    if not left or not right:
-        return left == right
-    if "*}" in left[0] or "*}" in right[0]:
-        many, other = (left, right) if "*}" in left[0] else (right, left)
-        return any(_overlap(many[1:], other[count:]) for count in range(1, len(other) + 1))
-    return _may_be_equal(left[0], right[0]) and _overlap(left[1:], right[1:])
+    """Whether some key matches both patterns: walks through both at once, a character of the key at a time."""
+    states, seen = [(0, 0)], {(0, 0)}
+    while states:
+        i, j = states.pop()
+        if i == len(left) and j == len(right):
+            return True
+        if i < len(left) and j < len(right) and _share_character(left[i], right[j]):
+            # a placeholder may take one more character or be done
+            places = [(k + 1,) if len(token) == 1 else (k, k + 1) for k, token in ((i, left[i]), (j, right[j]))]
+            new = {(a, b) for a in places[0] for b in places[1]} - seen
+            seen |= new
+            states += new
+    return False
 
 
-def _may_be_equal(left: str, right: str) -> bool:
-    ends = []
-    for component in (left, right):
-        literals = _PLACEHOLDER.split(component)
-        if len(literals) == 1:
-            return _compile(left).fullmatch(right) is not None or _compile(right).fullmatch(left) is not None
-        ends.append((literals[0], literals[-1]))
-    (head, tail), (other_head, other_tail) = ends
-    heads_agree = head.startswith(other_head) or other_head.startswith(head)
-    return heads_agree and (tail.endswith(other_tail) or other_tail.endswith(tail))
+def _share_character(left: str, right: str) -> bool:
+    if len(left) > 1 or len(right) > 1:
+        # only {name*} takes a dot
+        return all(token != "." or other.endswith("*}") for token, other in ((left, right), (right, left)))
+    return left == right
 
 
 def load_strict(
@@ -263,40 +262,62 @@ def load_strict(
     candidates: Mapping[str, Callable[[], Shapes]] | None = None,
     keep: Sequence[str] = (),
 ) -> None:
-    """Copy `state` into `module`: every key, every shape.
+    """Copy `state` into `module`: every key, every shape, and the same kind of number (floating, integer, complex).
 
-    `keep` names submodules that keep the weights they have, e.g. `keep=["head"]` for a classifier of other classes;
-    their keys in `state` are dropped. Raises CheckpointError that counts and names what is missing, unexpected or
-    misshapen in `source`, and names the one of `candidates` (configuration -> function that returns its shapes by
-    key) that `state` fits.
+    `keep` names submodules or parameters that keep the values they have, e.g. `keep=["head"]` for a classifier of
+    other classes; their keys in `state` are dropped. Raises CheckpointError that counts and names what is missing,
+    unexpected or misshapen in `source`, and names the one of `candidates` (configuration -> function that returns its
+    shapes by key) that `state` fits; ValueError for a name in `keep` that `module` lacks, and for a module without
+    storage.
     """
+    ours = module.state_dict()
+    unknown = set(keep) - set(ours) - {name for name, _ in module.named_modules() if name}
+    if unknown:
+        raise ValueError(f"keep={sorted(unknown)} names no submodule or parameter of {type(module).__name__}")
 
     def is_kept(key: str) -> bool:
-        return any(key.startswith(f"{name}.") for name in keep)
+        return any(f"{key}.".startswith(f"{name}.") for name in keep)
 
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items() if not is_kept(key)}
+    ours = {key: value for key, value in ours.items() if not is_kept(key)}
     state = {key: value for key, value in state.items() if not is_kept(key)}
+    if any(value.is_meta for value in ours.values()):
+        raise ValueError(f"{type(module).__name__} is on the meta device; build it on a real one to load weights")
+    wanted = {key: tuple(value.shape) for key, value in ours.items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
-    if found == wanted:
-        module.load_state_dict(state, strict=False)  # the shapes agree; only what is kept is absent
-        return
-    raise CheckpointError(
-        f"{source} does not fit {type(module).__name__}: {_misfit(found, wanted)}{_fit(found, candidates)}"
-    )
+    misfit = "" if found == wanted else _misfit(module, found, wanted) + _fit(found, candidates)
+    strange = [key for key in ours if not misfit and not _are_of_a_kind(state[key], ours[key])]
+    if strange:
+        kinds = [f"{key} {state[key].dtype} instead of {ours[key].dtype}" for key in strange]
+        misfit = f"{len(strange)} keys of another kind (first: {_first(kinds)})"
+    if misfit:
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {misfit}")
+    module.load_state_dict(state, strict=False)  # the shapes agree; only what is kept is absent
 
 
-def _misfit(found: Shapes, wanted: Shapes) -> str:
+def _are_of_a_kind(theirs: Tensor, ours: Tensor) -> bool:
+    if theirs.is_complex() or ours.is_complex():
+        return theirs.is_complex() == ours.is_complex()
+    # a counter (num_batches_tracked) may have been saved as a float
+    return theirs.is_floating_point() or not ours.is_floating_point()
+
+
+def _misfit(module: nn.Module, found: Shapes, wanted: Shapes) -> str:
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     misshapen = [key for key in wanted if key in found and found[key] != wanted[key]]
-    owners = {key.rpartition(".")[0] for key in misshapen}
-    classes = {(found[key][:1], wanted[key][:1]) for key in misshapen}
-    if not missing and not unexpected and len(owners) == len(classes) == 1:
-        (owner,), ((theirs, ours),) = owners, classes
-        if theirs != ours and all(found[key][1:] == wanted[key][1:] for key in misshapen):
+    if misshapen and not missing and not unexpected:
+        owner = misshapen[0].rpartition(".")[0]
+        layer = module.get_submodule(owner)
+        theirs, ours = found[misshapen[0]][0], wanted[misshapen[0]][0]
+        # a linear layer with other outputs that nothing else takes up
+        if (
+            owner
+            and isinstance(layer, nn.Linear)
+            and set(misshapen) == {f"{owner}.{key}" for key in layer.state_dict()}
+        ):
             return (
-                f"its classifier {owner!r} has {theirs[0]} classes, the model {ours[0]}; "
-                f"build the model with {theirs[0]} classes, or drop the head of the file with keep=[{owner!r}]"
+                f"its classifier {owner!r} has {theirs} classes, the model {ours}; "
+                f"build the model with {theirs} classes, or drop the head of the file with keep=[{owner!r}]"
             )
     shapes = [f"{key} {list(found[key])} instead of {list(wanted[key])}" for key in misshapen]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": shapes}
@@ -328,56 +349,48 @@ def download(source: str, *, sha256: str | None = None, cache: str | Path | None
     """Return the local copy of a weights file, fetched once into `cache`.
 
     `source` is `hf://owner/name/file` on the Hugging Face Hub (`cache` defaults to the Hub's own), or an https URL,
-    for which `sha256` is required (`cache` defaults to torch.hub's `checkpoints`). A download that broke off goes on
-    where it stopped. Raises CheckpointError if the file has another hash, and removes it; OSError without network.
+    for which `sha256` is required (`cache` defaults to torch.hub's `checkpoints`; the file's name starts with the
+    hash). A download that broke off goes on where it stopped. Raises CheckpointError if the file has another hash, and
+    what huggingface_hub raises without network.
     """
-    if source.startswith("hf://"):
+    hub = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", source)
+    if hub:
         from huggingface_hub import hf_hub_download
 
-        owner, name, file = source.removeprefix("hf://").split("/", 2)
-        path = Path(hf_hub_download(f"{owner}/{name}", file, cache_dir=cache))
-        if sha256 is not None:
-            _verify(path, sha256)
-        return path
-    if not source.startswith(("https://", "http://")) or sha256 is None:
-        raise ValueError(f"source={source!r} must be hf://owner/name/file, or an https URL with its sha256")
-    folder = Path(cache) if cache is not None else Path(torch.hub.get_dir(), "checkpoints")
-    path = folder / Path(urllib.parse.urlsplit(source).path).name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{sha256[:8]}.part")
-        _fetch(source, partial)
-        _verify(partial, sha256)
-        partial.replace(path)
+        path = Path(hf_hub_download(hub[1], hub[2], cache_dir=cache))
+    elif source.startswith(("https://", "http://")) and sha256 is not None:
+        path = _fetch(source, sha256, Path(cache or Path(torch.hub.get_dir(), "checkpoints")))
     else:
-        _verify(path, sha256)
+        raise ValueError(f"source={source!r} must be hf://owner/name/file, or an https URL with its sha256")
+    if sha256 is not None and not _has_hash(path, sha256):
+        raise CheckpointError(f"{path} has not the sha256 {sha256}; remove it and run again to fetch it anew")
     return path
 
 
-def _fetch(url: str, partial: Path) -> None:
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send
-            return
-        raise OSError(f"{url} answered {error.code} {error.reason}") from error
-    with response:
-        if response.status != 206:  # the server sends the whole file
-            have = 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        progress = tqdm.wrapattr(response, "read", total=total, initial=have, desc=partial.stem, disable=None)
-        with progress as body, partial.open("ab" if have else "wb") as file:
-            shutil.copyfileobj(body, file)
-    if total is not None and partial.stat().st_size < total:
-        raise OSError(f"{url} broke off at {partial.stat().st_size} of {total} bytes; run again to go on from there")
+def _fetch(url: str, sha256: str, folder: Path) -> Path:
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    name = Path(urllib.parse.urlsplit(url).path).name
+    path = folder / f"{sha256[:16].lower()}-{name}"
+    partial = folder / f"{path.name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    # of several processes one fetches, and the others find the file
+    with WeakFileLock(folder / f"{path.name}.lock"):
+        if path.exists():
+            return path
+        if not _has_hash(partial, sha256):
+            with partial.open("ab") as file:
+                http_get(url, file, resume_size=file.tell(), displayed_filename=name)
+        if not _has_hash(partial, sha256):
+            partial.unlink()
+            raise CheckpointError(f"{url} has not the sha256 {sha256}; what came was removed")
+        partial.replace(path)
+    return path
 
 
-def _verify(path: Path, sha256: str) -> None:
+def _has_hash(path: Path, sha256: str) -> bool:
+    if not path.exists():
+        return False
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256.lower():
-        path.unlink()
-        raise CheckpointError(f"{path} has sha256 {digest}, expected {sha256}; it was removed, run again to fetch it")
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256.lower()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,18 @@ __all__ = ["replace_file", "sync", "write_json"]
 def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
 
-    Missing folders are made. If the block raises, the temporary file is removed and `path` is as it was. Raises
-    FileExistsError if `path` exists and `overwrite` is False, before the block runs.
+    Missing folders are made. If the block raises, the temporary file is removed and `path` is as it was. The target of
+    a link is replaced, not the link; a pipe or a device is written to as it is. Raises FileExistsError if `path` exists
+    and `overwrite` is False: before the block runs, or after it if `path` appeared meanwhile.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    taken = FileExistsError(f"{path} exists; pass --overwrite to replace it")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+        raise taken
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays, since many writers choose their format by it
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -33,10 +40,23 @@ def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         sync(temporary)
-        temporary.replace(path)
+        if overwrite:
+            temporary.replace(path)
+        else:
+            _create(path, temporary, taken)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path, temporary: Path, taken: FileExistsError) -> None:
+    try:
+        # unlike a rename, this fails where another process was faster
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise taken from None
+    except OSError:  # a file system without hard links, e.g. of a memory stick
+        temporary.replace(path)
 
 
 def sync(path: Path) -> None:
@@ -51,7 +71,13 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any, *, overwrite: bool = False) -> None:
-    """Write `value` as indented JSON to `path`, whole or not at all; NaN and infinities raise ValueError."""
-    text = json.dumps(value, indent=2, allow_nan=False)
+    """Write `value` as indented JSON to `path`, whole or not at all, or to stdout if `path` is "-".
+
+    NaN and infinities raise ValueError.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
     with replace_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,11 @@
 """Independent work in parallel, on joblib: the cores of this machine, or a Ray or Dask cluster."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
@@ -33,17 +38,27 @@ def map(
     backend: Backend = "loky",
     threads: int = 1,
     description: str = "sweep",
-) -> list[Result]:
+    errors: Literal["raise", "return"] = "raise",
+    done: str | Path | None = None,
+    key: Callable[[Item], str] = repr,
+) -> list[Any]:
     """Return `[function(item) for item in items]`, computed by `jobs` processes; the order is kept.
 
     `jobs=-1` is one a core. `"ray"` and `"dask"` use the cluster that this process is connected to (`ray.init`,
     `dask.distributed.Client`), else start one on this machine; there the cluster says how many threads a worker has,
     with `"loky"` it is `threads`. Functions, items and results travel between processes, so they must pickle. The
-    first failure ends the sweep with SweepError.
+    first failure ends the sweep with SweepError; with `errors="return"` it stands in its item's place instead.
+
+    `done` is a file that keeps every result as soon as it is there (with Ray, all at the end), a line of JSON each; a
+    sweep that is run again takes them from there and computes the others. Results must be JSON then (a tuple comes
+    back as a list), and `key` must tell items apart by a text that stays the same; failures are not kept. Raises
+    ValueError for two items of one key and for a file that is no such list.
     """
     joblib = require("joblib", "visionkernels[sweeps]")
     if jobs != -1 and jobs < 1:
         raise ValueError(f"jobs={jobs} must be at least 1, or -1 for one a core")
+    if errors not in ("raise", "return"):
+        raise ValueError(f"errors={errors!r} must be 'raise' or 'return'")
     limits = {}
     if backend == "loky":
         limits = {"inner_max_num_threads": threads}
@@ -53,11 +68,65 @@ def map(
         _connect_dask()
     else:
         raise ValueError(f"backend={backend!r} must be 'loky', 'ray' or 'dask'")
+    keys = [] if done is None else [key(item) for item in items]
+    results = {} if done is None else _read(Path(done), keys)
+    missing = [(i, item) for i, item in enumerate(items) if i not in results]
+    call = functools.partial(_call, function, returns_errors=errors == "return", as_json=done is not None)
     # joblib's Ray backend cannot hand out results one by one, so its progress bar jumps to the end
-    return_as = "list" if backend == "ray" else "generator"
-    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits):
-        results = joblib.Parallel(return_as=return_as)(joblib.delayed(_call)(function, item) for item in items)
-        return list(tqdm(results, total=len(items), desc=description, disable=None))
+    return_as = "list" if backend == "ray" else "generator_unordered"
+    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), _torch_threads(threads):
+        finished = joblib.Parallel(return_as=return_as)(joblib.delayed(call)(i, item) for i, item in missing)
+        progress = tqdm(finished, total=len(items), initial=len(results), desc=description, disable=None)
+        for i, result in progress:
+            if done is not None and not isinstance(result, SweepError):
+                _append(Path(done), keys[i], result)
+            results[i] = result
+    return [results[i] for i in range(len(items))]
+
+
+_LINE_START = b'{"key": '
+
+
+def _read(path: Path, keys: list[str]) -> dict[int, Any]:
+    """Return the results that `path` holds by the position of their key, and cut off a line that a crash left torn."""
+    places = {key: i for i, key in enumerate(keys)}
+    if len(places) < len(keys):
+        twice = next(key for i, key in enumerate(keys) if places[key] != i)
+        raise ValueError(f"two items have the key {_short(twice)}; give key= a function that tells them apart")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    *lines, torn = content.split(b"\n")
+    try:
+        entries = [json.loads(line) for line in lines]
+        results = {places[entry["key"]]: entry["result"] for entry in entries if entry["key"] in places}
+        if torn[: len(_LINE_START)] != _LINE_START[: len(torn)]:
+            raise ValueError(torn)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"done={str(path)!r} holds something else than results of a sweep") from error
+    if torn:
+        os.truncate(path, len(content) - len(torn))
+    return results
+
+
+def _append(path: Path, key: str, result: Any) -> None:
+    line = json.dumps({"key": key, "result": result})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Limit the threads of this process, where joblib runs a sweep of one job."""
+    import torch  # not above: a worker whose function needs no torch starts much faster
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _connect_dask() -> None:
@@ -68,8 +137,20 @@ def _connect_dask() -> None:
         distributed.Client()
 
 
-def _call(function: Callable[[Item], Result], item: Item) -> Result:
+def _call(
+    function: Callable[[Item], Result], index: int, item: Item, *, returns_errors: bool, as_json: bool
+) -> tuple[int, Any]:
     try:
-        return function(item)
+        result = function(item)
+        # as it would be read from a file, so that fresh and kept results are alike
+        return index, json.loads(json.dumps(result)) if as_json else result
     except Exception as error:
-        raise SweepError(item, f"item {item!r} failed: {type(error).__name__}: {error}") from error
+        failure = SweepError(item, f"item {_short(repr(item))} failed: {type(error).__name__}: {error}")
+        if returns_errors:
+            return index, failure
+        raise failure from error
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reads what it uses off the binary.
 
-An op's `triton.py` names what to compile: `aot_cases(is_hip=...)` returns a list of AotCase. Triton must not be in
+An op's `triton.py` names what to compile: `aot_cases(is_hip=...)` returns a list of AotCase. It also says how fast each
+configuration could be at best: `rooflines()` returns a list of Roofline, for one stated GPU. Triton must not be in
 interpreter mode, so that tests run this module as a program: `python -m visionkernels.testing.kernels`.
 """
 

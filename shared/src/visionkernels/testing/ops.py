@@ -20,33 +20,55 @@ TOLERANCES = {
 
 
 def check_backend(
-    run: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    run: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
     *,
     is_reduction: bool = True,
 ) -> None:
     """Assert that `run(*inputs)` and its gradients equal those of `reference` on the same inputs in float64.
 
-    The inputs' own rounding is so taken out; the output gradient is a fixed pseudo-random tensor. Outputs and
-    gradients must have the dtype of the inputs, and are compared by TOLERANCES, scaled by the tensor's size.
+    The inputs' own rounding is so taken out; the output gradients are fixed pseudo-random tensors. Inputs and outputs
+    that are not floating (indices, masks) are passed on and compared exactly; the others must have one dtype, that of
+    the first floating input. Those are compared by TOLERANCES, atol times the tensor's largest number where that is
+    above one: an element near zero that is a sum of large ones has the rounding of the large ones.
     """
-    outputs = []
-    for function, dtype in ((run, inputs[0].dtype), (reference, torch.float64)):
-        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-        out = function(*leaves)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype)
-        out.backward(weights.to(out))
-        outputs.append([out, *(leaf.grad for leaf in leaves)])
-    rtol, atol = TOLERANCES[inputs[0].dtype][is_reduction]
-    names = ["output", *(f"gradient {i}" for i in range(len(inputs)))]
-    for name, ours, expected in zip(names, *outputs, strict=True):
-        assert ours.dtype == inputs[0].dtype, f"{name} is {ours.dtype}"
-        prefix = f"{name}: "
-        scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+    dtype = next(tensor.dtype for tensor in inputs if tensor.is_floating_point())
+    results = [_differentiate(run, inputs, dtype, dtype), _differentiate(reference, inputs, torch.float64, dtype)]
+    assert results[0].keys() == results[1].keys(), f"{list(results[0])} instead of {list(results[1])}"
+    rtol, atol = TOLERANCES[dtype][is_reduction]
+    for name, expected in results[1].items():
+        ours = results[0][name]
+        if not expected.is_floating_point():
+            torch.testing.assert_close(ours.cpu(), expected.cpu(), msg=partial(str.__add__, f"{name}: "))
+            continue
+        assert ours.dtype == dtype, f"{name} is {ours.dtype}"
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(
-            ours.double().cpu(), expected.cpu(), rtol=rtol, atol=atol * scale, msg=partial(str.__add__, prefix)
+            ours.double().cpu(), expected.cpu(), rtol=rtol, atol=atol * scale, msg=partial(str.__add__, f"{name}: ")
         )
+
+
+def _differentiate(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    rounded: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the outputs of `function` in `dtype` and the gradients of its floating inputs, by name."""
+    leaves = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+    out = function(*leaves)
+    outputs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(each.shape, generator=generator).to(rounded).to(each) for each in outputs]
+    differentiable = [i for i, each in enumerate(outputs) if each.requires_grad]
+    torch.autograd.backward([outputs[i] for i in differentiable], [weights[i] for i in differentiable])
+    results = {f"output {i}": each.detach() for i, each in enumerate(outputs)}
+    for i, leaf in enumerate(leaves):
+        if leaf.is_floating_point():
+            assert leaf.grad is not None, f"input {i} has no gradient"
+            results[f"gradient {i}"] = leaf.grad
+    return results
 
 
 @contextmanager
