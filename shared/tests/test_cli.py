@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import tyro
+from torch.utils.data import DataLoader
 
 from visionkernels import cli
+from visionkernels.training import FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +52,43 @@ def fail(kind: str = "value") -> int:
         "extra": ImportError("needs timm; run: pip install 'demo[train]'"),
         "work": RuntimeError("loss is not finite"),
         "interrupt": KeyboardInterrupt(),
+        "saved": KeyboardInterrupt("stopped and saved after update 25; the same command goes on"),
     }
     if kind in errors:
         raise errors[kind]
     if kind == "file":
         Path("/nowhere/picture.png").read_bytes()
+    if kind == "bug":
+        return None + 1  # type: ignore[operator]
+    if kind == "library":
+        torch.zeros(2, 3).reshape(Path())  # type: ignore[call-overload]
+    if kind == "convert":
+        float("many")
+    if kind.startswith("worker"):
+        list(DataLoader(Broken(kind), num_workers=1))  # type: ignore[arg-type]
     return 1
+
+
+class Broken(list):
+    """A data set that fails in its worker."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("x")
+        self.kind = kind
+
+    def __getitem__(self, index: object) -> object:
+        if self.kind == "worker-check":
+            raise ValueError("picture x.png cannot be read")
+        return len(None)  # type: ignore[arg-type]
+
+
+def train(*, size: int = 3, fit: FitOptions = FitOptions()) -> None:
+    """Train.
+
+    Args:
+        size: of the model
+    """
+    print(size, {name: value for name, value in vars(fit).items() if value})
 
 
 def count(number: int = 100_000) -> None:
@@ -64,7 +98,7 @@ def count(number: int = 100_000) -> None:
 
 
 def run(*argv: str) -> int:
-    commands = {"shrink": shrink, "fail": fail, "count": count}
+    commands = {"shrink": shrink, "fail": fail, "count": count, "train": train}
     return cli.run("demo", commands, description="A demonstration.", version="1.2.3", argv=argv)
 
 
@@ -76,6 +110,16 @@ class TestSuccess:
     def test_dash(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("shrink", "--size", "32", "./--debug") == 0
         assert capsys.readouterr().out == "--debug 64 32 mean\n"
+
+    def test_debug_after_dashes_is_an_argument(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("shrink", "--", "--debug") == 0
+        assert capsys.readouterr().out == "--debug 64 224 mean\n"
+
+    def test_fit_options(self, capsys: pytest.CaptureFixture[str]) -> None:
+        flags = ["--epochs", "2", "--lr", "0.1", "--precision", "bf16", "--trackers", "tensorboard", "wandb"]
+        assert run("train", "--size", "4", *flags) == 0
+        given = {"epochs": 2, "lr": 0.1, "precision": "bf16", "trackers": ("tensorboard", "wandb")}
+        assert capsys.readouterr().out == f"4 {given}\n"
 
     def test_returned_code(self) -> None:
         assert run("fail", "--kind", "none") == 1
@@ -99,13 +143,20 @@ class TestHelp:
         assert len(out.splitlines()) <= 40
         assert not set("╭│╰─\x1b") & set(out)
 
+    def test_fit_options(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        assert run("train", "--help") == 0
+        out = capsys.readouterr().out
+        assert "--lr {None}|FLOAT" in out and "(default: None)" not in out
+        assert len(out.splitlines()) <= 30
+
 
 class TestErrors:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            ((), "no command given; choose from: shrink, fail, count"),
-            (("shrnk",), "unknown command 'shrnk'; did you mean 'shrink'? known: shrink, fail, count"),
+            ((), "no command given; choose from: shrink, fail, count, train"),
+            (("shrnk",), "unknown command 'shrnk'; did you mean 'shrink'? known: shrink, fail, count, train"),
             (("shrink",), "PATH"),
             (("shrink", "a.png", "--size", "big"), "--size: invalid literal for int() with base 10: 'big'"),
             (("shrink", "a.png", "--sise", "3"), "--sise, 3 Perhaps you meant: --size"),
@@ -116,6 +167,7 @@ class TestErrors:
             (("fail", "--kind", "type"), "size must be an int"),
             (("fail", "--kind", "extra"), "needs timm; run: pip install 'demo[train]'"),
             (("fail", "--kind", "file"), "/nowhere/picture.png: No such file or directory"),
+            (("fail", "--kind", "worker-check"), "demo: error: picture x.png cannot be read\n"),
         ],
     )
     def test_input(self, argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +182,21 @@ class TestErrors:
         message = "demo: error: RuntimeError: loss is not finite (--debug shows the traceback)\n"
         assert capsys.readouterr().err == message
 
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("bug", "TypeError: unsupported operand type(s) for +: 'NoneType' and 'int'"),
+            ("library", "TypeError: reshape()"),
+            ("convert", "ValueError: could not convert string to float: 'many'"),
+            ("worker-bug", "TypeError: object of type 'NoneType' has no len()"),
+        ],
+    )
+    def test_mistakes_of_the_code(self, kind: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("fail", "--kind", kind) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"demo: error: {message}")
+        assert err.endswith(" (--debug shows the traceback)\n") and err.count("\n") == 1
+
     @pytest.mark.parametrize("argv", [("--debug", "fail"), ("fail", "--debug"), ("fail", "--kind", "work", "--debug")])
     def test_debug(self, argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
         assert run(*argv) in (1, 2)
@@ -138,6 +205,8 @@ class TestErrors:
     def test_interrupt(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("fail", "--kind", "interrupt") == 130
         assert capsys.readouterr().err == "demo: interrupted\n"
+        assert run("fail", "--kind", "saved") == 130
+        assert capsys.readouterr().err == "demo: stopped and saved after update 25; the same command goes on\n"
 
     def test_closed_pipe(self) -> None:
         folder = str(Path(__file__).parent)

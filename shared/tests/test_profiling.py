@@ -1,3 +1,5 @@
+import gc
+import itertools
 import json
 import time
 
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 from visionkernels.profiling import (
     BenchRow,
+    Timing,
     bench_table,
     compare,
     count_flops,
@@ -144,11 +147,23 @@ class TestPeakMemoryBytes:
 
 
 class TestCompare:
-    def test_finds_the_slower(self):
-        timings = compare({"fast": lambda: time.sleep(1e-3), "slow": lambda: time.sleep(4e-3)}, repeats=5)
-        assert 2 < timings["slow"].median / timings["fast"].median < 5
-        assert len(timings["fast"].samples) == 5
-        assert 0 <= timings["fast"].iqr < timings["fast"].median
+    def test_finds_the_slower(self, monkeypatch):
+        now, collecting = [0.0], []
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+        def candidate(seconds):
+            def fn():
+                now[0] += next(seconds)
+                collecting.append(gc.isenabled())
+
+            return fn
+
+        fast, slow = itertools.repeat(0.25), itertools.chain([9, 1, 3], itertools.repeat(1))
+        timings = compare({"fast": candidate(fast), "slow": candidate(slow)}, repeats=5, min_seconds=1)
+        assert timings["fast"] == Timing(0.25, 0, (0.25,) * 5)
+        assert timings["slow"] == Timing(1, 0, (3, 1, 1, 1, 1))
+        assert collecting == [False] * (2 + 4 * 5 + 2 + 5)
+        assert gc.isenabled()
 
     def test_takes_turns_and_restores_threads(self):
         order, threads = [], []

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -19,8 +19,10 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from visionkernels.checkpoints import read_state
-from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe, TrainingData, fit
-from visionkernels.training.batches import BatchPlan
+from visionkernels.training import FitOptions, FitRecipe, OptimizerRecipe, ScheduleRecipe, TrainingData, fit
+from visionkernels.training import folder as folder_module
+from visionkernels.training import run as run_module
+from visionkernels.training.batches import EVALUATION, BatchPlan, seed_generators
 from visionkernels.training.folder import RunFolder
 from visionkernels.training.optimization import LearningRate, create_optimizer
 
@@ -92,11 +94,56 @@ def interrupt(*_):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def run_in_child(*args, **kwargs):
-    child = multiprocessing.get_context("fork").Process(target=run, args=args, kwargs=kwargs)
+def interrupt_group(*_):
+    """As a terminal does: data workers get Ctrl-C as well."""
+    os.killpg(os.getpgrp(), signal.SIGINT)
+
+
+def call_in_child(function, *args, **kwargs):
+    """Return the exit code of a process of its own group."""
+
+    def target():
+        os.setpgrp()
+        function(*args, **kwargs)
+
+    child = multiprocessing.get_context("fork").Process(target=target)
     child.start()
     child.join()
     return child.exitcode
+
+
+def run_in_child(*args, **kwargs):
+    return call_in_child(run, *args, **kwargs)
+
+
+class CentredTask(TrainingTask):
+    """Keeps a running mean of logits as a buffer, and a teacher that follows; both are part of the loss."""
+
+    def __init__(self):
+        super().__init__(verbose=False)
+        self.trainable_module = build().trainable_module
+        self.teacher = build().trainable_module.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(CLASSES))
+        self.begun = []
+
+    def begin_update(self, update, total_updates):
+        self.begun.append((update, total_updates))
+        with torch.no_grad():
+            for teacher, student in zip(self.teacher.parameters(), self.trainable_module.parameters(), strict=True):
+                teacher.lerp_(student, 0.5 * update / total_updates)
+
+    def get_task_state(self, module=None, ema=False):
+        return {"teacher": self.teacher.state_dict()}
+
+    def load_task_state(self, state, strict=True, module=None, ema=False):
+        self.teacher.load_state_dict(state["teacher"])
+
+    def forward(self, inputs, labels):
+        logits = self.trainable_module(inputs)
+        with torch.no_grad():
+            self.center = 0.9 * self.center + 0.1 * logits.mean(0)
+            target = (self.teacher(inputs) - self.center).softmax(-1)
+        return {"loss": nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits, target)}
 
 
 # what could disturb a resumed run: (changes of the recipe, micro-steps before the kill)
@@ -122,7 +169,7 @@ class TestResume:
         assert resumed.history == whole.history
         assert [entry["epoch"] for entry in resumed.history] == [1, 2, 3]
 
-    @pytest.mark.parametrize("moment", ["publish", "write_history", "claim"])
+    @pytest.mark.parametrize("moment", ["publish", "append", "claim"])
     def test_killed_while_writing(self, tmp_path, monkeypatch, moment):
         whole = run(tmp_path / "whole")
         with monkeypatch.context() as patch:
@@ -161,6 +208,52 @@ class TestResume:
         assert signal.getsignal(signal.SIGINT) is handler
         assert_same(run(tmp_path / "cut", recipe).weights, whole.weights)
 
+    def test_ctrl_c_reaches_data_workers_too(self, tmp_path, capfd):
+        recipe = replace(RECIPE, num_workers=1, accumulation_steps=8)  # more batches than are fetched ahead
+        whole = run(tmp_path / "whole", recipe, task=build(nn.LayerNorm))
+        transform = At(8 * 7, interrupt_group)
+        assert run_in_child(tmp_path / "cut", recipe, task=build(nn.LayerNorm), batch_transform=transform) == 1
+        assert "KeyboardInterrupt: stopped and saved after update 8 of 18" in capfd.readouterr().err
+        assert_same(run(tmp_path / "cut", recipe, task=build(nn.LayerNorm)).weights, whole.weights)
+
+    def test_task_with_state(self, tmp_path):
+        recipe = replace(RECIPE, accumulation_steps=2, save_every_updates=1)
+        whole = run(tmp_path / "whole", recipe, task=(task := CentredTask()))
+        assert task.begun == [(update, 18) for update in range(18)]
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", recipe, task=CentredTask(), batch_transform=At(2 * 8, interrupt))
+        resumed = run(tmp_path / "cut", recipe, task=(task := CentredTask()))
+        assert task.begun[0] == (9, 18)
+        assert resumed.history == whole.history
+        assert_same(resumed.weights, whole.weights)
+
+    @pytest.mark.parametrize("save_every_epochs", [1, 2, 10])
+    def test_killed_while_measuring(self, tmp_path, save_every_epochs):
+        def random_metric(model):
+            return {"noise": torch.rand(1).item()}
+
+        def killed(model):
+            if (folder / "log.jsonl").read_text().count("\n") == 1:
+                kill()
+            return random_metric(model)
+
+        recipe = replace(RECIPE, save_every_epochs=save_every_epochs, ema_decay=0.9)
+        recipe = replace(recipe, best_metric="noise", best="min")  # which is that of the first epoch
+        whole, folder = run(tmp_path / "whole", recipe, evaluate=random_metric), tmp_path / "cut"
+        folder.mkdir()
+        (folder / "log.jsonl").touch()
+        assert run_in_child(folder, recipe, evaluate=killed) == -signal.SIGKILL
+        with (folder / "log.jsonl").open("a") as log:
+            log.write('{"epoch": 2, "up')
+        kept = 0 if save_every_epochs == 10 else 2
+        assert [path.name[:11] for path in (folder / "checkpoints").glob("*")][-1:] == ["epoch-00002"] * (kept > 0)
+        resumed = run(folder, recipe, evaluate=random_metric)
+        assert resumed.history == whole.history
+        assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+        assert min(resumed.history, key=lambda entry: entry["noise"])["epoch"] == 1
+        for name in ("weights", "ema", "best"):
+            assert_same(folder / f"{name}.safetensors", tmp_path / f"whole/{name}.safetensors")
+
     def test_ctrl_c_in_the_last_update_of_an_epoch(self, tmp_path):
         whole = run(tmp_path / "whole")
         with pytest.raises(KeyboardInterrupt, match="after update 6"):
@@ -169,16 +262,57 @@ class TestResume:
         assert_same(resumed.weights, whole.weights)
         assert resumed.history == whole.history
 
-    def test_finished_run_is_only_read(self, tmp_path):
-        first = run(tmp_path)
-        again = run(tmp_path, batch_transform=At(0, lambda batch: pytest.fail("must not train")))
+    def test_finished_run_is_only_read(self, tmp_path, monkeypatch):
+        recipe = replace(RECIPE, ema_decay=0.9, best_metric="top1")
+        first = run(tmp_path, recipe)
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.name != ".lock"}
+        monkeypatch.setattr(sys, "argv", ["another"])
+        again = run(tmp_path, recipe, batch_transform=At(0, lambda batch: pytest.fail("must not train")))
         assert again == first
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.name != ".lock"} == files
+
+    def test_another_command_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["first"])
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, batch_transform=At(3, interrupt))
+        monkeypatch.setattr(sys, "argv", ["second"])
+        run(tmp_path, replace(RECIPE, num_workers=1))
+        described = json.loads((tmp_path / "run.json").read_text())
+        assert (described["command"], described["recipe"]["num_workers"]) == (["first"], 0)
+        (resumed,) = described["resumed"]
+        assert resumed["command"] == ["second"]
+        assert resumed.keys() == {"versions", "git", "command", "device", "processes"}
+
+    def test_folder_in_use(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0)
+        partial = tmp_path / "checkpoints/.partial"
+
+        def intrude(batch):
+            partial.mkdir(parents=True)
+            with pytest.raises(ValueError, match=f"{tmp_path} is in use by another process"):
+                run(tmp_path)
+            assert partial.exists()
+
+        run(tmp_path, replace(RECIPE, epochs=1), batch_transform=At(2, intrude))
+        run(tmp_path, replace(RECIPE, epochs=1))
 
     def test_another_recipe_is_refused(self, tmp_path):
         run(tmp_path, replace(RECIPE, epochs=1))
         other = replace(RECIPE, epochs=2, optimizer=replace(RECIPE.optimizer, lr=0.5), num_workers=1)
         with pytest.raises(ValueError, match=r"another run: epochs was 1, now 2, optimizer\.lr was 0\.02, now 0\.5;"):
             run(tmp_path, other)
+
+    def test_another_model_is_refused(self, tmp_path):
+        run(tmp_path, replace(RECIPE, epochs=1))
+        with pytest.raises(ValueError, match=rf"^{tmp_path} holds a run of another model: .*1\.running_mean.*$"):
+            run(tmp_path, replace(RECIPE, epochs=1), task=build(nn.LayerNorm))
+
+    def test_trainable_parameters_outside_the_module(self, tmp_path):
+        task = build()
+        task.temperature = nn.Parameter(torch.ones(1))
+        task.teacher = nn.Linear(2, 2).requires_grad_(False)
+        with pytest.raises(TypeError, match=r"outside trainable_module would not be trained: temperature; move"):
+            run(tmp_path, task=task)
 
     def test_task_without_trainable_module(self, tmp_path):
         with pytest.raises(TypeError, match="TrainingTask must have trainable_module"):
@@ -191,6 +325,52 @@ class TestNumbers:
         one = run(tmp_path / "1", task=build(**task))
         two = run(tmp_path / "2", replace(RECIPE, accumulation_steps=2), task=build(**task))
         assert_same(one.weights, two.weights, rtol=1e-5, atol=1e-6)
+
+    def test_clipping(self, tmp_path):
+        task = build()
+        before = torch.cat([value.detach().flatten().clone() for value in task.trainable_module.parameters()])
+        optimizer = OptimizerRecipe(name="momentum", lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-2)
+        constant = ScheduleRecipe(name="constant")
+        run(tmp_path, replace(RECIPE, epochs=None, updates=1, optimizer=optimizer, schedule=constant), task=task)
+        after = torch.cat([value.detach().flatten() for value in task.trainable_module.parameters()])
+        assert (after - before).norm().item() == pytest.approx(1e-2, rel=1e-3)
+
+    def test_metric_of_some_batches(self, tmp_path):
+        class Rarely(ClassificationTask):
+            calls = 0
+
+            def forward(self, *batch):
+                self.calls += 1
+                rare = {"rare": torch.tensor(3.0)} if self.calls % 4 == 1 else {}
+                return super().forward(*batch) | rare | {"bad": torch.tensor(math.nan)}
+
+        task = Rarely(build().trainable_module, verbose=False)
+        recipe = replace(RECIPE, epochs=1, save_every_updates=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, recipe, task=task, batch_transform=At(2, interrupt))
+        result = run(tmp_path, recipe, task=task)
+        assert result.metrics["rare"] == 3.0
+        assert math.isnan(result.metrics["bad"])
+
+    @pytest.mark.parametrize(("best", "update"), [("max", "24"), ("min", "18")])
+    def test_best_of_finite_metrics(self, tmp_path, best, update):
+        scores = [math.nan, math.inf, 1.0, 3.0, 2.0, -math.inf]
+        left = iter(scores)
+        recipe = replace(RECIPE, epochs=6, best_metric="score", best=best)
+        result = run(tmp_path, recipe, evaluate=lambda model: {"score": next(left)})
+        logged = [json.loads(line)["score"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert logged == [score if math.isfinite(score) else None for score in scores]
+        assert read_state(tmp_path / "best.safetensors").metadata["update"] == update
+        assert [math.isnan(entry["score"]) for entry in result.history] == [score is None for score in logged]
+
+    def test_measured_every_second_epoch_with_its_own_seed(self, tmp_path):
+        recipe = replace(RECIPE, evaluate_every_epochs=2)
+        history = run(tmp_path, recipe, evaluate=lambda model: {"noise": torch.rand(1).item()}).history
+        expected = []
+        for update in (12, 18):
+            seed_generators(recipe.seed, EVALUATION, update)
+            expected.append(torch.rand(1).item())
+        assert [entry.get("noise") for entry in history] == [None, *expected]
 
     def test_ema(self, tmp_path):
         seen = []
@@ -270,30 +450,46 @@ class TestNumbers:
                 tmp_path, train=Broken(), order=lambda epoch: [index % 52 for index in range(52)] if epoch else [0] * 52
             )
 
+    @pytest.mark.parametrize("updates", [1, 2])
+    def test_not_finite_loss_is_never_saved(self, tmp_path, monkeypatch, updates):
+        monkeypatch.setitem(run_module.CHECK_EVERY_UPDATES, "cpu", 50)  # as on an accelerator
+
+        def spoil(batch):
+            return batch[0] * math.nan, batch[1]
+
+        with pytest.raises(
+            FloatingPointError, match=rf"not finite at update {updates} .*last good checkpoint is .*{updates}$"
+        ):
+            run(tmp_path, replace(RECIPE, save_every_updates=1), batch_transform=At(updates, spoil))
+
     @pytest.mark.parametrize(
-        ("launcher", "variables"),
+        ("launcher", "variables", "options"),
         [
-            (["torch.distributed.run", "--nproc_per_node=2"], {}),
+            (["torch.distributed.run", "--nproc_per_node=2"], {}, []),
+            pytest.param(["torch.distributed.run", "--nproc_per_node=2"], {}, ["unused"], marks=pytest.mark.slow),
             pytest.param(
                 ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
                 {"ACCELERATE_USE_CPU": "1"},
+                [],
                 marks=pytest.mark.slow,
             ),
         ],
-        ids=["torchrun", "accelerate"],
+        ids=["torchrun", "unused-parameters", "accelerate"],
     )
-    def test_two_processes_end_like_one(self, tmp_path, launcher, variables):
+    def test_two_processes_end_like_one(self, tmp_path, launcher, variables, options):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-        command = [sys.executable, "-m", *launcher, __file__, tmp_path / "2"]
+        command = [sys.executable, "-m", *launcher, __file__, tmp_path / "2", *options]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-        one = script(tmp_path / "1")
+        one = script(tmp_path / "1", *options)
         assert json.loads((tmp_path / "2/run.json").read_text())["processes"] == 2
         assert_same(tmp_path / "2/weights.safetensors", one.weights, rtol=0, atol=1e-6)
         assert_same(tmp_path / "2/ema.safetensors", one.ema_weights, rtol=0, atol=1e-6)
         two = RunFolder(tmp_path / "2").history()
         for ours, theirs in zip(one.history, two, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
+        first, second = ((tmp_path / f"2/random-{rank}").read_text() for rank in range(2))
+        assert first == (tmp_path / "1/random-0").read_text() != second
 
     def test_launch_that_starts_one_process_only(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -308,29 +504,67 @@ class CleanSamples(NoisySamples):
         return self.inputs[index], self.labels[index]
 
 
-def script(folder):
+class SometimesUnused(nn.Sequential):
+    """Has a layer that training leaves out."""
+
+    def __init__(self, layers):
+        super().__init__(*layers)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, inputs):
+        return self[4](self[2](self[1](self[0](inputs))))
+
+
+def script(folder, unused=None):
     """What both one and two processes run: no BatchNorm and no dropout, which see the batch or the rank."""
     torch.set_num_threads(1)
     recipe = replace(RECIPE, accumulation_steps=2, ema_decay=0.9, save_every_updates=4)
-    return run(folder, recipe, task=build(nn.LayerNorm, dropout=0.0), train=CleanSamples())
+    task = build(nn.LayerNorm, dropout=0.0)
+    if unused:
+        recipe = replace(recipe, find_unused_parameters=True)
+        task = ClassificationTask(SometimesUnused(task.trainable_module), verbose=False)
+
+    def note(batch):
+        (folder / f"random-{os.environ.get('RANK', 0)}").write_text(str(torch.rand(1).item()))
+
+    return run(folder, recipe, task=task, train=CleanSamples(), batch_transform=At(3, note))
 
 
 class TestRunFolder:
     def test_files(self, tmp_path):
         recipe = replace(RECIPE, ema_decay=0.9, keep_checkpoints=1, best_metric="top1", trackers=("tensorboard",))
         pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-        result = fit(build(), recipe, TrainingData(train=NoisySamples(), evaluate=accuracy), tmp_path, details={"a": 1})
+        details = {"a": 1, "b": {"x": None, "y": True}, "c": "text", "d": PurePosixPath("p/q")}
+        result = fit(build(), recipe, TrainingData(train=NoisySamples(), evaluate=accuracy), tmp_path, details=details)
         assert len(list((tmp_path / "checkpoints").iterdir())) == 1
         assert list(tmp_path.rglob("events.out.tfevents*"))
         described = json.loads((tmp_path / "run.json").read_text())
         assert described["recipe"]["optimizer"]["lr"] == 0.02
-        assert described["details"] == {"a": 1}
+        assert described["details"] == {**details, "d": "p/q"}
         assert {"versions", "git", "device", "command", "processes"} <= described.keys()
         metadata = read_state(result.weights).metadata
         assert (metadata["a"], metadata["update"]) == ("1", "18")
+        assert (metadata["b"], metadata["c"], metadata["d"]) == ('{"x": null, "y": true}', "text", "p/q")
         best = max(result.history, key=lambda entry: entry["top1"])
         assert read_state(tmp_path / "best.safetensors").metadata["update"] == str(best["update"])
         assert {"loss", "lr", "top1", "ema_top1"} <= result.metrics.keys()
+
+    def test_details_that_are_no_json(self, tmp_path):
+        with pytest.raises(TypeError, match=r"details holds .*, a complex; JSON has"):
+            fit(build(), RECIPE, TrainingData(train=NoisySamples()), tmp_path, details={"a": 1j})
+
+    def test_many_short_epochs(self, tmp_path):
+        recipe = replace(RECIPE, epochs=40, batch_size=52, save_every_epochs=30, evaluate_every_epochs=40)
+        saved, measured = [], []
+
+        def evaluate(model):
+            saved.extend(path.name[:11] for path in sorted((tmp_path / "checkpoints").iterdir()))
+            measured.append(model)
+            return {}
+
+        assert len(run(tmp_path, recipe, evaluate=evaluate).history) == 40
+        assert saved == ["epoch-00030", "epoch-00040"]
+        assert len(measured) == 1
 
     def test_task_is_given_back_unwrapped(self, tmp_path):
         task = build()
@@ -344,7 +578,7 @@ class TestBatchPlan:
     @staticmethod
     def plans(processes, accumulation_steps):
         data = TrainingData(train=TensorDataset(torch.arange(50)))
-        sizes = {"batch_size": 12, "accumulation_steps": accumulation_steps, "processes": processes}
+        sizes = {"batch_size": 12, "accumulation_steps": accumulation_steps, "num_processes": processes}
         return [BatchPlan(data, seed=3, rank=rank, **sizes) for rank in range(processes)]
 
     @pytest.mark.parametrize(("processes", "accumulation_steps"), [(1, 2), (2, 1), (3, 2), (2, 3)])
@@ -359,19 +593,46 @@ class TestBatchPlan:
                 parts[index // accumulation_steps] |= set(batch[0].tolist())
         assert parts == expected
 
+    def test_workers_outlive_ctrl_c(self):
+        def read():
+            batches = iter(self.plans(1, 12)[0].loader(0, 0, workers=1, pin_memory=False))
+            next(batches)  # the worker has started, with the handler that a program starts with
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            interrupt_group()
+            assert len(list(batches)) == 47
+
+        assert call_in_child(read) == 0
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_whole_micro_batches_at_once(self, workers):
+        class Rays(TensorDataset):
+            def __getitems__(self, indices):
+                assert all(type(index) is int for index in indices)
+                return self.tensors[0][indices], torch.rand(len(indices))
+
+        data = TrainingData(train=Rays(torch.arange(50)), collate=lambda batch: batch)
+        sizes = {"batch_size": 12, "accumulation_steps": 2, "rank": 0, "num_processes": 1}
+        (plain,), plan = self.plans(1, 2), BatchPlan(data, seed=3, **sizes)
+        batches = list(plan.loader(1, 1, workers=workers, pin_memory=False))
+        for step, (batch, (indices,)) in enumerate(
+            zip(batches, plain.loader(1, 1, workers=0, pin_memory=False), strict=True), start=2
+        ):
+            seed_generators(3, 0, 1, 6 * step)
+            torch.testing.assert_close(batch, (indices, torch.rand(6)), rtol=0, atol=0)
+
     def test_errors(self):
         class Stream(IterableDataset):
             def __iter__(self):
                 return iter([])
 
-        sizes = {"batch_size": 4, "accumulation_steps": 1, "seed": 0, "rank": 0, "processes": 1}
+        sizes = {"batch_size": 4, "accumulation_steps": 1, "seed": 0, "rank": 0, "num_processes": 1}
         with pytest.raises(TypeError, match="train is an IterableDataset"):
             BatchPlan(TrainingData(train=Stream()), **sizes)
         data = TrainingData(train=TensorDataset(torch.arange(3)))
         with pytest.raises(ValueError, match="batch_size=4 exceeds the 3 samples"):
             BatchPlan(data, **sizes)
         with pytest.raises(ValueError, match=r"batch_size=4 must be a multiple .* the 3 processes"):
-            BatchPlan(data, **{**sizes, "processes": 3})
+            BatchPlan(data, **{**sizes, "num_processes": 3})
 
 
 def rates(schedule, updates_per_epoch=4, total_updates=24, lr=1.0):
@@ -404,6 +665,11 @@ class TestLearningRate:
     def test_poly(self):
         schedule = ScheduleRecipe(name="poly", unit="update", power=2)
         assert rates(schedule) == pytest.approx([(1 - update / 24) ** 2 for update in range(24)])
+
+    def test_loglinear(self):
+        schedule = ScheduleRecipe(name="loglinear", unit="update", warmup=6, warmup_lr=0.01, min_lr=1e-3)
+        expected = [1e-3 ** (t / 24) * (0.01 + 0.99 * math.sin(math.pi / 2 * min(t / 6, 1))) for t in range(24)]
+        assert rates(schedule) == pytest.approx(expected)
 
     def test_step_and_constant(self):
         assert rates(ScheduleRecipe(name="step", decay_epochs=3, decay_rate=0.5)) == [1] * 12 + [0.5] * 12
@@ -449,6 +715,52 @@ class TestCreateOptimizer:
         optimizer = create_optimizer(net, OptimizerRecipe(layer_decay=0.5))
         assert {group["lr_scale"] for group in optimizer.param_groups} == {0.125, 0.25, 0.5, 1.0}
 
+    @pytest.mark.parametrize("layer_decay", [None, 0.5])
+    def test_scale_by_name(self, layer_decay):
+        net = build(nn.LayerNorm).trainable_module
+        recipe = OptimizerRecipe(lr=0.1, lr_scale=(("4.bias", 2.0), ("4.*", 10.0)), layer_decay=layer_decay)
+        optimizer = create_optimizer(net, recipe)
+        plain = create_optimizer(net, replace(recipe, lr_scale=()))
+        for each in (optimizer, plain):
+            schedule = ScheduleRecipe(name="cosine", unit="update")
+            LearningRate(each, schedule, updates_per_epoch=4, total_updates=8).set(4)
+        rates, plain_rates = (
+            {id(value): group["lr"] for group in each.param_groups for value in group["params"]}
+            for each in (optimizer, plain)
+        )
+        factors = {name: rates[id(value)] / plain_rates[id(value)] for name, value in net.named_parameters()}
+        expected = {"0.weight": 1, "0.bias": 1, "1.weight": 1, "1.bias": 1, "4.weight": 10, "4.bias": 2}
+        assert factors == pytest.approx(expected)
+
+    def test_scale_of_no_parameter(self):
+        with pytest.raises(ValueError, match=r"lr_scale has 'head\.\*', which no parameter matches; the first is 0"):
+            create_optimizer(build().trainable_module, OptimizerRecipe(lr_scale=(("head.*", 2.0),)))
+
+
+class TestFitOptions:
+    def test_nothing_given(self):
+        assert FitOptions().apply(RECIPE) == RECIPE
+
+    def test_given(self):
+        options = FitOptions(
+            epochs=2, accumulation_steps=4, precision="bf16", seed=3, workers=1, trackers=("tensorboard",)
+        )
+        changed = {"accumulation_steps": 4, "precision": "bf16", "seed": 3, "trackers": ("tensorboard",)}
+        expected = replace(RECIPE, epochs=2, num_workers=1, **changed)
+        assert options.apply(RECIPE) == expected
+        assert options.apply(replace(RECIPE, epochs=None, updates=7)) == expected
+
+    def test_learning_rate_follows_the_batch(self):
+        schedule = ScheduleRecipe(warmup_lr=0.01, min_lr=0.004)
+        fit_recipe = FitOptions(batch_size=2).apply(replace(RECIPE, schedule=schedule))
+        assert (fit_recipe.batch_size, fit_recipe.optimizer.lr) == (2, 0.02 / 4)
+        assert fit_recipe.schedule == replace(schedule, warmup_lr=0.005)
+        assert FitOptions(batch_size=2, lr=0.1).apply(RECIPE).optimizer.lr == 0.1
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+            FitOptions(batch_size=0).apply(RECIPE)
+
 
 class TestRecipes:
     @pytest.mark.parametrize(
@@ -460,6 +772,9 @@ class TestRecipes:
             (FitRecipe, {"epochs": 1, "precision": "fp8"}, "precision='fp8' must be one of 'no', 'bf16', 'fp16'"),
             (FitRecipe, {"epochs": 1, "ema_decay": 1.0}, r"ema_decay=1\.0 must be in"),
             (FitRecipe, {"epochs": 1, "trackers": ("excel",)}, "trackers='excel' must be one of"),
+            (FitRecipe, {"epochs": 1, "save_every_epochs": 0}, "save_every_epochs=0 must be at least 1"),
+            (OptimizerRecipe, {"lr_scale": (("x", 0.0),)}, "must be pairs of a pattern and a factor above 0"),
+            (ScheduleRecipe, {"name": "loglinear"}, r"min_lr=0\.0 must be above 0 for name='loglinear'"),
             (OptimizerRecipe, {"lr": 0.0}, r"lr=0\.0 must be above 0"),
             (OptimizerRecipe, {"clip_norm": -1.0}, "clip_norm=-1"),
             (ScheduleRecipe, {"name": "linear"}, "name='linear' must be one of 'cosine'"),
@@ -474,4 +789,4 @@ class TestRecipes:
 
 
 if __name__ == "__main__":
-    script(Path(sys.argv[1]))
+    script(Path(sys.argv[1]), *sys.argv[2:])

@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -24,10 +25,8 @@ __all__ = ["run"]
 
 Command = Callable[..., int | None]
 
-# what the user can mend: values, files, a missing extra
-_INPUT_ERRORS = (
-    ValueError,
-    TypeError,
+# what the user can mend: files, a missing extra
+_ENVIRONMENT_ERRORS = (
     FileNotFoundError,
     FileExistsError,
     IsADirectoryError,
@@ -35,6 +34,8 @@ _INPUT_ERRORS = (
     PermissionError,
     ImportError,
 )
+# torch's mark of an error from a data worker, whose traceback is the text of the message
+_FROM_WORKER = "in DataLoader worker process"
 
 
 def run(
@@ -45,6 +46,9 @@ def run(
     A command is a function with typed, documented arguments: `tyro.conf.Positional[T]` is a positional, everything
     else a flag, the fields of a dataclass argument are flags of their own. It returns None (done) or an exit code.
     `--version`, `--help` and `--debug` (accepted anywhere before `--`) are added here.
+
+    Errors of files and of imports are the user's, and so are a ValueError and a TypeError that the command's package
+    or visionkernels raised by a `raise` or defined. From anywhere else those are mistakes of the code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -54,15 +58,15 @@ def run(
         code = _dispatch(prog, commands, description, version, arguments)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _say(f"{prog}: interrupted", debug, 130)
+    except KeyboardInterrupt as error:
+        return _say(f"{prog}: {str(error) or 'interrupted'}", debug, 130)
     except BrokenPipeError:
         # the interpreter flushes stdout once more at exit and would complain there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except _INPUT_ERRORS as error:
-        return _say(f"{prog}: error: {_sentence(error)}", debug, 2)
     except Exception as error:
+        if isinstance(error, _ENVIRONMENT_ERRORS) or _is_check(error, commands.values()):
+            return _say(f"{prog}: error: {_sentence(error)}", debug, 2)
         hint = "" if debug else " (--debug shows the traceback)"
         return _say(f"{prog}: error: {type(error).__name__}: {_sentence(error)}{hint}", debug, 1)
 
@@ -146,7 +150,28 @@ def _parse_error(text: str) -> str:
     return " ".join(lines[:end])
 
 
+def _is_check(error: Exception, commands: Collection[Command]) -> bool:
+    """Whether a `raise` of our own packages raised this ValueError or TypeError, or its class is one of theirs."""
+    if not isinstance(error, ValueError | TypeError):
+        return False
+    packages = {"visionkernels", *(command.__module__.partition(".")[0] for command in commands)}
+    if type(error).__module__.partition(".")[0] in packages:
+        return True
+    text = str(error) if _FROM_WORKER in str(error) else "".join(traceback.format_exception(error))
+    frames = re.findall(r'^  File "(.+)", line \d+, in .+\n +(.*)', text, flags=re.MULTILINE)
+    file, statement = frames[-1] if frames else ("", "")
+    folders = [Path(__file__).parent, *map(_package_folder, commands)]
+    return statement.startswith("raise ") and any(folder in Path(file).parents for folder in folders)
+
+
+def _package_folder(command: Command) -> Path:
+    """The folder of the outermost package that the command is in, or of its script."""
+    return Path(inspect.getfile(command)).parents[max(command.__module__.count(".") - 1, 0)]
+
+
 def _sentence(error: Exception) -> str:
+    if _FROM_WORKER in str(error):  # the last line is "module.Type: message"
+        return str(error).strip().rpartition("\n")[2].partition(": ")[2]
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return "; ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
 import visionkernels.cli
 from visionkernels.files import write_json
+from visionkernels.training import FitOptions
+from visionkernels.training.options import Own
 
 if TYPE_CHECKING:
     from biformer.model import BiFormer
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 Size = tuple[int, int]
-Value = TypeVar("Value")
-# a flag whose help does not end in "(default: None)": None means the recipe's own
-Own = Annotated[Value, arg(help_behavior_hint="")]
 
 
 def train(
@@ -33,54 +32,24 @@ def train(
     out: Path,
     data: Own[str | None] = None,
     checkpoint: Own[Path | None] = None,
-    batch_size: Own[int | None] = None,
-    epochs: Own[int | None] = None,
-    accumulation_steps: Own[int | None] = None,
-    precision: Own[Literal["no", "bf16", "fp16"] | None] = None,
-    seed: Own[int | None] = None,
-    workers: Own[int | None] = None,
-    device: Own[Literal["auto", "cpu"] | None] = None,
     teacher: Own[str | None] = None,
     distillation: Literal["soft", "hard"] = "hard",
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = (),
+    fit: FitOptions = FitOptions(),
 ) -> None:
     """Train a model by a recipe; the same command goes on where a run stopped.
-
-    What is not given stays as the recipe has it.
 
     Args:
         recipe: a name from `biformer info`, or the run.json of a run
         out: folder of the run and its weights
         data: folder with train/CLASS and val/CLASS, wds/FOLDER, hfds/NAME or mnist5k
         checkpoint: weights to start from
-        batch_size: of all processes; the learning rate follows
-        epochs: length of the training
-        accumulation_steps: micro-batches of an update
-        precision: of autocast
-        seed: of weights, order and augmentation
-        workers: data loading processes
-        device: auto: what accelerate finds
         teacher: weights file or timm model
         distillation: from the teacher's probabilities or best class
-        trackers: besides log.jsonl
     """
-    from biformer.recipes import ClassificationRecipe, DistillationRecipe, with_batch_size
+    from biformer.recipes import ClassificationRecipe, DistillationRecipe
 
     chosen = _recipe(recipe)
-    if batch_size is not None:
-        chosen = with_batch_size(chosen, batch_size)
-    if epochs is not None:
-        chosen = replace(chosen, fit=replace(chosen.fit, epochs=epochs, updates=None))
-    changes: dict[str, Any] = {
-        "accumulation_steps": accumulation_steps,
-        "precision": precision,
-        "seed": seed,
-        "num_workers": workers,
-        "device": device,
-        "trackers": trackers or None,
-    }
-    fit = replace(chosen.fit, **{key: value for key, value in changes.items() if value is not None})
-    chosen = replace(chosen, fit=fit)
+    chosen = replace(chosen, fit=fit.apply(chosen.fit))
     if teacher is not None:
         if not isinstance(chosen, ClassificationRecipe):
             raise ValueError(f"--teacher is for classification; {chosen.name} is a {type(chosen).__name__}")

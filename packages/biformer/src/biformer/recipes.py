@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
+from visionkernels.training import FitOptions, FitRecipe, OptimizerRecipe, ScheduleRecipe
 
 __all__ = [
     "RECIPES",
@@ -205,12 +205,7 @@ def with_batch_size(recipe: AnyRecipe, batch_size: int) -> AnyRecipe:
 
     The ends of the schedule stay, unless the new rate lies below them.
     """
-    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    fit = recipe.fit
-    lr = fit.optimizer.lr * batch_size / fit.batch_size
-    schedule = replace(fit.schedule, min_lr=min(fit.schedule.min_lr, lr), warmup_lr=min(fit.schedule.warmup_lr, lr))
-    fit = replace(fit, batch_size=batch_size, optimizer=replace(fit.optimizer, lr=lr), schedule=schedule)
-    return replace(recipe, fit=fit)
+    return replace(recipe, fit=FitOptions(batch_size=batch_size).apply(recipe.fit))
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

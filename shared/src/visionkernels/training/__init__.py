@@ -2,6 +2,7 @@
 
 from visionkernels.training.batches import TrainingData
 from visionkernels.training.loop import FitResult, fit
+from visionkernels.training.options import FitOptions
 from visionkernels.training.recipes import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
-__all__ = ["FitRecipe", "FitResult", "OptimizerRecipe", "ScheduleRecipe", "TrainingData", "fit"]
+__all__ = ["FitOptions", "FitRecipe", "FitResult", "OptimizerRecipe", "ScheduleRecipe", "TrainingData", "fit"]

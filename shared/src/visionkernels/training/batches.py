@@ -26,7 +26,12 @@ class TrainingData:
     """Where samples come from and how a model is measured."""
 
     train: Dataset
-    """With `__len__` and `__getitem__`; augmentation draws from random, numpy.random or torch, which are seeded."""
+    """With `__len__` and `__getitem__`; augmentation draws from random, numpy.random or torch, which are seeded.
+
+    A set with torch's `__getitems__`, from the indices of a micro-batch to its samples, is asked once a micro-batch and
+    seeded once, by the first position in it: its random numbers depend on how an update is divided. With a `collate`
+    that returns what it gets, `__getitems__` may give the finished batch.
+    """
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     """Metrics of a model in evaluation mode, without gradients. Runs on every process; the main one's count."""
     batch_transform: Callable[[Any], Any] | None = None
@@ -49,21 +54,21 @@ class BatchPlan:
     """The batches of one process in every epoch; the last, incomplete update of an epoch is left out."""
 
     def __init__(
-        self, data: TrainingData, *, batch_size: int, accumulation_steps: int, seed: int, rank: int, processes: int
+        self, data: TrainingData, *, batch_size: int, accumulation_steps: int, seed: int, rank: int, num_processes: int
     ) -> None:
         if isinstance(data.train, IterableDataset):
             raise TypeError("train is an IterableDataset, which cannot resume in mid-epoch; give one with __getitem__")
-        if batch_size % (accumulation_steps * processes):
+        if batch_size % (accumulation_steps * num_processes):
             raise ValueError(
                 f"batch_size={batch_size} must be a multiple of accumulation_steps={accumulation_steps} times "
-                f"the {processes} processes"
+                f"the {num_processes} processes"
             )
-        self.data, self.seed, self.rank, self.processes = data, seed, rank, processes
+        self.data, self.seed, self.rank, self.num_processes = data, seed, rank, num_processes
         self.batch_size, self.micro_size = batch_size, batch_size // accumulation_steps
-        self.samples = len(self.order(0))
-        self.updates_per_epoch = self.samples // batch_size
+        self.num_samples = len(self.order(0))
+        self.updates_per_epoch = self.num_samples // batch_size
         if self.updates_per_epoch == 0:
-            raise ValueError(f"batch_size={batch_size} exceeds the {self.samples} samples of an epoch")
+            raise ValueError(f"batch_size={batch_size} exceeds the {self.num_samples} samples of an epoch")
 
     def order(self, epoch: int) -> Sequence[int]:
         """Return the dataset's indices in the order of `epoch`."""
@@ -75,18 +80,18 @@ class BatchPlan:
     def positions(self, micro_step: int, rank: int) -> range:
         """Return the positions that `rank` takes in this micro-batch of an epoch."""
         start = micro_step * self.micro_size
-        return range(start + rank, start + self.micro_size, self.processes)
+        return range(start + rank, start + self.micro_size, self.num_processes)
 
     def loader(self, epoch: int, first_update: int, *, workers: int, pin_memory: bool) -> DataLoader:
         """Return the micro-batches of this process in `epoch`, from `first_update` of it on."""
         order = self.order(epoch)
-        if len(order) != self.samples:
-            raise ValueError(f"order gives {len(order)} indices for epoch {epoch}, but {self.samples} for epoch 0")
+        if len(order) != self.num_samples:
+            raise ValueError(f"order gives {len(order)} indices for epoch {epoch}, but {self.num_samples} for epoch 0")
         micro_steps = self.batch_size // self.micro_size
         steps = range(first_update * micro_steps, self.updates_per_epoch * micro_steps)
         return DataLoader(
             _OrderedSamples(self.data.train, order, self.seed, epoch),
-            batch_sampler=[list(self.positions(step, self.rank)) for step in steps],
+            batch_sampler=[self.positions(step, self.rank) for step in steps],  # type: ignore[misc]
             collate_fn=self.data.collate,
             num_workers=workers,
             pin_memory=pin_memory,
@@ -96,7 +101,14 @@ class BatchPlan:
 
 class _OrderedSamples(Dataset):
     def __init__(self, samples: Dataset, order: Sequence[int], seed: int, epoch: int) -> None:
-        self.samples, self.order, self.seed, self.epoch = samples, order, seed, epoch
+        self.samples, self.order, self.seed, self.epoch = samples, np.asarray(order), seed, epoch
+
+    def __getitems__(self, positions: range) -> Any:
+        whole = getattr(self.samples, "__getitems__", None)
+        if whole is None:
+            return [self[position] for position in positions]
+        seed_generators(self.seed, SAMPLE, self.epoch, positions[0])
+        return whole(self.order[positions].tolist())
 
     def __getitem__(self, position: int) -> Any:
         seed_generators(self.seed, SAMPLE, self.epoch, position)

@@ -1,21 +1,37 @@
 """The folder of a run: what defines it (run.json), its log, and checkpoints that a kill cannot damage."""
 
 import json
+import math
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from visionkernels.files import replace_file, sync, write_json
 
 __all__ = ["RunFolder", "describe_run"]
 
 # fields of a recipe that may differ when a run goes on: they do not change its numbers
-FREE_FIELDS = ("num_workers", "save_every_updates", "keep_checkpoints", "trackers", "device")
+FREE_FIELDS = (
+    "num_workers",
+    "save_every_updates",
+    "save_every_epochs",
+    "keep_checkpoints",
+    "trackers",
+    "device",
+    "find_unused_parameters",
+)
+# what may differ between the invocations of a run
+INVOCATION_FIELDS = ("versions", "git", "command", "device", "processes")
+# Data workers that outlive a killed run can hold its lock: they look for their parent every 5 seconds.
+LOCK_SECONDS = 10.0
 
 
 def describe_run(recipe: Mapping[str, Any], details: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
@@ -29,8 +45,14 @@ def describe_run(recipe: Mapping[str, Any], details: Mapping[str, Any], **facts:
         "git": _git_state(),
         "command": sys.argv,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they will be when read back
+    plain: dict[str, Any] = json.loads(json.dumps(described, default=_plain))  # tuples become lists, as when read back
     return plain
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"details holds {value!r}, a {type(value).__name__}; JSON has text, numbers, lists and dicts")
 
 
 def _git_state() -> str | None:
@@ -50,13 +72,29 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.jsonl"
 
-    def claim(self, run: Mapping[str, Any]) -> None:
-        """Write run.json, or check that the folder's run has the same recipe, details and data.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out; ValueError if one is in for longer than LOCK_SECONDS."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.path / ".lock").acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is in use by another process; wait for its end or use another folder"
+            ) from None
+        with lock:
+            yield
+
+    def claim(self, run: Mapping[str, Any]) -> bool:
+        """Write run.json, or check that the folder's run has the same recipe, details and data; return if it is new.
 
         Raises ValueError that names the fields that differ.
         """
         path = self.path / "run.json"
-        if path.exists():
+        is_new = not path.exists()
+        if is_new:
+            write_json(path, run)
+        else:
             old, new = (_defining_fields(each) for each in (json.loads(path.read_text(encoding="utf-8")), run))
             fields = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if fields:
@@ -64,7 +102,15 @@ class RunFolder:
                 raise ValueError(f"{self.path} holds another run: {changes}; use another folder or the old values")
         for leftover in self.checkpoints.glob(".*"):  # a kill in the middle of saving
             shutil.rmtree(leftover)
-        write_json(path, run, overwrite=True)
+        return is_new
+
+    def note_resumption(self, run: Mapping[str, Any]) -> None:
+        """Add to run.json, beside the first invocation, the one that takes the run up again."""
+        path = self.path / "run.json"
+        described = json.loads(path.read_text(encoding="utf-8"))
+        invocation = {name: run[name] for name in INVOCATION_FIELDS}
+        described["resumed"] = [*described.get("resumed", []), invocation]
+        write_json(path, described, overwrite=True)
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint."""
@@ -79,6 +125,8 @@ class RunFolder:
 
     def publish(self, partial: Path, *, keep: int) -> None:
         """Make the checkpoint count, in one step, and remove all but the newest `keep`."""
+        if self.log.exists():  # the run will not go back to before this checkpoint
+            sync(self.log)
         for file in partial.rglob("*"):
             sync(file)
         sync(partial)
@@ -89,15 +137,25 @@ class RunFolder:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
     def history(self) -> list[dict[str, float]]:
-        """Return the lines of the log."""
+        """Return the lines of the log, one an epoch; what is null there is NaN."""
         if not self.log.exists():
             return []
-        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+        lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
+        return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
-    def write_history(self, entries: list[dict[str, float]]) -> None:
-        """Write the log whole, so that a kill cannot leave half a line."""
-        with replace_file(self.log, overwrite=True) as temporary:
-            temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+    def append(self, entry: Mapping[str, float]) -> None:
+        """Add the line of an epoch; JSON has no NaN and no infinity, which become null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in entry.items()}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(plain)}\n")
+
+    def cut_history(self, epochs: int) -> None:
+        """Drop the log's lines after this many epochs, and one that a kill left unfinished."""
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True) if self.log.exists() else []
+        kept = [line for line in lines[:epochs] if line.endswith("\n")]
+        if kept != lines:
+            with replace_file(self.log, overwrite=True) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _defining_fields(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,22 +43,29 @@ def fit(
     mean over its samples; its other scalars are logged too. It must reach the module by calling it, not by methods of
     it, since the module is wrapped for several processes; what the module returns is float32 in any precision.
 
+    A checkpoint holds the task's own buffers (a centre, a queue) and what timm's `task.get_task_state()` returns
+    besides (the weights of a teacher that follows), tensors and plain values that `task.load_task_state()` takes back;
+    both are the main process's. A task may have `begin_update(update, total_updates)`, called before each update.
+
     `run_dir` gets run.json (recipe, versions, git state, command, `details`), log.jsonl (a line an epoch),
     checkpoints/, best.safetensors, and at the end weights.safetensors and ema.safetensors. If it holds a run of the
     same recipe and `details`, this one goes on where that stopped, and ends with the same weights, bit for bit on a
     CPU: all randomness is drawn from generators seeded by (seed, place in training), so the number of data workers
     does not matter. Global generators of random, numpy and torch are re-seeded on the way.
 
-    Raises ValueError if `run_dir` holds another run, or sizes do not divide; FloatingPointError on a loss that is not
-    finite, with the update and its samples; KeyboardInterrupt on Ctrl-C, after saving.
+    Raises ValueError if `run_dir` holds another run or is in use, or sizes do not divide; TypeError if parameters
+    outside the module are trainable; FloatingPointError on a loss that is not finite, with the update and its samples;
+    KeyboardInterrupt on Ctrl-C, after saving.
     """
-    for module in ("accelerate", "timm"):
+    for module in ("accelerate", "filelock", "timm"):
         require(module, "visionkernels[train]")
     from visionkernels.training.run import Run
 
     with Run.open(task, recipe, data, Path(run_dir), details or {}) as run:
+        run.report()  # an epoch that a kill left saved but not measured
         for epoch in range(run.epoch, run.num_epochs):
             for batch in run.batches(epoch):
                 run.step(batch)
             run.finish_epoch()
+            run.report()
         return run.result()

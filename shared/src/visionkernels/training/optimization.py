@@ -1,7 +1,8 @@
 """The optimiser and the learning rate of a recipe, built by timm."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from timm.optim import (  # type: ignore[attr-defined]
@@ -34,10 +35,31 @@ def create_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
         groups = param_groups_weight_decay(module, **grouping)
     else:
         groups = param_groups_layer_decay(module, layer_decay=recipe.layer_decay, **grouping)
+    if recipe.lr_scale:
+        groups = [part for group in groups for part in _split_by_scale(group, module, recipe.lr_scale)]
     settings = {name: value for name in ("betas", "eps") if (value := getattr(recipe, name)) is not None}
     return create_optimizer_v2(
         groups, opt=recipe.name, lr=recipe.lr, weight_decay=0.0, momentum=recipe.momentum, **settings
     )
+
+
+def _split_by_scale(
+    group: dict[str, Any], module: nn.Module, lr_scale: tuple[tuple[str, float], ...]
+) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a group that learn at one rate, which timm's schedulers read from `lr_scale`."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for pattern, _ in lr_scale:
+        if not any(fnmatchcase(name, pattern) for name in names.values()):
+            raise ValueError(
+                f"lr_scale has {pattern!r}, which no parameter matches; the first is {next(iter(names.values()))}"
+            )
+    scales = [
+        next((scale for pattern, scale in lr_scale if fnmatchcase(names[id(parameter)], pattern)), 1.0)
+        for parameter in group["params"]
+    ]
+    for scale in sorted(set(scales)):
+        params = [parameter for parameter, own in zip(group["params"], scales, strict=True) if own == scale]
+        yield {**group, "params": params, "lr_scale": scale * group.get("lr_scale", 1.0)}
 
 
 class LearningRate:
@@ -52,7 +74,10 @@ class LearningRate:
         self.lag = recipe.lag_epochs * ticks_per_epoch
         self.scheduler: Scheduler
         if recipe.name == "onecycle":
-            self.scheduler = _OneCycle(optimizer, ticks, recipe.warmup)
+            self.scheduler = _Curve(optimizer, _one_cycle(ticks, recipe.warmup))
+            return
+        if recipe.name == "loglinear":
+            self.scheduler = _Curve(optimizer, _log_linear(ticks, recipe))
             return
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -72,18 +97,39 @@ class LearningRate:
         self.scheduler.step(max(update // self.updates_per_tick - self.lag, 0))
 
 
-class _OneCycle(Scheduler):
-    """From lr / 25 up to lr and down to lr / 250000, both by half a cosine (L. Smith and N. Topin, 2018)."""
+class _Curve(Scheduler):
+    """From a tick and the peak rate to the rate."""
 
-    def __init__(self, optimizer: Optimizer, ticks: int, warmup: int) -> None:
-        self.top = (warmup or 0.3 * ticks) - 1
-        self.end = ticks - 1
+    def __init__(self, optimizer: Optimizer, curve: Callable[[int, float], float]) -> None:
+        self.curve = curve
         super().__init__(optimizer, param_group_field="lr")
 
     def _get_lr(self, t: int) -> list[float]:
-        if t <= self.top:
-            start, stop, share = 1 / 25, 1.0, t / (self.top or 1)
+        return [self.curve(t, peak) for peak in self.base_values]
+
+
+def _one_cycle(ticks: int, warmup: int) -> Callable[[int, float], float]:
+    """From peak / 25 up to the peak and down to peak / 250000, both by half a cosine (L. Smith and N. Topin, 2018)."""
+    top, end = (warmup or 0.3 * ticks) - 1, ticks - 1
+
+    def rate(tick: int, peak: float) -> float:
+        if tick <= top:
+            start, stop, share = 1 / 25, 1.0, tick / (top or 1)
         else:
-            start, stop, share = 1.0, 1 / 250_000, (t - self.top) / (self.end - self.top)
-        factor = stop + (start - stop) * (1 + math.cos(math.pi * min(share, 1))) / 2
-        return [base * factor for base in self.base_values]
+            start, stop, share = 1.0, 1 / 250_000, (tick - top) / (end - top)
+        return peak * (stop + (start - stop) * (1 + math.cos(math.pi * min(share, 1))) / 2)
+
+    return rate
+
+
+def _log_linear(ticks: int, recipe: ScheduleRecipe) -> Callable[[int, float], float]:
+    """From the peak to min_lr, linear in the logarithm, times a factor that rises to 1 by a quarter of a sine."""
+
+    def rate(tick: int, peak: float) -> float:
+        decayed = peak * (recipe.min_lr / peak) ** (tick / ticks)
+        if tick >= recipe.warmup:
+            return decayed
+        start = recipe.warmup_lr / peak
+        return decayed * (start + (1 - start) * math.sin(math.pi / 2 * tick / recipe.warmup))
+
+    return rate

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 __all__ = ["FitRecipe", "OptimizerRecipe", "ScheduleRecipe"]
 
 Precision = Literal["no", "bf16", "fp16"]
-ScheduleName = Literal["cosine", "step", "multistep", "poly", "onecycle", "constant"]
+ScheduleName = Literal["cosine", "step", "multistep", "poly", "loglinear", "onecycle", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Unit = Literal["epoch", "update"]
 
@@ -41,6 +41,8 @@ class OptimizerRecipe:
     """For optimisers that have one."""
     layer_decay: float | None = None
     """Factor on the learning rate from each layer to the one below; None: one rate for all."""
+    lr_scale: tuple[tuple[str, float], ...] = ()
+    """Factors on the learning rate by patterns of parameter names, e.g. `("head.*", 10.0)`; the first match counts."""
     clip_norm: float | None = None
     """Upper bound of the gradient's global norm; None: no clipping."""
 
@@ -50,6 +52,8 @@ class OptimizerRecipe:
         _require_choice("decay", self.decay, Literal["matrices", "all"])
         rate = self.layer_decay
         _require(rate is None or 0 < rate <= 1, "layer_decay", rate, "in (0, 1] or None")
+        scales = all(scale > 0 for _, scale in self.lr_scale)
+        _require(scales, "lr_scale", self.lr_scale, "pairs of a pattern and a factor above 0")
         _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
 
 
@@ -58,7 +62,9 @@ class ScheduleRecipe:
     """The learning rate over time: a linear warm-up laid over a curve that counts from the start of training."""
 
     name: ScheduleName = "cosine"
-    """"onecycle" is torch's OneCycleLR without its momentum cycle: `warmup` is its rise, by default 30 %."""
+    """"onecycle" is torch's OneCycleLR without its momentum cycle: `warmup` is its rise, by default 30 %. "loglinear"
+    falls exponentially from `lr` to `min_lr`, times a sine that rises from warmup_lr / lr to 1 in `warmup`, as
+    mip-NeRF's rate does."""
     unit: Unit = "epoch"
     """Whether the rate changes with every epoch or with every update."""
     warmup: int = 0
@@ -66,7 +72,7 @@ class ScheduleRecipe:
     warmup_lr: float = 1e-6
     """Where the warm-up starts."""
     min_lr: float = 0.0
-    """Where cosine and poly end."""
+    """Where cosine, poly and loglinear end."""
     milestones: tuple[int, ...] = ()
     """Epochs before which multistep multiplies by `decay_rate`."""
     decay_epochs: int = 30
@@ -82,6 +88,7 @@ class ScheduleRecipe:
         _require_choice("unit", self.unit, Unit)
         _require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
         _require(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
+        _require(self.min_lr > 0 or self.name != "loglinear", "min_lr", self.min_lr, "above 0 for name='loglinear'")
         _require(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
         _require(self.decay_epochs >= 1, "decay_epochs", self.decay_epochs, "at least 1")
         rises = list(self.milestones) == sorted(set(self.milestones))
@@ -117,16 +124,20 @@ class FitRecipe:
     """Data loading processes, of each training process; no influence on results."""
     save_every_updates: int | None = None
     """Checkpoints within an epoch; None: at ends of epochs only."""
+    save_every_epochs: int = 1
+    """Checkpoints at ends of epochs; the last epoch always has one."""
     keep_checkpoints: int = 2
     trackers: tuple[Tracker, ...] = ()
     device: Literal["auto", "cpu"] = "auto"
     """"auto" is what accelerate finds or is told."""
+    find_unused_parameters: bool = False
+    """Several processes: let a step leave out parameters of the module (slower)."""
 
     def __post_init__(self) -> None:
         both = (self.epochs, self.updates)
         _require((both[0] is None) != (both[1] is None), "epochs, updates", both, "exactly one number, the other None")
         counts = ("epochs", "updates", "batch_size", "accumulation_steps", "evaluate_every_epochs", "keep_checkpoints")
-        for name in (*counts, "save_every_updates"):
+        for name in (*counts, "save_every_updates", "save_every_epochs"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         whole = self.batch_size % self.accumulation_steps == 0

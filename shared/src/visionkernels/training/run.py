@@ -1,21 +1,18 @@
 """A training run: its state, one step of it, and how it is saved and taken up again."""
 
 import json
-import logging
 import math
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedType  # type: ignore[import-untyped]
-from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate import DistributedType  # type: ignore[import-untyped]
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
@@ -23,20 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from visionkernels.checkpoints import save_weights
-from visionkernels.extras import require
-from visionkernels.files import write_json
 from visionkernels.training.batches import EVALUATION, STEP, BatchPlan, TrainingData, seed_generators
 from visionkernels.training.folder import RunFolder, describe_run
 from visionkernels.training.loop import FitResult
+from visionkernels.training.means import RunningMeans
 from visionkernels.training.optimization import LearningRate, create_optimizer
+from visionkernels.training.process import catch_interrupt, create_accelerator
 from visionkernels.training.recipes import FitRecipe
 
 __all__ = ["Run"]
 
-_log = logging.getLogger(__name__)
-
-# Updates between looks at the loss on an accelerator, where each look waits for the device.
-CHECK_EVERY_UPDATES = 50
+# Updates between looks at the loss, by device; on accelerators, each look waits for the device.
+CHECK_EVERY_UPDATES = {"cpu": 1}
+CHECK_EVERY_UPDATES_ELSEWHERE = 50
 
 
 class Run:
@@ -45,6 +41,8 @@ class Run:
     epoch = 0
     update = 0
     best: float | None = None
+    entry: dict[str, float] | None = None
+    """The log's line of an epoch that ended, until it is measured and logged."""
 
     def __init__(
         self,
@@ -55,26 +53,26 @@ class Run:
         details: Mapping[str, Any],
     ) -> None:
         self.task, self.recipe, self.data, self.folder = task, recipe, data, folder
-        self.accelerator = _create_accelerator(recipe, folder.path)
+        self.accelerator = create_accelerator(recipe, folder.path)
         self.plan = BatchPlan(
             data,
             batch_size=recipe.batch_size,
             accumulation_steps=recipe.accumulation_steps,
             seed=recipe.seed,
             rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            num_processes=self.accelerator.num_processes,
         )
         per_epoch = self.plan.updates_per_epoch
         self.total_updates = recipe.updates or (recipe.epochs or 0) * per_epoch
         self.num_epochs = math.ceil(self.total_updates / per_epoch)
         self.micro_step = 0  # of the running epoch
-        self.sums: dict[str, Tensor] = {}  # of the epoch's losses
+        self.means = RunningMeans()  # of the epoch's losses
         self.first_bad = torch.tensor(-1, device=self.accelerator.device)  # micro-step of a loss that is not finite
         self.interrupted = False
         self.description = describe_run(
             asdict(recipe),
             details,
-            samples_per_epoch=self.plan.samples,
+            samples_per_epoch=self.plan.num_samples,
             device=str(self.accelerator.device),
             processes=self.accelerator.num_processes,
         )
@@ -83,6 +81,15 @@ class Run:
         module = self.task.get_trainable_module()
         if module is None or module is self.task:
             raise TypeError(f"{type(self.task).__name__} must have trainable_module, which owns all trained parameters")
+        owned = set(map(id, module.parameters()))
+        strangers = [
+            name for name, value in self.task.named_parameters() if value.requires_grad and id(value) not in owned
+        ]
+        if strangers:
+            raise TypeError(
+                f"trainable parameters of {type(self.task).__name__} outside trainable_module would not be trained: "
+                f"{', '.join(strangers)}; move them into it, or freeze them with requires_grad_(False)"
+            )
         optimizer = create_optimizer(module, self.recipe.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.task.trainable_module = self.module
@@ -96,37 +103,45 @@ class Run:
         self.ema = self._create_ema()
 
     @classmethod
+    @contextmanager
     def open(
         cls, task: TrainingTask, recipe: FitRecipe, data: TrainingData, path: Path, details: Mapping[str, Any]
-    ) -> "Run":
+    ) -> Iterator["Run"]:
         """Start a run in the folder `path`, or take up the one that it holds."""
         run = cls(task, recipe, data, RunFolder(path), details)
-        if run.accelerator.is_main_process:
-            run.folder.claim(run.description)
-        run.accelerator.wait_for_everyone()
-        run._prepare()
-        if checkpoint := run.folder.latest():
-            run._load(checkpoint)
-        if recipe.trackers:
-            run.accelerator.init_trackers(path.name, {"recipe": json.dumps(run.description["recipe"])})
-        return run
+        is_main = run.accelerator.is_main_process
+        with run.folder.lock() if is_main else nullcontext():
+            is_new = run.folder.claim(run.description) if is_main else False
+            run.accelerator.wait_for_everyone()
+            run._prepare()
+            try:
+                run._take_up(is_new)
+                with catch_interrupt(run._interrupt):
+                    yield run
+            finally:
+                for tracker in run.accelerator.trackers:
+                    tracker.finish()
+                task.trainable_module = run.accelerator.unwrap_model(run.module, keep_fp32_wrapper=False)
 
-    def __enter__(self) -> "Run":
-        self._old_handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
-        return self
+    def _take_up(self, is_new: bool) -> None:
+        if checkpoint := self.folder.latest():
+            self._load(checkpoint)
+        if self.accelerator.is_main_process:
+            self.folder.cut_history(self.epoch)
+            if not is_new and self.update < self.total_updates:
+                self.folder.note_resumption(self.description)
+        self.accelerator.wait_for_everyone()
+        history = self.folder.history()
+        if len(history) == self.epoch:
+            self.entry = None
+        for entry in history:  # which also tells the best so far
+            self._is_best(entry)
+        if self.recipe.trackers:
+            recipe = json.dumps(self.description["recipe"])
+            self.accelerator.init_trackers(self.folder.path.name, {"recipe": recipe})
 
-    def __exit__(self, *exception: object) -> None:
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.task.trainable_module = self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
-
-    def _interrupt(self, *signal_and_frame: object) -> None:
+    def _interrupt(self) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._old_handler)  # a second Ctrl-C stops at once
 
     def batches(self, epoch: int) -> Iterator[Any]:
         """Yield the rest of the epoch's micro-batches for this process, on its device."""
@@ -154,13 +169,18 @@ class Run:
         """Train on one micro-batch; the last one of an update moves the weights."""
         accelerator = self.accelerator
         seed_generators(self.recipe.seed, STEP, self.update, self.micro_step, accelerator.process_index)
+        begin_update = getattr(self.task, "begin_update", None)
+        if begin_update is not None and self.micro_step % self.recipe.accumulation_steps == 0:
+            begin_update(self.update, self.total_updates)
         if self.data.batch_transform is not None:
             batch = self.data.batch_transform(batch)
         with accelerator.accumulate(self.module):
             with accelerator.autocast():
                 losses = _call(self.task, batch)
             accelerator.backward(losses["loss"])
-            self._add(losses)
+            self.means.add(losses)
+            is_bad = ~torch.isfinite(losses["loss"].detach()) & (self.first_bad < 0)
+            self.first_bad = torch.where(is_bad, self.micro_step, self.first_bad)
             if accelerator.sync_gradients and self.recipe.optimizer.clip_norm is not None:
                 accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optimizer.clip_norm)
             self.learning_rate.set(self.update)
@@ -170,25 +190,18 @@ class Run:
         if accelerator.sync_gradients:
             self._finish_update()
 
-    def _add(self, losses: Mapping[str, Any]) -> None:
-        for name, value in losses.items():
-            if isinstance(value, Tensor) and value.ndim == 0:
-                value = value.detach().float()
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-        is_bad = ~torch.isfinite(losses["loss"].detach()) & (self.first_bad < 0)
-        self.first_bad = torch.where(is_bad, self.micro_step, self.first_bad)
-
     def _finish_update(self) -> None:
         self.update += 1
         self.progress.update()
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.module))
-        on_cpu = self.accelerator.device.type == "cpu"
+        check_every = CHECK_EVERY_UPDATES.get(self.accelerator.device.type, CHECK_EVERY_UPDATES_ELSEWHERE)
+        save_every = self.recipe.save_every_updates
+        saves = save_every is not None and self.update % save_every == 0
         alone = self.accelerator.num_processes == 1
-        if on_cpu or self.update % CHECK_EVERY_UPDATES == 0 or (alone and self.interrupted):
+        if saves or self.update % check_every == 0 or (alone and self.interrupted):
             self._check()
-        every = self.recipe.save_every_updates
-        if every is not None and self.update % every == 0:
+        if saves:
             self.save()
 
     def _check(self) -> None:
@@ -215,27 +228,26 @@ class Run:
         )
 
     def finish_epoch(self) -> None:
-        """Measure, log and save."""
+        """Close the epoch and save."""
         self._check()
         self.epoch += 1
-        entry: dict[str, float] = {
-            "epoch": self.epoch,
-            "update": self.update,
-            "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            **{
-                name: self.accelerator.reduce(total, "mean").item() / self.micro_step
-                for name, total in self.sums.items()
-            },
-        }
-        self.sums = {}
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.entry = {"epoch": self.epoch, "update": self.update, "lr": lr, **self.means.means()}
+        self.means = RunningMeans()
+        if self.epoch % self.recipe.save_every_epochs == 0 or self.epoch == self.num_epochs:
+            self.save()
+
+    def report(self) -> None:
+        """Measure and log the epoch that ended, after it is saved: measuring can take long."""
+        if self.entry is None:
+            return
+        entry, self.entry = self.entry, None
         if self.epoch % self.recipe.evaluate_every_epochs == 0 or self.epoch == self.num_epochs:
             entry |= self._evaluate()
             self._keep_best(entry)
         if self.accelerator.is_main_process:
-            earlier = [line for line in self.folder.history() if line["epoch"] < self.epoch]
-            self.folder.write_history([*earlier, entry])
+            self.folder.append(entry)
         self.accelerator.log(entry, step=self.update)
-        self.save()
 
     def _evaluate(self) -> dict[str, float]:
         if self.data.evaluate is None:
@@ -254,22 +266,34 @@ class Run:
 
     def _keep_best(self, entry: Mapping[str, float]) -> None:
         name = self.recipe.best_metric
-        if name is None:
-            return
-        if name not in entry:
+        if name is not None and name not in entry:
             raise ValueError(f"best_metric={name!r} must be one of {', '.join(entry)}")
+        if self._is_best(entry):
+            self._write_weights("best.safetensors", averaged=str(name).startswith("ema_"))
+
+    def _is_best(self, entry: Mapping[str, float]) -> bool:
+        """Whether no entry before was better; this one counts from now on."""
+        value = entry.get(self.recipe.best_metric or "", math.nan)
         sign = 1 if self.recipe.best == "max" else -1
-        if self.best is None or sign * entry[name] > sign * self.best:
-            self.best = entry[name]
-            self._write_weights("best.safetensors", averaged=name.startswith("ema_"))
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best)
+        if is_best:
+            self.best = value
+        return is_best
 
     def save(self) -> None:
-        """Write a checkpoint from which the run goes on exactly here."""
+        """Write a checkpoint from which the run goes on exactly here; the loss has been checked."""
         name = f"epoch-{self.epoch:05d}-update-{self.update:09d}"
         if (self.folder.checkpoints / name).exists():
             return
         accelerator = self.accelerator
-        sums = {key: accelerator.reduce(total, "sum").item() for key, total in self.sums.items()}
+        progress = {
+            "epoch": self.epoch,
+            "update": self.update,
+            "entry": self.entry,
+            "totals": self.means.totals(),
+            "buffers": self._own_buffers(),
+            "task": self.task.get_task_state(),
+        }
         if accelerator.is_main_process:
             self.folder.begin(name)
         accelerator.wait_for_everyone()
@@ -279,40 +303,58 @@ class Run:
         if accelerator.is_main_process:
             if self.ema is not None:
                 save_weights(partial_folder / "ema.safetensors", self.ema.module.state_dict(), metadata={})
-            progress = {"epoch": self.epoch, "update": self.update, "best": self.best, "sums": sums}
-            write_json(partial_folder / "progress.json", progress)
+            torch.save(progress, partial_folder / "progress.pt")
             self.folder.publish(partial_folder, keep=self.recipe.keep_checkpoints)
         accelerator.wait_for_everyone()
 
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the task outside its module, by name."""
+        of_module = set(map(id, self.module.buffers()))
+        return {name: value for name, value in self.task.named_buffers() if id(value) not in of_module}
+
     def _load(self, checkpoint: Path) -> None:
-        self.accelerator.load_state(str(checkpoint))
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            first = str(error).splitlines()[1].strip()
+            raise ValueError(f"{self.folder.path} holds a run of another model: {first}") from error
         if self.ema is not None:
             self.ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
-        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        self.epoch, self.update, self.best = progress["epoch"], progress["update"], progress["best"]
-        share = 1.0 if self.accelerator.is_main_process else 0.0  # the sums are over all processes
         device = self.accelerator.device
-        self.sums = {name: torch.tensor(share * total, device=device) for name, total in progress["sums"].items()}
+        progress = torch.load(checkpoint / "progress.pt", map_location=device, weights_only=True)
+        self.epoch, self.update, self.entry = progress["epoch"], progress["update"], progress["entry"]
+        if self.accelerator.is_main_process:  # the totals are of all processes
+            self.means = RunningMeans(progress["totals"], device=device)
+        for name, value in progress["buffers"].items():
+            owner, _, buffer = name.rpartition(".")
+            setattr(self.task.get_submodule(owner), buffer, value)
+        self.task.load_task_state(progress["task"])
 
     def result(self) -> FitResult:
-        """Write the final weights and return what the run came to."""
-        weights = self._write_weights("weights.safetensors", averaged=False)
-        averaged = self._write_weights("ema.safetensors", averaged=True) if self.ema is not None else None
+        """Write the final weights, unless they are there, and return what the run came to."""
+        files = {"weights.safetensors": False, **({} if self.ema is None else {"ema.safetensors": True})}
+        for name, averaged in files.items():
+            if _update_of(self.folder.path / name) != self.update:
+                self._write_weights(name, averaged=averaged)
         self.accelerator.wait_for_everyone()
         history = self.folder.history()
-        return FitResult(history[-1], history, weights, averaged)
+        weights, averaged_weights = (self.folder.path / name for name in ("weights.safetensors", "ema.safetensors"))
+        return FitResult(history[-1], history, weights, None if self.ema is None else averaged_weights)
 
-    def _write_weights(self, name: str, *, averaged: bool) -> Path:
-        path = self.folder.path / name
+    def _write_weights(self, name: str, *, averaged: bool) -> None:
         if averaged and self.ema is not None:
             state = self.ema.module.state_dict()
         else:
             state = self.accelerator.get_state_dict(self.module)  # a collective call where weights are sharded
         if self.accelerator.is_main_process:
-            details = {key: str(value) for key, value in self.description["details"].items()}
+            details = {
+                key: value if isinstance(value, str) else json.dumps(value)
+                for key, value in self.description["details"].items()
+            }
             metadata = {**details, "update": str(self.update), "recipe": json.dumps(self.description["recipe"])}
-            save_weights(path, state, metadata=metadata, overwrite=True)
-        return path
+            save_weights(self.folder.path / name, state, metadata=metadata, overwrite=True)
 
     def _create_ema(self) -> ModelEmaV3 | None:
         if self.recipe.ema_decay is None:
@@ -322,22 +364,12 @@ class Run:
         return ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
 
 
-def _create_accelerator(recipe: FitRecipe, project: Path) -> Accelerator:
-    for tracker in recipe.trackers:
-        require(tracker, tracker)
-    environment = os.environ
-    on_cpu = environment.get("ACCELERATE_USE_CPU") == "True"
-    if on_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        _log.warning("`accelerate launch --cpu` starts one process on one machine; for more use torchrun")
-    # a second fit in one process may ask for another precision or device
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(
-        cpu=recipe.device == "cpu",
-        mixed_precision=recipe.precision,
-        gradient_accumulation_steps=recipe.accumulation_steps,
-        log_with=list(recipe.trackers) or None,
-        project_dir=project,
-    )
+def _update_of(weights: Path) -> int | None:
+    """The update after which a file of weights was written; None where there is none."""
+    if not weights.exists():
+        return None
+    with safetensors.safe_open(weights, "pt") as file:
+        return int(file.metadata()["update"])
 
 
 def _call(task: TrainingTask, batch: Any) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""The process that a run lives in: what accelerate is told, and Ctrl-C."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import DistributedDataParallelKwargs  # type: ignore[import-untyped]
+
+from visionkernels.extras import require
+from visionkernels.training.recipes import FitRecipe
+
+__all__ = ["catch_interrupt", "create_accelerator"]
+
+_log = logging.getLogger(__name__)
+
+
+def create_accelerator(recipe: FitRecipe, project: Path) -> Accelerator:
+    """Return the accelerator of a recipe; trackers write into the folder `project`."""
+    for tracker in recipe.trackers:
+        require(tracker, tracker)
+    environment = os.environ
+    on_cpu = environment.get("ACCELERATE_USE_CPU") == "True"
+    if on_cpu and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        _log.warning("`accelerate launch --cpu` starts one process on one machine; for more use torchrun")
+    # a second fit in one process may ask for another precision or device
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(
+        cpu=recipe.device == "cpu",
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        log_with=list(recipe.trackers) or None,
+        project_dir=project,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.find_unused_parameters)],
+    )
+
+
+@contextmanager
+def catch_interrupt(note: Callable[[], None]) -> Iterator[None]:
+    """Call `note` on the first Ctrl-C within the block, and let the second one stop at once."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*signal_and_frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        note()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
