@@ -58,6 +58,13 @@ class Axis:
         reads = first[:, None] + np.arange(self.kernel) * self.dilation
         return tuple(((reads >= 0) & (reads < self.size)).mean(0).tolist())
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the cells are runs of equally many pixels that fill the axis from its start to its end."""
+        step = self.radius * self.stride
+        is_whole = self.outputs == self.cells * self.radius and self.size == self.cells * step
+        return is_whole and self.box == self.stride and self.offset == 0
+
     def slices(self) -> Iterator["Slice"]:
         """Yield strided runs of pixels that together are all sampled pixels, each once, sorted to their cells."""
         step = self.radius * self.stride
