@@ -1,0 +1,21 @@
+"""Training on the device with filtered gradients (CVPR 2023): `gradfilter.convert(model, last_n=4, radius=4)`."""
+
+from gradfilter.conv import CompactConv2d, FilteredConv2d
+from gradfilter.conversion import ConversionReport, convert, restore
+from gradfilter.profiles import Plan, Profile, profile
+from visionkernels.ops.filtered_conv import filtered_conv2d, kernel_sum, patch_mean, saved_input
+
+__all__ = [
+    "CompactConv2d",
+    "ConversionReport",
+    "FilteredConv2d",
+    "Plan",
+    "Profile",
+    "convert",
+    "filtered_conv2d",
+    "kernel_sum",
+    "patch_mean",
+    "profile",
+    "restore",
+    "saved_input",
+]

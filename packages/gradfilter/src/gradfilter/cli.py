@@ -1,0 +1,311 @@
+"""The command `gradfilter`: what each sub-command reads, calls and prints."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+import visionkernels.cli
+from visionkernels.files import write_json
+from visionkernels.training import FitOptions
+
+__all__ = ["main"]
+
+Radii = Annotated[tuple[int, ...], arg(metavar="R [R ...]")]
+
+
+def train(recipe: Positional[str], *, out: Path, fit: FitOptions = FitOptions()) -> None:
+    """Train by a recipe; the same command goes on where a run stopped.
+
+    Args:
+        recipe: a name from `gradfilter info`
+        out: folder of the run and its weights
+    """
+    from gradfilter.recipes import find_recipe
+    from gradfilter.training import train as run
+
+    chosen = find_recipe(recipe)
+    result = run(replace(chosen, fit=fit.apply(chosen.fit)), out)
+    if os.environ.get("RANK", "0") == "0":
+        _print_metrics(result.metrics)
+        print(f"weights: {result.weights}")
+
+
+def evaluate(*, checkpoint: Path, json: Path | None = None, overwrite: bool = False) -> None:
+    """Measure the weights of `gradfilter train` on turned digits that training has not seen.
+
+    Args:
+        checkpoint: weights.safetensors of a run
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    from gradfilter.training import digits, load_tinyconv
+    from gradfilter.training import evaluate as measure
+
+    _refuse_existing(json, overwrite)
+    metrics = measure(load_tinyconv(checkpoint), digits("test"))
+    _print_metrics(metrics)
+    if json is not None:
+        write_json(json, {"checkpoint": str(checkpoint), **metrics}, overwrite=overwrite)
+
+
+def profile(
+    model: Positional[str],
+    *,
+    last_n: int | None = None,
+    layers: tuple[str, ...] = (),
+    radius: Radii = (2, 4, 7),
+    input_size: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    time: bool = False,
+    memory_kib: float | None = None,
+    flops: float | None = None,
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Tell what training the last convolutions of a model costs, exact and filtered, before it is trained.
+
+    Args:
+        model: of timm, torchvision:NAME, or module:callable
+        last_n: convolutions from the last one back; default: all
+        layers: names or patterns instead
+        radius: outputs a side of a patch, one or more
+        input_size: height and width in pixels; default: the model's own
+        batch_size: images a step
+        time: also measure forward and backward of each layer here
+        memory_kib: show which layers and radii fit this many KiB of kept inputs
+        flops: the same for operations of backward
+        json: write the figures here as well
+        overwrite: replace an existing output
+    """
+    from gradfilter.models import create_classifier
+    from gradfilter.profiles import example_images
+    from gradfilter.profiles import profile as measure
+
+    _refuse_existing(json, overwrite)
+    network = create_classifier(model)
+    found = measure(
+        network, example_images(network, batch_size, input_size), last_n=last_n, layers=layers or None, radii=radius,
+        measures_time=time,
+    )  # fmt: skip
+    print(found)
+    plan = None
+    if memory_kib is not None or flops is not None:
+        plan = found.fit(memory_kib=memory_kib, flops=flops)
+        print(f"\nfits: {plan.saved_bytes / 1024:.1f} KiB, {plan.flops / 1e6:.2f} MFLOPs")
+        for name, (rows, columns) in plan.radius.items():
+            print(f"  {name}: radius {rows} x {columns}")
+    if json is not None:
+        write_json(json, asdict(found) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
+
+
+def diagnose(
+    model: Positional[str],
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]")]],
+    *,
+    last_n: int = 4,
+    radius: int = 2,
+    pretrained: bool = False,
+    checkpoint: Path | None = None,
+    input_size: tuple[int, int] | None = None,
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Compare filtered with exact gradients on pictures, layer by layer; the target is the model's own best class.
+
+    Args:
+        model: of timm, torchvision:NAME, or module:callable
+        images: files in any format that Pillow reads
+        last_n: convolutions from the last one back
+        radius: outputs a side of a patch
+        pretrained: published weights of timm or torchvision
+        checkpoint: weights of the model
+        input_size: height and width in pixels; default: the model's own
+        json: write the figures here as well
+        overwrite: replace an existing output
+    """
+    import torch
+
+    from gradfilter.checkpoint import load_official
+    from gradfilter.diagnosis import diagnose as compare
+    from gradfilter.models import create_classifier
+    from gradfilter.pictures import read_batch
+    from gradfilter.profiles import example_images
+
+    if not images:
+        raise ValueError("IMAGE is missing; give one or more picture files")
+    _refuse_existing(json, overwrite)
+    network = create_classifier(model, pretrained=pretrained)
+    if checkpoint is not None:
+        load_official(network, checkpoint)
+    size = tuple(example_images(network, 1, input_size).shape[-2:])
+    batch = read_batch(images, (size[0], size[1]))
+    with torch.no_grad():
+        targets = network.eval()(batch).argmax(1)
+    found = compare(network, (batch, targets), radius=radius, last_n=last_n)
+    print(found)
+    if json is not None:
+        write_json(json, asdict(found), overwrite=overwrite)
+
+
+def delta(
+    action: Positional[Literal["save", "apply"]],
+    base: Positional[Path],
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Keep what fine-tuning changed as a small task file, or make weights of a base and such a file.
+
+    Args:
+        action: save: BASE TUNED OUT; apply: BASE DELTA OUT
+        base: weights before fine-tuning, .pth or .safetensors
+        source: the tuned weights, or the delta
+        out: the .safetensors to write
+        overwrite: replace an existing output
+    """
+    from gradfilter.delta import apply_delta, compute_delta, read_delta, save_delta
+    from visionkernels.checkpoints import read_state, save_weights
+
+    _refuse_existing(out, overwrite)
+    start = read_state(base).state
+    if action == "save":
+        tuned = read_state(source).state
+        save_delta(out, start, compute_delta(start, tuned), overwrite=overwrite)
+        share = 100 * out.stat().st_size / max(1, sum(each.numel() * each.element_size() for each in tuned.values()))
+        print(f"{out}: {out.stat().st_size / 1024:.1f} KiB, {share:.1f} % of the weights")
+    else:
+        save_weights(out, apply_delta(start, read_delta(source, start)), metadata={}, overwrite=overwrite)
+        print(out)
+
+
+def export(
+    model: Positional[str],
+    *,
+    out: Path,
+    last_n: int = 4,
+    radius: int = 2,
+    input_size: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Write the training graph of a model, loss and filtered gradients, as a program of torch.export.
+
+    Args:
+        model: of timm, torchvision:NAME, or module:callable
+        out: the .pt2 to write
+        last_n: convolutions from the last one back
+        radius: outputs a side of a patch
+        input_size: height and width in pixels; default: the model's own
+        batch_size: images a step
+        overwrite: replace an existing output
+    """
+    from gradfilter.export import export_training_graph
+    from gradfilter.models import create_classifier
+    from gradfilter.profiles import example_images
+
+    _refuse_existing(out, overwrite)
+    network = create_classifier(model)
+    images = example_images(network, batch_size, input_size)
+    names = export_training_graph(network, images, out, last_n=last_n, radius=radius, overwrite=overwrite)
+    print(f"{out}: images {list(images.shape)} and labels to loss and gradients of {', '.join(names)}")
+
+
+def info() -> None:
+    """Print the version, the models and the recipes."""
+    from gradfilter.models import SEGMENTATION_HEADS
+    from gradfilter.recipes import RECIPES
+
+    print(f"gradfilter {version('gradfilter')}")
+    print("models: any of timm, torchvision:NAME, module:callable, tinyconv")
+    print(f"segmentation heads on timm encoders: {', '.join(SEGMENTATION_HEADS)}")
+    print("weights: plain checkpoints of the model, official ones too; filtering adds no parameters")
+    print("recipes for `gradfilter train`:")
+    for recipe in RECIPES.values():
+        print(f"  {recipe.name}: {recipe.summary}")
+
+
+def reproduce(
+    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
+) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest what it would take.
+
+    Args:
+        full: also the cells that take more than minutes
+        json: write the tables here as well
+        figures_dir: draw the figures into this folder
+        overwrite: replace existing outputs
+    """
+    from gradfilter import tables
+    from visionkernels import tables as shared
+
+    return shared.reproduce(
+        "gradfilter", tables.tables(), tables.figures(), full=full, json=json, figures_dir=figures_dir,
+        overwrite=overwrite,
+    )  # fmt: skip
+
+
+def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
+    """Time filtered backward passes beside PyTorch's exact ones, and count what is kept for backward.
+
+    Args:
+        full: also with two threads, and more repeats
+        json: write the rows here as well
+        overwrite: replace an existing output
+    """
+    from gradfilter.bench import measure
+    from visionkernels.profiling import bench_table, write_bench
+
+    _refuse_existing(json, overwrite)
+    rows = []
+    for row in measure(full=full):
+        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
+        rows.append(row)
+    print(bench_table(rows))
+    if json is not None:
+        write_bench(json, rows, overwrite=overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
+    commands: dict[str, Any] = {
+        "train": train,
+        "eval": evaluate,
+        "profile": profile,
+        "diagnose": diagnose,
+        "delta": delta,
+        "export": export,
+        "info": info,
+        "reproduce": reproduce,
+        "bench": bench,
+    }
+    return visionkernels.cli.run(
+        "gradfilter",
+        commands,
+        description="Gradient filtering (CVPR 2023): fine-tune a CNN with a backward pass at a fraction of its cost.",
+        version=version("gradfilter"),
+        argv=argv,
+    )
+
+
+def _print_metrics(metrics: Any) -> None:
+    print(
+        f"top-1 {metrics['top1']:.2f} %, always the most frequent class {metrics['majority_top1']:.2f} %, "
+        f"loss in evaluation {metrics['val_loss']:.4f}"
+    )
+
+
+def _refuse_existing(path: Path | None, overwrite: bool) -> None:
+    """Before any work, not after it."""
+    if path is not None and path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

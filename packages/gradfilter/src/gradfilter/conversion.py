@@ -1,0 +1,292 @@
+"""One line makes a model train its last convolutions with filtered gradients: `convert(model, last_n=4, radius=4)`."""
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from gradfilter import lean
+from gradfilter.compact import guard_optimizers
+from gradfilter.conv import CompactConv2d, as_filtered, is_plain_convolution
+from gradfilter.cost import layer_coverage
+from gradfilter.timing import wins_time
+from gradfilter.trace import Call, Trace, trace
+from visionkernels.ops.filtered_conv import Border, Radius, check_radius
+
+__all__ = ["ConversionReport", "LayerReport", "Objective", "Radii", "choose", "convert", "restore"]
+
+Radii = Radius | None | Mapping[str, Radius | None]
+Objective = Literal["memory", "time"]
+LeanActivations = Literal["all"] | bool
+TrainNorm = Literal["after", "none", "all"]
+
+MIN_COVERAGE = 0.5
+"""Below it more than half of the taps read padding, and the gradient is at least twice too large."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one convolution."""
+
+    name: str
+    status: Literal["filtered", "exact", "frozen"]
+    radius: tuple[int, int] | None
+    reason: str = ""
+    """Why it is not filtered."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did, layer by layer, in the order of execution."""
+
+    layers: tuple[LayerReport, ...]
+    lean_activations: tuple[str, ...]
+    """Modules that now keep less for backward."""
+    frozen_norms: tuple[str, ...]
+    """Batch norms that keep to their running statistics in training mode too."""
+    functional_activations: tuple[str, ...]
+    """Activations called as functions, which stay as they are."""
+
+    @property
+    def filtered(self) -> tuple[str, ...]:
+        """Names of the filtered convolutions."""
+        return tuple(layer.name for layer in self.layers if layer.status == "filtered")
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.name, layer.status, "x".join(map(str, layer.radius or ())), layer.reason)
+            for layer in self.layers
+            if layer.status != "frozen" or layer.reason
+        ]
+        frozen = sum(layer.status == "frozen" for layer in self.layers)
+        lines = [tabulate(rows, ("convolution", "", "radius", "why"), tablefmt="simple")]
+        lines.append(f"{frozen} convolutions frozen, {len(self.lean_activations)} activations lean, ")
+        lines[-1] += f"{len(self.frozen_norms)} norms on their running statistics"
+        lines += [f"not lean, since called as a function: {each}" for each in self.functional_activations]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    radius: Radii = 2,
+    *,
+    last_n: int | None = None,
+    layers: Sequence[str] | None = None,
+    example_input: Any = None,
+    objective: Objective = "memory",
+    lean_activations: LeanActivations = True,
+    freeze_rest: bool = True,
+    train_norm: TrainNorm = "after",
+    norm_stats: Literal["frozen", "update"] = "frozen",
+    border: Border = "plain",
+    compact: bool = False,
+    exportable: bool = False,
+    warns: bool = True,
+) -> ConversionReport:
+    """Prepare `model`, in place, for training its chosen convolutions with filtered gradients.
+
+    Chosen are the last `last_n` convolutions in the order of execution, or those of `layers` (names or patterns such
+    as "layer4.*"), or all. `radius` is one for all, or a dict of names and patterns; None leaves a layer exact. A
+    chosen layer also stays exact, and is trained all the same, where its kind has no filter, where `objective="time"`
+    measures that filtering it would lose time, and where most taps read padding (unless it is named, or
+    `border="covered"`). Parameters, state dict and forward pass stay as they are.
+
+    `freeze_rest` leaves trainable the chosen convolutions, the linear layers behind the first of them, and the affine
+    parameters of norms by `train_norm`: those behind it, none, or all. With `norm_stats="frozen"` a batch norm without
+    trained parameters keeps to its running statistics in training mode too. `lean_activations` makes ReLU, ReLU6 and
+    dropout behind the first chosen layer keep one bit an element; "all" also hard-swish and SiLU, a byte each and so
+    approximately. `compact` trains scale * weight + offset instead of the weight (see `CompactConv2d`). `exportable`
+    builds the gradients so that exported training graphs hold them. `example_input` is what the model takes (a
+    tensor, a tuple or a dict), needed where one image of the model's own size would not do, and by "time" for its
+    batch.
+
+    A second call starts from the unconverted model. Warns where layers stay exact for their borders, and if nothing is
+    filtered; `warns=False` leaves that to the report. Raises ValueError for wrong arguments, with the count or the
+    nearest names.
+    """
+    _check_choices(objective, lean_activations, train_norm, norm_stats)
+    if compact and border == "covered":
+        raise ValueError("compact=True with border='covered' is not exact; choose one of the two")
+    restore(model)
+    found = trace(model, example_input)
+    chosen = choose(found, last_n, layers)
+    radii = _radii(radius, chosen)
+    plan = {
+        call.name: _decide(call, radii[call.name], layers is not None, objective, border, is_first=call is chosen[0])
+        for call in chosen
+    }
+    model.__dict__["_unconverted_requires_grad"] = {name: p.requires_grad for name, p in model.named_parameters()}
+    first = found.order.index(chosen[0].name)
+    if freeze_rest:
+        _freeze_rest(model, found, chosen, first, train_norm)
+    for call in chosen:
+        if plan[call.name].status == "filtered":
+            as_filtered(call.module, plan[call.name].radius or 1, border=border, exportable=exportable)
+            if compact and call.module.kernel_size != (1, 1):
+                CompactConv2d.from_filtered(call.module)
+                guard_optimizers()
+    lean_names = _make_lean(model, found.order[first:], lean_activations)
+    frozen = _freeze_norms(model) if norm_stats == "frozen" else ()
+    report = ConversionReport(
+        (*_report_layers(found, plan), *_other_convolutions(model)), lean_names, frozen,
+        tuple(found.functions) if lean_activations else (),
+    )  # fmt: skip
+    if warns:
+        _warn(report)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `convert`: stock classes, the same Parameters, and what was trainable before."""
+    for module in model.modules():
+        if isinstance(module, CompactConv2d):
+            module.fold()
+        original = module.__dict__.pop("_unconverted_class", None)
+        if original is not None:
+            module.__class__ = original
+            for name in ("radius", "border", "exportable", "pads_to_same"):
+                module.__dict__.pop(name, None)
+    parameters = dict(model.named_parameters())
+    for name, requires_grad in model.__dict__.pop("_unconverted_requires_grad", {}).items():
+        parameters[name].requires_grad_(requires_grad)
+
+
+def _check_choices(objective: object, lean_activations: object, train_norm: object, norm_stats: object) -> None:
+    for name, value, allowed in (
+        ("objective", objective, ("memory", "time")),
+        ("lean_activations", lean_activations, (True, False, "all")),
+        ("train_norm", train_norm, ("after", "none", "all")),
+        ("norm_stats", norm_stats, ("frozen", "update")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+def choose(found: Trace, last_n: int | None, layers: Sequence[str] | None) -> list[Call]:
+    """Return the chosen convolutions in the order of execution; arguments and errors are those of `convert`."""
+    calls = found.convolutions
+    if not calls:
+        raise ValueError("the model runs no nn.Conv2d; there is nothing to filter")
+    if last_n is not None and layers is not None:
+        raise ValueError(f"last_n={last_n} and layers={list(layers)} exclude each other")
+    if last_n is not None:
+        if isinstance(last_n, bool) or not 1 <= last_n <= len(calls):
+            raise ValueError(f"last_n={last_n} must be in [1, {len(calls)}], the convolutions that the model runs")
+        return calls[-last_n:]
+    if layers is None:
+        return calls
+    names = _matches([call.name for call in calls], layers)
+    return [call for call in calls if call.name in names]
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Return the names that match; a pattern without a match is an error that names the nearest."""
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or list(names[:3])
+            raise ValueError(f"{pattern!r} names no convolution that the model runs; the nearest are {', '.join(near)}")
+        matched.update(hits)
+    return matched
+
+
+def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] | None]:
+    names = [call.name for call in chosen]
+    if not isinstance(radius, Mapping):
+        return dict.fromkeys(names, None if radius is None else check_radius(radius))
+    radii: dict[str, tuple[int, int] | None] = {}
+    for pattern, value in radius.items():
+        side = None if value is None else check_radius(value)
+        radii |= dict.fromkeys(_matches(names, [pattern]), side)
+    if missing := [name for name in names if name not in radii]:
+        raise ValueError(f"radius names no value for {', '.join(missing[:5])}; add a pattern, e.g. '*'")
+    return radii
+
+
+def _decide(
+    call: Call, radius: tuple[int, int] | None, is_named: bool, objective: Objective, border: Border, *, is_first: bool
+) -> LayerReport:
+    if radius is None:
+        return LayerReport(call.name, "exact", None, "radius None")
+    if not is_plain_convolution(call.module):
+        return LayerReport(call.name, "exact", None, f"{type(call.module).__name__} computes its weight anew")
+    share = layer_coverage(call)
+    if share < MIN_COVERAGE and border == "plain" and not is_named:
+        return LayerReport(call.name, "exact", None, f"gradient overestimated: coverage {share:.2f}")
+    if objective == "time" and not wins_time(call, radius, needs_input_gradient=not is_first):
+        return LayerReport(call.name, "exact", None, "filtering would be slower")
+    return LayerReport(call.name, "filtered", radius)
+
+
+def _freeze_rest(model: nn.Module, found: Trace, chosen: Sequence[Call], first: int, train_norm: TrainNorm) -> None:
+    modules = dict(model.named_modules())
+    trained: list[nn.Module] = [call.module for call in chosen]
+    behind = set(found.order[first:])
+    trained += [modules[name] for name in behind if isinstance(modules[name], nn.Linear)]
+    for name, module in modules.items():
+        is_norm = isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm)
+        # a norm with an activation in it has children, so it is placed by those that run after it
+        runs_behind = name in behind or any(each.startswith(f"{name}.") for each in behind)
+        if is_norm and (train_norm == "all" or (train_norm == "after" and runs_behind)):
+            trained.append(module)
+    model.requires_grad_(False)
+    for module in trained:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+
+
+def _make_lean(model: nn.Module, behind: Sequence[str], lean_activations: LeanActivations) -> tuple[str, ...]:
+    if not lean_activations:
+        return ()
+    twins = lean.EXACT | (lean.APPROXIMATE if lean_activations == "all" else {})
+    modules = dict(model.named_modules())
+    return tuple(name for name in dict.fromkeys(behind) if _swap_class(modules[name], twins))
+
+
+def _freeze_norms(model: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.track_running_stats
+        and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        and _swap_class(module, lean.FROZEN_NORMS)
+    )
+
+
+def _swap_class(module: nn.Module, twins: Mapping[type[nn.Module], type[nn.Module]]) -> bool:
+    twin = twins.get(type(module))
+    if twin is not None:
+        module.__dict__["_unconverted_class"] = type(module)
+        module.__class__ = twin
+    return twin is not None
+
+
+def _report_layers(found: Trace, plan: Mapping[str, LayerReport]) -> list[LayerReport]:
+    return [plan.get(call.name, LayerReport(call.name, "frozen", None)) for call in found.convolutions]
+
+
+def _other_convolutions(model: nn.Module) -> list[LayerReport]:
+    return [
+        LayerReport(name, "frozen", None, f"{type(module).__name__} has no filter")
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d)
+    ]
+
+
+def _warn(report: ConversionReport) -> None:
+    overestimated = [layer for layer in report.layers if "coverage" in layer.reason]
+    if overestimated:
+        names = ", ".join(f"{layer.name} ({layer.reason})" for layer in overestimated[:5])
+        warnings.warn(f"left exact: {names}; name them in layers, or pass border='covered'", stacklevel=3)
+    if not report.filtered:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers if layer.reason)
+        warnings.warn(f"no convolution is filtered: {reasons}", stacklevel=3)

@@ -1,0 +1,48 @@
+"""What the backward pass of a convolution costs, exact and filtered: operations and kept activations (sec. 3)."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from gradfilter.trace import Call
+from visionkernels.ops.filtered_conv import Radius, check_radius, coverage, grid_size
+
+__all__ = ["LayerCost", "layer_cost", "layer_coverage"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Of one convolution, for the batch that it was traced with."""
+
+    saved_elements: int
+    """Of its input that the convolution keeps for backward."""
+    flops: int
+    """Of the gradients of weight and input, a multiply-add counting as 2."""
+
+
+def layer_cost(call: Call, radius: Radius | None) -> LayerCost:
+    """Return the cost of backward with patches of `radius` outputs, exact for None.
+
+    The filtered count is that of both products on the cells, the sum of the kernel, and the two averages.
+    """
+    conv, (batch, in_channels, height, width) = call.module, call.input_size
+    _, out_channels, out_height, out_width = call.output_size
+    weights = out_channels * (in_channels // conv.groups)
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
+    inputs, outputs = batch * in_channels * height * width, batch * out_channels * out_height * out_width
+    if radius is None:
+        return LayerCost(inputs, 4 * batch * weights * taps * out_height * out_width)
+    rows, columns = grid_size((out_height, out_width), check_radius(radius))
+    return LayerCost(
+        batch * in_channels * rows * columns, 4 * batch * weights * rows * columns + weights * taps + outputs + inputs
+    )
+
+
+def layer_coverage(call: Call) -> float:
+    """Return the share of (output, tap) pairs that read the map and not its padding."""
+    conv, (_, _, height, width) = call.module, call.input_size
+    padding = conv.padding
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        padding = (spans[0] // 2, spans[1] // 2) if padding == "same" else (0, 0)
+    pairs = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, padding, conv.dilation))
+    return coverage((height, width), *pairs)

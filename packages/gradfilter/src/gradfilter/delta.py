@@ -1,0 +1,129 @@
+"""What fine-tuning changed, as a small file: one number for each pair of channels of a filtered convolution.
+
+Filtered training moves a kernel to scale * kernel + offset with one offset for all taps, so a 3x3 layer's change takes
+a ninth of its weights. Tensors that changed otherwise are kept as they are.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gradfilter.conv import CompactConv2d
+from visionkernels.checkpoints import CheckpointError, read_state, save_weights
+
+__all__ = ["apply_delta", "compute_delta", "read_delta", "save_delta", "trainable_delta"]
+
+FORMAT = "gradfilter delta 1"
+TOLERANCE = 1e-4
+"""Of a change's norm that may not fit scale * kernel + offset; float32 training leaves about 1e-6."""
+_SCALE, _OFFSET = ".scale", ".offset"
+
+State = Mapping[str, Tensor]
+
+
+def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
+    """Return what leads from the state dict `base` to `tuned`.
+
+    A tensor that did not change is left out. For a kernel `x` of more than one tap that moved as filtered training
+    moves it there are `x.scale` [] and `x.offset` [out_channels, in_channels / groups]; any other changed tensor
+    stands whole under its own name. Raises CheckpointError for other names or shapes.
+    """
+    if set(base) != set(tuned):
+        strange = sorted(set(base) ^ set(tuned))
+        raise CheckpointError(f"base and tuned weights differ in {len(strange)} names; the first is {strange[0]}")
+    delta: dict[str, Tensor] = {}
+    for name, before in base.items():
+        after = tuned[name]
+        if before.shape != after.shape:
+            raise CheckpointError(
+                f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned weights"
+            )
+        if torch.equal(before, after):
+            continue
+        form = _fit(before, after)
+        delta |= {name: after} if form is None else {name + _SCALE: form[0], name + _OFFSET: form[1]}
+    return delta
+
+
+def _fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return scale and offset by least squares, None for what does not fit the form."""
+    if before.ndim != 4 or before.shape[2:].numel() == 1:
+        return None
+    start, end = before.double(), after.double()
+    centred = start - start.mean((2, 3), keepdim=True)
+    spread = centred.square().sum()
+    scale = (centred * end).sum() / spread if spread > 0 else torch.ones((), dtype=torch.float64)
+    offset = (end - scale * start).mean((2, 3))
+    rest = end - scale * start - offset[:, :, None, None]
+    if rest.norm() > TOLERANCE * (end - start).norm():
+        return None
+    return scale.to(before.dtype), offset.to(before.dtype)
+
+
+def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained tensors of a converted model in the form of `compute_delta`, compact layers as they are.
+
+    The buffers of norms that were not frozen are among them.
+    """
+    delta: dict[str, Tensor] = {}
+    compact = {name for name, module in model.named_modules() if isinstance(module, CompactConv2d)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, _, leaf = name.rpartition(".")
+            is_part = layer in compact and leaf in ("scale", "offset")
+            delta[f"{layer}.weight.{leaf}" if is_part else name] = parameter.detach().clone()
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False) and any(p.requires_grad for p in module.parameters(False)):
+            delta |= {f"{name}.{key}": value.detach().clone() for key, value in module.named_buffers(recurse=False)}
+    return delta
+
+
+def apply_delta(base: State, delta: State) -> dict[str, Tensor]:
+    """Return the state dict that `delta` leads to from `base`. Raises CheckpointError if the names do not fit."""
+    tuned = dict(base)
+    for name, value in delta.items():
+        kernel = name.removesuffix(_OFFSET)
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in base:
+            continue
+        if name.endswith(_OFFSET) and kernel in base and kernel + _SCALE in delta:
+            if value.shape != base[kernel].shape[:2]:
+                raise CheckpointError(f"{name} is {list(value.shape)}; the base's kernel is {list(base[kernel].shape)}")
+            scale, start = delta[kernel + _SCALE].double(), base[kernel].double()
+            tuned[kernel] = (scale * start + value.double()[:, :, None, None]).to(base[kernel].dtype)
+        elif name in base and value.shape == base[name].shape:
+            tuned[name] = value
+        else:
+            raise CheckpointError(f"the delta's {name} {list(value.shape)} fits no tensor of the base")
+    return tuned
+
+
+def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool = False) -> None:
+    """Write a delta as safetensors, with a digest of the tensors of the base that it changes."""
+    metadata = {"format": FORMAT, "base": _digest(base, delta)}
+    save_weights(path, delta, metadata=metadata, overwrite=overwrite)
+
+
+def read_delta(path: str | Path, base: State) -> dict[str, Tensor]:
+    """Return the delta of a file. Raises CheckpointError for other files, and for a delta of another base."""
+    checkpoint = read_state(path)
+    if checkpoint.metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no file of `gradfilter delta save`")
+    if checkpoint.metadata.get("base") != _digest(base, checkpoint.state):
+        raise CheckpointError(f"{path} was made from other base weights than those given")
+    return dict(checkpoint.state)
+
+
+def _digest(base: State, delta: State) -> str:
+    names = sorted({name.removesuffix(_SCALE).removesuffix(_OFFSET) for name in delta})
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = base.get(name)
+        header = [name, None if tensor is None else [str(tensor.dtype), *tensor.shape]]
+        digest.update(json.dumps(header).encode())
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Companions of filtered convolutions that keep for backward what they need, and no more.
+
+A filtered convolution lets go of its input, but the ReLU before it keeps the same tensor as its output, and a norm
+keeps its own input. These layers keep one bit an element (ReLU, ReLU6, dropout: exact), a byte (hard-swish, SiLU:
+approximate), or a number a channel (batch norm with frozen statistics). Each is its stock class with another forward.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["APPROXIMATE", "EXACT", "FROZEN_NORMS", "FrozenBatchNorm2d", "pack_bits", "unpack_bits"]
+
+# a multiplication gathers the bits of eight bytes of 0 or 1 in the highest byte, and another one spreads them again
+_GATHER = 0x0102040810204080
+_REPEAT = 0x0101010101010101
+_SELECT = 0x8040201008040201 - (1 << 64)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor of any shape into uint8, eight elements a byte."""
+    flat = mask.flatten()
+    padded = F.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(torch.int64)
+    return ((padded * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Return the bool tensor of `shape` that `pack_bits` packed."""
+    spread = (packed.to(torch.int64) * _REPEAT) & _SELECT
+    return spread.view(torch.uint8).ne(0)[: shape.numel()].view(shape)
+
+
+class _Masked(torch.autograd.Function):
+    """Gives `value`, and lets the gradient through where `mask` is true, times `gain`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor, gain: float) -> Tensor:
+        ctx.save_for_backward(pack_bits(_in_memory_order(mask, x)))
+        ctx.gain, ctx.layout = gain, _layout(x)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (packed,) = ctx.saved_tensors
+        ordered = grad.contiguous(memory_format=ctx.layout)
+        kept = unpack_bits(packed, _in_memory_order(ordered, ordered).shape)
+        kept = kept if ctx.layout == torch.contiguous_format else kept.permute(0, 3, 1, 2)
+        passed = ordered * kept
+        return passed if ctx.gain == 1 else passed * ctx.gain, None, None, None
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def _in_memory_order(values: Tensor, like: Tensor) -> Tensor:
+    """View or copy `values` so that their order is that of the memory of `like`: packing then reads along it."""
+    return values.permute(0, 2, 3, 1) if _layout(like) == torch.channels_last else values
+
+
+class _Coded(torch.autograd.Function):
+    """Gives `value`; keeps its derivative in 256 steps from `low` to `high`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(((slope - low) * (255 / (high - low))).round_().to(torch.uint8))
+        ctx.low, ctx.step = low, (high - low) / 255
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (code,) = ctx.saved_tensors
+        return grad * (code.to(grad.dtype) * ctx.step + ctx.low), None, None, None, None
+
+
+class LeanReLU(nn.ReLU):
+    """ReLU that keeps one bit an element."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return max(x, 0)."""
+        if not _needs_gradient(input):
+            return torch.relu(input)
+        x = input.detach()
+        return _Masked.apply(input, torch.relu(x), ~(x <= 0), 1.0)  # type: ignore[no-any-return]
+
+
+class LeanReLU6(nn.ReLU6):
+    """ReLU6 that keeps one bit an element."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return min(max(x, 0), 6)."""
+        if not _needs_gradient(input):
+            return F.relu6(input)
+        x = input.detach()
+        return _Masked.apply(input, F.relu6(x), (x > 0) & (x < 6), 1.0)  # type: ignore[no-any-return]
+
+
+class LeanDropout(nn.Dropout):
+    """Dropout that keeps one bit an element."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements in training, and scale the others by 1 / (1 - p)."""
+        if not self.training or self.p == 0 or not _needs_gradient(input):
+            return F.dropout(input, self.p, self.training)
+        x, gain = input.detach(), 1 / (1 - self.p) if self.p < 1 else 0.0
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p)
+        return _Masked.apply(input, x * mask * gain, mask, gain)  # type: ignore[no-any-return]
+
+
+class LeanHardswish(nn.Hardswish):
+    """Hard-swish that keeps its derivative as a byte an element: gradients are off by at most 0.004 of the output's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x * min(max(x + 3, 0), 6) / 6."""
+        if not _needs_gradient(input):
+            return F.hardswish(input)
+        x = input.detach()
+        slope = torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype))
+        return _Coded.apply(input, F.hardswish(x), slope, -0.5, 1.5)  # type: ignore[no-any-return]
+
+
+class LeanSiLU(nn.SiLU):
+    """SiLU that keeps its derivative as a byte an element: gradients are off by at most 0.0025 of the output's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x * sigmoid(x)."""
+        if not _needs_gradient(input):
+            return F.silu(input)
+        x = input.detach()
+        gate = torch.sigmoid(x)
+        return _Coded.apply(input, x * gate, gate * (1 + x * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by its running statistics, in training mode too, all of it frozen: keeps a number a channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return weight * (x - running_mean) / sqrt(running_var + eps) + bias."""
+        return _frozen_norm(self, input)
+
+
+class FrozenBatchNormAct2d(BatchNormAct2d):
+    """timm's batch norm with its activation, by its running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation of the normed map."""
+        return self.act(self.drop(_frozen_norm(self, x)))  # type: ignore[no-any-return]
+
+
+def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.affine:
+            scale = scale * norm.weight
+        shift = -norm.running_mean * scale
+        if norm.affine:
+            shift = shift + norm.bias
+    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+# what a stock class becomes
+EXACT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: LeanReLU,
+    nn.ReLU6: LeanReLU6,
+    nn.Dropout: LeanDropout,
+}
+APPROXIMATE: dict[type[nn.Module], type[nn.Module]] = {nn.Hardswish: LeanHardswish, nn.SiLU: LeanSiLU}
+FROZEN_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    BatchNormAct2d: FrozenBatchNormAct2d,
+}

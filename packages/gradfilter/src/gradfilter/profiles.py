@@ -1,0 +1,213 @@
+"""What training the last convolutions of a model will cost, before it is trained: memory, operations, time."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from gradfilter.conversion import choose, convert
+from gradfilter.cost import LayerCost, layer_cost, layer_coverage
+from gradfilter.timing import step_seconds
+from gradfilter.trace import Call, call_model, trace
+from visionkernels.ops.filtered_conv import Radius, check_radius
+from visionkernels.profiling import compare, saved_activation_bytes
+
+__all__ = ["LayerProfile", "Plan", "Profile", "example_images", "profile"]
+
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One convolution, for the batch of the profile. Dictionaries go by "exact", and radii such as "2x2"."""
+
+    name: str
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    coverage: float
+    """Share of (output, tap) pairs that read the map; below 0.5 filtering overestimates the gradient."""
+    saved_bytes: dict[str, int]
+    """Of the input that the convolution keeps, as the paper counts."""
+    flops: dict[str, int]
+    """Of the gradients of input and weight; a multiply-add counts as 2."""
+    predicted_seconds: dict[str, float]
+    """Of backward: operations at this machine's speed of products, and bytes at its speed of copies."""
+    measured_seconds: dict[str, float] = field(default_factory=dict)
+    """Of forward and backward, where asked for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits a budget: arguments of `convert`, and what they come to."""
+
+    layers: tuple[str, ...]
+    radius: dict[str, tuple[int, int]]
+    saved_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The chosen convolutions in the order of execution, and what autograd keeps of the whole model."""
+
+    layers: tuple[LayerProfile, ...]
+    radii: tuple[str, ...]
+    autograd_bytes: dict[str, int]
+    """Really kept for backward by all that runs, each storage once: "exact" is the stock model with these layers
+    trained, "2x2" filtered and with frozen norms, "2x2 lean" with lean activations too."""
+
+    def total(self, name: str, cost: str) -> float:
+        """Return the sum of a field of the layers ("saved_bytes", "flops", ...), for a radius or "exact"."""
+        return sum(getattr(layer, cost)[name] for layer in self.layers)
+
+    def fit(self, *, memory_kib: float | None = None, flops: float | None = None) -> Plan:
+        """Return the most layers, from the last one back, that fit both budgets, each with the smallest radius left.
+
+        Memory is that of the kept inputs, in KiB; `flops` those of backward. Raises ValueError if not even the last
+        layer fits at the largest radius.
+        """
+        budget = {"saved_bytes": None if memory_kib is None else 1024 * memory_kib, "flops": flops}
+        coarsest = self.radii[-1]
+        for first in range(len(self.layers)):
+            chosen = dict.fromkeys(range(first, len(self.layers)), coarsest)
+            if self._fits(chosen, budget):
+                break
+        else:
+            needed = {cost: self.layers[-1].__dict__[cost][coarsest] for cost in budget}
+            raise ValueError(
+                f"memory_kib={memory_kib}, flops={flops} fit no layer; {self.layers[-1].name} at radius {coarsest} "
+                f"needs {needed['saved_bytes'] / 1024:.1f} KiB and {needed['flops']} operations"
+            )
+        for index in reversed(chosen):
+            # the last layers get the finest filters: what they lose, all layers before them lose too
+            chosen[index] = next(name for name in self.radii if self._fits(chosen | {index: name}, budget))
+        names = {self.layers[index].name: _as_pair(name) for index, name in chosen.items()}
+        return Plan(
+            tuple(names), names, *(sum(self._costs(chosen, cost)) for cost in ("saved_bytes", "flops"))
+        )  # fmt: skip
+
+    def _costs(self, chosen: dict[int, str], cost: str) -> list[int]:
+        return [getattr(self.layers[index], cost)[name] for index, name in chosen.items()]
+
+    def _fits(self, chosen: dict[int, str], budget: dict[str, float | None]) -> bool:
+        return all(limit is None or sum(self._costs(chosen, cost)) <= limit for cost, limit in budget.items())
+
+    def __str__(self) -> str:
+        names = (EXACT, *self.radii)
+        figures = {"KiB": ("saved_bytes", 1 / 1024), "MFLOPs": ("flops", 1e-6)}
+        if self.layers[0].measured_seconds:
+            figures["ms"] = ("measured_seconds", 1e3)
+        headers = ["convolution", *(f"{unit} {name}" for unit in figures for name in names)]
+        rows = [
+            [layer.name, *(unit * getattr(layer, cost)[name] for cost, unit in figures.values() for name in names)]
+            for layer in self.layers
+        ]
+        sums = ["total", *(unit * self.total(name, cost) for cost, unit in figures.values() for name in names)]
+        grid = tabulate([*rows, sums], headers, tablefmt="simple", floatfmt=".2f")
+        kept = ", ".join(f"{name} {count / 1024:.1f}" for name, count in self.autograd_bytes.items())
+        return f"{grid}\n\nreally kept for backward, KiB: {kept}"
+
+
+def profile(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    last_n: int | None = None,
+    layers: Sequence[str] | None = None,
+    radii: Sequence[Radius] = (2, 4, 7),
+    measures_time: bool = False,
+    measures_memory: bool = True,
+) -> Profile:
+    """Return what the backward pass of the chosen convolutions costs, exact and for each radius.
+
+    `last_n`, `layers` and `example_input` are as for `gradfilter.convert`; the example's batch is what is counted.
+    `measures_time` runs each layer for some milliseconds, `measures_memory` the whole model once for each figure of
+    `autograd_bytes`. The model does not change. Raises ValueError as `convert` does.
+    """
+    if not radii:
+        raise ValueError("radii is empty; give one or more, e.g. (2, 4, 7)")
+    pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
+    chosen = choose(trace(model, example_input), last_n, layers)
+    profiles = tuple(_profile_layer(call, pairs, measures_time, is_first=call is chosen[0]) for call in chosen)
+    kept = _autograd_bytes(model, example_input, [call.name for call in chosen], pairs) if measures_memory else {}
+    return Profile(profiles, tuple(map(_as_name, pairs)), kept)
+
+
+def _profile_layer(
+    call: Call, radii: Sequence[tuple[int, int]], measures_time: bool, *, is_first: bool
+) -> LayerProfile:
+    names = (EXACT, *map(_as_name, radii))
+    costs = dict(zip(names, (layer_cost(call, radius) for radius in (None, *radii)), strict=True))
+    size = call.module.weight.element_size()
+    seconds = step_seconds(call, [None, *radii], needs_input_gradient=not is_first) if measures_time else []
+    return LayerProfile(
+        name=call.name,
+        input_size=call.input_size,
+        output_size=call.output_size,
+        kernel_size=call.module.kernel_size,
+        coverage=layer_coverage(call),
+        saved_bytes={name: cost.saved_elements * size for name, cost in costs.items()},
+        flops={name: cost.flops for name, cost in costs.items()},
+        predicted_seconds={name: _predict(call, cost, size) for name, cost in costs.items()},
+        measured_seconds=dict(zip(names, seconds, strict=False)),
+    )
+
+
+def _predict(call: Call, cost: LayerCost, element_size: int) -> float:
+    inputs, outputs = torch.Size(call.input_size).numel(), torch.Size(call.output_size).numel()
+    # the kept input, the gradient of the output and the weight are read, two gradients are written
+    elements = cost.saved_elements + inputs + outputs + 2 * call.module.weight.numel()
+    flops_per_second, bytes_per_second = _machine_speed()
+    return cost.flops / flops_per_second + elements * element_size / bytes_per_second
+
+
+@cache
+def _machine_speed() -> tuple[float, float]:
+    """Return floating-point operations a second of products, and bytes a second of a copy (read and written)."""
+    square, long = torch.randn(1024, 1024), torch.randn(1 << 22)
+    timings = compare({"product": lambda: square @ square, "copy": lambda: long.clone()}, repeats=3,
+                      threads=torch.get_num_threads())  # fmt: skip
+    return 2 * 1024**3 / timings["product"].median, 8 * long.numel() / timings["copy"].median
+
+
+def _autograd_bytes(
+    model: nn.Module, example_input: Any, layers: Sequence[str], radii: Sequence[tuple[int, int]]
+) -> dict[str, int]:
+    if example_input is None:
+        size = trace(model).convolutions[0].input_size
+        example_input = torch.randn(size, dtype=next(model.parameters()).dtype)
+    kept = {EXACT: _kept(model, example_input, layers, {"*": None}, norm_stats="update", lean_activations=False)}
+    for radius in radii:
+        for lean, name in ((False, ""), (True, " lean")):
+            kept[_as_name(radius) + name] = _kept(
+                model, example_input, layers, radius, norm_stats="frozen", lean_activations=lean
+            )
+    return kept
+
+
+def _kept(model: nn.Module, example_input: Any, layers: Sequence[str], radius: Any, **options: Any) -> int:
+    twin = copy.deepcopy(model).train()
+    # only the chosen weights are trained, so that the figures differ by what is filtered alone
+    convert(twin, radius, layers=layers, example_input=example_input, train_norm="none", **options, warns=False)
+    return saved_activation_bytes(lambda: call_model(twin, example_input))
+
+
+def _as_name(radius: tuple[int, int]) -> str:
+    return f"{radius[0]}x{radius[1]}"
+
+
+def _as_pair(name: str) -> tuple[int, int]:
+    rows, columns = name.split("x")
+    return int(rows), int(columns)
+
+
+def example_images(model: nn.Module, batch: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a random batch of images of `size` (rows, columns), by default of the model's own."""
+    _, channels, *own = trace(model).convolutions[0].input_size
+    return torch.randn(batch, channels, *(size or own))

@@ -1,0 +1,108 @@
+"""Complete trainings by name: what is filtered, how it is trained, on which data (sec. 4)."""
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
+
+__all__ = ["RECIPES", "FilterRecipe", "TransferRecipe", "find_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterRecipe:
+    """Which layers are trained, and with which gradients: the arguments of `gradfilter.convert`."""
+
+    gradients: Literal["filtered", "exact", "head"] = "filtered"
+    """"head": the linear layers alone are trained."""
+    radius: int = 2
+    """Outputs a side of a patch, for "filtered"."""
+    last_n: int | None = 4
+    """Convolutions from the last one back; None: all."""
+    train_norm: Literal["after", "none", "all"] = "after"
+    lean_activations: bool = True
+    compact: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.gradients in ("filtered", "exact", "head"), "gradients", self.gradients, "filtered, exact or head"
+        )
+        _require(self.radius >= 1, "radius", self.radius, "at least 1")
+        _require(self.last_n is None or self.last_n >= 1, "last_n", self.last_n, "at least 1, or None for all")
+        _require(not self.compact or self.gradients == "filtered", "compact", self.compact, "False unless filtered")
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `gradfilter.convert`."""
+        return {
+            "radius": self.radius if self.gradients == "filtered" else {"*": None},
+            "last_n": self.last_n,
+            "train_norm": self.train_norm,
+            "lean_activations": self.lean_activations and self.gradients == "filtered",
+            "compact": self.compact,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRecipe:
+    """Digits learnt upright, then inverted and turned: a network is pre-trained whole, and fine-tuned in part."""
+
+    name: str
+    summary: str
+    filter: FilterRecipe
+    pretraining: FitRecipe
+    fit: FitRecipe
+    widths: tuple[int, int, int] = (16, 32, 64)
+    """Channels on the maps of 28, 14 and 7 pixels."""
+
+    def __post_init__(self) -> None:
+        clips = self.fit.optimizer.clip_norm is not None
+        _require(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
+
+
+def find_recipe(name: str) -> TransferRecipe:
+    """Return the recipe of this name; ValueError names the nearest one and all."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{argument}={value!r} must be {allowed}")
+
+
+_FIT = FitRecipe(
+    epochs=4,
+    batch_size=64,
+    optimizer=OptimizerRecipe(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.0, decay="all"),
+    schedule=ScheduleRecipe(name="onecycle", unit="update"),
+    evaluate_every_epochs=4,
+)
+
+
+def _digits() -> dict[str, TransferRecipe]:
+    recipes = {}
+    for last_n in (2, 4):
+        variants: dict[str, tuple[str, FilterRecipe]] = {
+            "head": ("the head alone", FilterRecipe(gradients="head", last_n=last_n, train_norm="none")),
+            "exact": ("exact gradients", FilterRecipe(gradients="exact", last_n=last_n)),
+        }
+        for radius in (1, 2, 4, 7):
+            text = f"gradients filtered over {radius} x {radius} outputs"
+            variants[f"r{radius}"] = (text, FilterRecipe(radius=radius, last_n=last_n))
+        for label, (text, filtered) in variants.items():
+            name = f"tinyconv_mnist5k_last{last_n}_{label}"
+            trained = "" if label == "head" else f" of the last {last_n} convolutions"
+            recipes[name] = TransferRecipe(
+                name=name, summary=f"digits upright, then turned: {text}{trained}", filter=filtered, pretraining=_FIT,
+                fit=_FIT,
+            )  # fmt: skip
+    compact = recipes["tinyconv_mnist5k_last4_r2"]
+    name = "tinyconv_mnist5k_last4_r2_compact"
+    summary = f"{compact.summary}, one number a kernel"
+    return recipes | {name: replace(compact, name=name, summary=summary, filter=replace(compact.filter, compact=True))}
+
+
+RECIPES: dict[str, TransferRecipe] = _digits()

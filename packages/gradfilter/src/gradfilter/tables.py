@@ -1,0 +1,164 @@
+"""The paper's tables as data: memory to the digit, what cannot be measured here and why, and digits that learn."""
+
+import statistics
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torchvision
+
+from gradfilter.profiles import Profile, profile
+from gradfilter.recipes import RECIPES
+from visionkernels.tables import CHECKPOINT, DATASET, SAMPLES, TIME, Cell, Figure, Measured, Need, Table
+
+__all__ = ["figures", "tables"]
+
+SEEDS = 5
+_MCUNET = Need("MCUNet, which no kept library has")
+_DEVICE = Need("the paper's devices (Raspberry Pi 3, Jetson Nano)")
+# model: {trained convolutions: (KiB exact, KiB with patches of 2)}
+_MEMORY = {
+    "mobilenet_v2": {2: (245.00, 80.00), 4: (459.38, 150.00)},
+    "resnet18": {2: (196.00, 64.00), 4: (490.00, 112.00)},
+    "resnet34": {2: (196.00, 64.00), 4: (392.00, 128.00)},
+}
+
+
+def tables() -> list[Table]:
+    """Return all tables."""
+    return [_memory(), _operations(), _accuracy(), _digits()]
+
+
+def figures() -> list[Figure]:
+    """Return what `gradfilter reproduce` draws."""
+    caption = (
+        "Accuracy on turned digits against what a step keeps for backward: mean and spread of five seeds, the last "
+        "four convolutions of six trained."
+    )
+    return [Figure("digits", "Accuracy and memory on MNIST-5k", caption, _draw_digits, format="svg")]
+
+
+def _memory() -> Table:
+    cells = []
+    for model, rows in _MEMORY.items():
+        for last_n, kept in rows.items():
+            command = f"gradfilter profile torchvision:{model} --last-n {last_n} --radius 2"
+            for column, paper, name in zip(("KB", "KB, patches of 2"), kept, ("exact", "2x2"), strict=True):
+                cells.append(
+                    Cell(row=f"{model} last {last_n}", column=column, paper=paper, digits=2, tolerance=0.005,
+                         command=command, measure=partial(_kept, model, last_n, name))
+                )  # fmt: skip
+    cells.append(
+        Cell(row="resnet18 last 4", column="saved %", paper=77.1, digits=1, tolerance=0.05,
+             command="gradfilter profile torchvision:resnet18 --last-n 4 --radius 2", measure=_saved)
+    )  # fmt: skip
+    cells += [
+        Cell(row=f"mcunet last {last_n}", column=column, paper=paper, digits=2, tolerance=0.005, source="recalled",
+             needs=(_MCUNET,), command="gradfilter profile MODULE:CALLABLE --last-n N --radius 2")
+        for last_n, column, paper in (
+            (2, "KB", 220.5), (2, "KB, patches of 2", 72.0), (4, "KB", 312.38), (4, "KB, patches of 2", 102.0),
+        )
+    ]  # fmt: skip
+    convention = (
+        "What the trained convolutions keep of their inputs: float32, one image of 224 pixels, 1 KB = 1024 bytes. What "
+        "autograd keeps besides (norms, activations) is in `gradfilter profile` and in the bench."
+    )
+    return Table("memory", "Activation memory (ImageNet table)", convention, tuple(cells))
+
+
+def _operations() -> Table:
+    cells = [
+        Cell(row=f"{model} last {last_n}", column=column, paper=None, digits=2, tolerance=0.0,
+             command=f"gradfilter profile torchvision:{model} --last-n {last_n} --radius 2",
+             measure=partial(_mflops, model, last_n, name))
+        for model in _MEMORY
+        for last_n in (2, 4)
+        for column, name in (("MFLOPs", "exact"), ("MFLOPs, patches of 2", "2x2"))
+    ]  # fmt: skip
+    convention = (
+        "Backward of the trained convolutions, a multiply-add counting as 2, the gradient of the first one's input "
+        "included, the averages and the kernel's sum too. The paper's own count follows another convention."
+    )
+    return Table("operations", "Operations of backward (ImageNet table)", convention, tuple(cells))
+
+
+def _accuracy() -> Table:
+    cells = [
+        Cell(row=row, column="patches of 2", paper=None, digits=1, tolerance=0.0, needs=needs, command=command)
+        for row, needs, command in (
+            ("ImageNet, CIFAR: top-1 %", (DATASET, CHECKPOINT), "gradfilter.convert(model, 2, last_n=4) in your loop"),
+            ("VOC12, Cityscapes: mIoU %", (DATASET, CHECKPOINT), "gradfilter.convert(model, 2, last_n=5) in your loop"),
+            ("latency, energy on devices", (_DEVICE,), "gradfilter bench"),
+        )
+    ]
+    convention = "The paper's figures for these are not available to us, so the column is empty."
+    return Table("accuracy", "Accuracy, latency and energy", convention, tuple(cells))
+
+
+def _digits() -> Table:
+    cells = []
+    for last_n in (4, 2):
+        for label in ("head", "exact", "r1", "r2", "r4", "r7"):
+            name = f"tinyconv_mnist5k_last{last_n}_{label}"
+            # the two layers' table takes as long again
+            needs = (SAMPLES,) if last_n == 4 else (SAMPLES, TIME)
+            for column, digits, key in (("top-1 %", 1, "top1"), ("kept KiB", 0, "kept_kib"), ("step ms", 1, "step_ms")):
+                cells.append(
+                    Cell(row=f"last {last_n}: {label}", column=column, paper=None, digits=digits, tolerance=0.0,
+                         command=f"gradfilter train {name} --out runs/{name}", needs=needs,
+                         measure=partial(_measure_digits, name, key))
+                )  # fmt: skip
+    convention = (
+        f"A network of six convolutions learns 2,500 upright digits, then 1,500 inverted and turned ones in its last "
+        f"layers, and is tested on 1,000 of these; {SEEDS} seeds, mean and standard deviation. Before fine-tuning it "
+        "is at chance, 10 %. Kept: what a step with 64 images keeps for backward, norms in training mode. Times are "
+        "of this machine, one step, batch 64."
+    )
+    return Table("digits", "Learning here and now: MNIST-5k", convention, tuple(cells))
+
+
+@cache
+def _profile(model: str, last_n: int) -> Profile:
+    network = getattr(torchvision.models, model)()
+    return profile(network, torch.empty(1, 3, 224, 224), last_n=last_n, radii=[2], measures_memory=False)
+
+
+def _kept(model: str, last_n: int, name: str) -> float:
+    return _profile(model, last_n).total(name, "saved_bytes") / 1024
+
+
+def _saved() -> float:
+    return 100 * (1 - _kept("resnet18", 4, "2x2") / _kept("resnet18", 4, "exact"))
+
+
+def _mflops(model: str, last_n: int, name: str) -> float:
+    return _profile(model, last_n).total(name, "flops") / 1e6
+
+
+@cache
+def _transfers(name: str) -> list[dict[str, float]]:
+    from gradfilter.training import transfer
+
+    return [transfer(RECIPES[name], seed) for seed in range(SEEDS)]
+
+
+def _measure_digits(name: str, key: str) -> Measured:
+    values = [found[key] for found in _transfers(name)]
+    return Measured(statistics.mean(values), statistics.stdev(values))
+
+
+def _draw_digits(path: Path) -> None:
+    from visionkernels.extras import require
+
+    pyplot = require("matplotlib.pyplot", "gradfilter[plots]")
+    axes_of: Callable[..., tuple[object, object]] = pyplot.subplots
+    figure, axes = axes_of(figsize=(6, 4), layout="constrained")
+    for label in ("head", "exact", "r1", "r2", "r4", "r7"):
+        name = f"tinyconv_mnist5k_last4_{label}"
+        accuracy, memory = _measure_digits(name, "top1"), _measure_digits(name, "kept_kib")
+        axes.errorbar(memory.value, accuracy.value, accuracy.spread, marker="o", capsize=3)  # type: ignore[attr-defined]
+        axes.annotate(label, (memory.value, accuracy.value), xytext=(6, 6), textcoords="offset points")  # type: ignore[attr-defined]
+    axes.set(xlabel="kept for backward, KiB", ylabel="top-1, %", xscale="log")  # type: ignore[attr-defined]
+    figure.savefig(path, format=path.suffix.lstrip(".") or "svg")  # type: ignore[attr-defined]
+    pyplot.close(figure)

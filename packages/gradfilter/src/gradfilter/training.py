@@ -1,0 +1,182 @@
+"""Training by a recipe: a network learns a task whole, and another one in its last layers with filtered gradients."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from gradfilter.conversion import ConversionReport, convert, restore
+from gradfilter.models import TinyConv
+from gradfilter.recipes import FilterRecipe, TransferRecipe
+from visionkernels.checkpoints import CheckpointError, load_strict, read_state, save_weights
+from visionkernels.extras import require
+from visionkernels.profiling import saved_activation_bytes
+from visionkernels.samples import mnist5k
+from visionkernels.training import FitRecipe, FitResult, TrainingData, fit
+
+__all__ = ["ClassifierTask", "digits", "evaluate", "load_tinyconv", "prepare", "train", "transfer"]
+
+Digits = Literal["upright", "turned", "test"]
+
+
+class ClassifierTask(TrainingTask):
+    """Cross-entropy of class indices, in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(verbose=False)
+        self.trainable_module = model
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Take images and class indices; return the loss and the logits."""
+        logits = self.trainable_module(images)
+        return {"loss": F.cross_entropy(logits.float(), labels), "output": logits}
+
+
+def digits(part: Digits) -> TensorDataset:
+    """Return images [N, 1, 28, 28], normalised, and labels: 2,500 upright digits, 1,500 turned ones, 1,000 to test on.
+
+    "turned" and "test" are inverted in brightness and turned by a quarter; no digit is in two parts.
+    """
+    images, labels = mnist5k()
+    place = torch.arange(len(labels)) % 500
+    first, last = {"upright": (0, 250), "turned": (250, 400), "test": (400, 500)}[part]
+    chosen = (place >= first) & (place < last)
+    pixels = torch.from_numpy(images)[chosen].float()[:, None] / 255
+    if part != "upright":
+        pixels = 1 - pixels.rot90(1, (2, 3))
+    return TensorDataset((pixels - 0.1307) / 0.3081, torch.from_numpy(labels)[chosen])
+
+
+def prepare(model: nn.Module, recipe: FilterRecipe, example_input: Tensor) -> ConversionReport:
+    """Convert `model` as the recipe says; "head" leaves the linear layers trainable alone."""
+    report = convert(model, **recipe.options(), example_input=example_input, warns=recipe.gradients == "filtered")
+    if recipe.gradients == "head":
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.requires_grad_(True)
+    return report
+
+
+def train(recipe: TransferRecipe, run_dir: str | Path) -> FitResult:
+    """Pre-train on upright digits in `run_dir`/pretraining, then fine-tune on turned ones in `run_dir`.
+
+    A run that the folder holds goes on where it stopped. weights.safetensors holds the plain weights of a `TinyConv`,
+    whatever was trained. Metrics are those of `evaluate` on the turned test digits.
+    """
+    require("accelerate", "gradfilter[train]")
+    torch.manual_seed(recipe.fit.seed)
+    model = TinyConv(widths=recipe.widths)
+    details = {"model_name": "tinyconv", "widths": recipe.widths, "gradfilter": version("gradfilter")}
+    before = fit(
+        ClassifierTask(model), recipe.pretraining, TrainingData(train=digits("upright")),
+        Path(run_dir) / "pretraining", details=details,
+    )  # fmt: skip
+    load_strict(model, read_state(before.weights).state, source=before.weights)
+    test = digits("test")
+    prepare(model, recipe.filter, test[:1][0])
+    result = fit(
+        ClassifierTask(model), recipe.fit,
+        TrainingData(train=digits("turned"), evaluate=partial(evaluate, data=test)), run_dir,
+        details=details | {"filter": asdict(recipe.filter)},
+    )  # fmt: skip
+    _fold(result.weights, model)
+    return result
+
+
+def _fold(path: Path, model: nn.Module) -> None:
+    """Leave the plain weights in a file of a compact run, so that they load like any others."""
+    checkpoint = read_state(path)
+    plain = TinyConv(widths=cast(TinyConv, model).widths).state_dict()
+    if set(checkpoint.state) == set(plain):
+        return
+    load_strict(model, checkpoint.state, source=path)
+    restore(model)
+    save_weights(path, model.state_dict(), metadata=checkpoint.metadata, overwrite=True)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TensorDataset) -> Mapping[str, float]:
+    """Measure a model in evaluation mode: `top1` in percent, `val_loss`, and `majority_top1` of one constant answer."""
+    device = next(model.parameters()).device
+    images, labels = (tensor.to(device) for tensor in data.tensors)
+    was_training = model.training
+    logits = torch.cat([model.eval()(part) for part in images.split(250)]).float()
+    model.train(was_training)
+    return {
+        "top1": 100 * float((logits.argmax(1) == labels).float().mean()),
+        "val_loss": float(F.cross_entropy(logits, labels)),
+        "majority_top1": 100 * float(labels.bincount().max() / len(labels)),
+    }
+
+
+def load_tinyconv(path: str | Path) -> TinyConv:
+    """Return the network of a weights file of `train`, in evaluation mode. Raises CheckpointError for other files."""
+    state = read_state(path).state
+    names = [f"features.{index}.weight" for index in (0, 7, 14)]
+    if any(name not in state for name in names):
+        raise CheckpointError(f"{path} holds no network of `gradfilter train`: it lacks {', '.join(names)}")
+    widths = tuple(state[name].shape[0] for name in names)
+    model = TinyConv(widths=cast(tuple[int, int, int], widths))
+    load_strict(model, state, source=path)
+    return model.eval()
+
+
+def transfer(recipe: TransferRecipe, seed: int) -> dict[str, float]:
+    """Return what one seed comes to without a run folder: accuracy, milliseconds of a step, and kept KiB.
+
+    The same data, order of magnitude and schedule as `train`, in one plain loop: for tables of many seeds.
+    """
+    model = TinyConv(widths=recipe.widths)
+    model.load_state_dict(_pretrained(recipe.pretraining, recipe.widths, seed))
+    before = evaluate(model, digits("test"))["top1"]
+    turned = digits("turned")
+    prepare(model, recipe.filter, turned[:1][0])
+    seconds = _learn(model, turned, recipe.fit, seed)
+    model.train()
+    kept = saved_activation_bytes(lambda: model(turned[:64][0]))
+    after = evaluate(model, digits("test"))["top1"]
+    return {"top1": after, "before": before, "step_ms": 1e3 * seconds, "kept_kib": kept / 1024}
+
+
+@cache
+def _pretrained(settings: FitRecipe, widths: tuple[int, int, int], seed: int) -> Mapping[str, Tensor]:
+    torch.manual_seed(seed)
+    model = TinyConv(widths=widths)
+    _learn(model, digits("upright"), settings, seed)
+    return model.state_dict()
+
+
+def _learn(model: nn.Module, data: TensorDataset, settings: FitRecipe, seed: int) -> float:
+    """Train by SGD with momentum on a one-cycle schedule, and return the median seconds of a step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=settings.optimizer.lr, momentum=settings.optimizer.momentum)
+    updates = (settings.epochs or 1) * (len(data) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.optimizer.lr, total_steps=updates, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = data.tensors
+    seconds = []
+    model.train()
+    for update in range(updates):
+        place = update % (len(data) // settings.batch_size)
+        if place == 0:
+            order = torch.randperm(len(data), generator=generator)
+        batch = order[place * settings.batch_size : (place + 1) * settings.batch_size]
+        start = time.perf_counter()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]

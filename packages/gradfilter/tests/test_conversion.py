@@ -1,0 +1,346 @@
+"""Converting: what is filtered, frozen and lean, what stays as it was, and the way back."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import Conv2dSame, ScaledStdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gradfilter
+from gradfilter import CompactConv2d, FilteredConv2d, convert, restore
+from gradfilter.lean import FrozenBatchNorm2d, LeanReLU, LeanReLU6
+from gradfilter.trace import trace
+from visionkernels.profiling import saved_activation_bytes
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class TestTrace:
+    def test_order(self, net, images):
+        found = trace(net, images)
+        assert [call.name for call in found.convolutions] == ["stem", "depthwise", "middle", "last"]
+        assert found.convolutions[2].input_size == (4, 8, 16, 12)
+        assert found.convolutions[2].output_size == (4, 12, 8, 6)
+        assert found.order.count("relu") == 2
+        assert found.functions == ["the model: relu"]
+
+    def test_default_input(self, net):
+        assert trace(net).convolutions[0].input_size == (1, 3, 224, 224)
+
+    def test_nothing_changes(self, net, images):
+        net.train()
+        before = copy.deepcopy(net.state_dict())
+        trace(net, images)
+        assert net.training
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+    def test_errors(self):
+        class TwoInputs(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 1)
+
+            def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+                return self.conv(x) * gain
+
+        model = TwoInputs()
+        with pytest.raises(ValueError, match=r"TwoInputs does not run on the default input .*; pass example_input"):
+            convert(model, last_n=1)
+        for inputs in ((torch.ones(1, 3, 4, 4), torch.ones(())), {"x": torch.ones(1, 3, 4, 4), "gain": torch.ones(())}):
+            assert convert(model, last_n=1, example_input=inputs).filtered == ("conv",)
+        with pytest.raises(ValueError, match="lazy parameters; run it once"):
+            convert(nn.Sequential(nn.LazyConv2d(4, 1)))
+
+
+class TestConvert:
+    def test_last_n(self, net, images):
+        keys, values = list(net.state_dict()), copy.deepcopy(net.state_dict())
+        parameters = dict(net.named_parameters())
+        report = convert(net, radius=2, last_n=2, example_input=images)
+        assert report.filtered == ("middle", "last")
+        assert [layer.status for layer in report.layers] == ["frozen", "frozen", "filtered", "filtered"]
+        assert trainable(net) == {
+            "middle.weight", "middle.bias", "norm3.weight", "norm3.bias", "last.weight", "last.bias",
+            "head.weight", "head.bias",
+        }  # fmt: skip
+        assert report.frozen_norms == ("norm1", "norm2")
+        assert report.lean_activations == ("relu", "dropout")
+        assert report.functional_activations == ("the model: relu",)
+        assert list(net.state_dict()) == keys
+        for name, parameter in net.named_parameters():
+            assert parameter is parameters[name]
+            torch.testing.assert_close(parameter, values[name], rtol=0, atol=0)
+
+    def test_forward_is_unchanged(self, net, images):
+        net.eval()
+        expected = net(images)
+        convert(net, last_n=3, example_input=images)
+        torch.testing.assert_close(net(images), expected)
+
+    @pytest.mark.parametrize("lean", [False, True, "all"])
+    def test_gradients_of_a_chain(self, net, images, lean):
+        """Those of the network built from `filtered_conv2d` by hand."""
+        net.eval()
+        twin = copy.deepcopy(net)
+        convert(net, radius=(2, 3), last_n=2, example_input=images, lean_activations=lean)
+        net(images).square().sum().backward()
+        x = twin.relu(twin.norm1(twin.stem(images)))
+        x = twin.relu6(twin.norm2(twin.depthwise(x))).detach()
+        x = gradfilter.filtered_conv2d(x, twin.middle.weight, twin.middle.bias, 2, 1, radius=(2, 3))
+        x = torch.relu(twin.norm3(x))
+        x = torch.relu(gradfilter.filtered_conv2d(x, twin.last.weight, twin.last.bias, 1, 1, radius=(2, 3)))
+        twin.head(x.mean((2, 3))).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            expected = dict(twin.named_parameters())[name].grad
+            assert (parameter.grad is None) == (not parameter.requires_grad)
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, expected)
+
+    def test_names_and_patterns(self, net, images):
+        assert convert(net, layers=["mid*", "stem"], example_input=images).filtered == ("stem", "middle")
+        assert convert(net, example_input=images).filtered == ("stem", "depthwise", "middle", "last")
+
+    def test_radius_by_layer(self, net, images):
+        report = convert(net, {"*": 2, "last": (4, 2), "stem": None}, example_input=images)
+        assert [layer.radius for layer in report.layers] == [None, (2, 2), (2, 2), (4, 2)]
+        assert report.layers[0].status == "exact" and "stem.weight" in trainable(net)
+
+    def test_twice(self, net, images):
+        convert(net, 2, last_n=3, example_input=images)
+        convert(net, 4, last_n=1, example_input=images)
+        assert (net.last.radius, type(net.middle), type(net.relu6)) == ((4, 4), nn.Conv2d, nn.ReLU6)
+        assert "middle.weight" not in trainable(net)
+
+    def test_restore(self, net, images):
+        net.stem.weight.requires_grad_(False)
+        kinds = {name: type(module) for name, module in net.named_modules()}
+        parameters, before = dict(net.named_parameters()), trainable(net)
+        convert(net, last_n=2, example_input=images, compact=True)
+        restore(net)
+        assert {name: type(module) for name, module in net.named_modules()} == kinds
+        assert trainable(net) == before
+        for name, parameter in net.named_parameters():
+            assert parameter is parameters[name]
+        assert "radius" not in net.last.__dict__
+        restore(net)
+
+    @pytest.mark.parametrize(
+        ("train_norm", "norms"), [("after", {"norm3"}), ("none", set()), ("all", {"norm1", "norm2", "norm3"})]
+    )
+    def test_train_norm(self, net, images, train_norm, norms):
+        report = convert(net, last_n=2, example_input=images, train_norm=train_norm)
+        assert {name.split(".")[0] for name in trainable(net) if "norm" in name} == norms
+        assert set(report.frozen_norms) == {"norm1", "norm2", "norm3"} - norms
+
+    def test_frozen_norms_stay_in_training(self, net, images):
+        convert(net, last_n=2, example_input=images)
+        net.train()
+        means = net.norm1.running_mean.clone(), net.norm3.running_mean.clone()
+        net(images)
+        assert torch.equal(net.norm1.running_mean, means[0])
+        assert not torch.equal(net.norm3.running_mean, means[1])
+        convert(net, last_n=2, example_input=images, norm_stats="update")
+        net(images)
+        assert not torch.equal(net.norm1.running_mean, means[0])
+
+    def test_not_frozen(self, net, images):
+        convert(net, last_n=1, example_input=images, freeze_rest=False)
+        assert trainable(net) == set(dict(net.named_parameters()))
+        assert type(net.norm1) is nn.BatchNorm2d
+
+    def test_coverage(self, net):
+        """A map of 2 x 2 pixels: most taps read padding."""
+        small = torch.randn(1, 3, 4, 4)
+        with pytest.warns(UserWarning, match=r"left exact: last \(gradient overestimated: coverage 0.44\); name them"):
+            report = convert(net, last_n=2, example_input=small)
+        assert [layer.status for layer in report.layers[2:]] == ["filtered", "exact"]
+        assert "last.weight" in trainable(net)
+        assert convert(net, layers=["last"], example_input=small).filtered == ("last",)
+        assert convert(net, last_n=1, example_input=small, border="covered").filtered == ("last",)
+        assert net.last.border == "covered"
+
+    def test_other_convolutions(self):
+        model = nn.Sequential(
+            Conv2dSame(3, 4, 3, stride=2), ScaledStdConv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        )  # fmt: skip
+        x = torch.randn(2, 3, 9, 10)
+        expected = model(x)
+        report = convert(model, example_input=x)
+        assert {layer.name: (layer.status, layer.reason) for layer in report.layers} == {
+            "0": ("filtered", ""),
+            "1": ("exact", "ScaledStdConv2d computes its weight anew"),
+            "2": ("frozen", "ConvTranspose2d has no filter"),
+            "3": ("filtered", ""),
+        }
+        torch.testing.assert_close(model(x), expected)
+        model(x).sum().backward()
+        assert model[0].weight.grad.any() and model[3].weight.grad.any()
+
+    def test_nothing_filtered(self):
+        with pytest.warns(UserWarning, match="no convolution is filtered: 0: radius None"):
+            report = convert(nn.Sequential(nn.Conv2d(3, 4, 1)), None)
+        assert report.filtered == ()
+
+    def test_objective_time(self, net, images, monkeypatch):
+        monkeypatch.setattr("gradfilter.conversion.wins_time", lambda call, radius, **_: call.name == "last")
+        report = convert(net, last_n=2, example_input=images, objective="time")
+        assert [(layer.status, layer.reason) for layer in report.layers[2:]] == [
+            ("exact", "filtering would be slower"),
+            ("filtered", ""),
+        ]
+        assert "middle.weight" in trainable(net)
+
+    def test_copies(self, net, images):
+        convert(net, last_n=2, example_input=images, compact=True)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            torch.testing.assert_close(twin.eval()(images), net.eval()(images))
+            twin(images).sum().backward()
+            assert twin.last.offset.grad.any()
+            restore(twin)
+            assert type(twin.last) is nn.Conv2d
+
+    def test_report_reads(self, net, images):
+        text = str(convert(net, last_n=2, example_input=images))
+        assert "middle" in text and "2x2" in text and "2 convolutions frozen" in text
+        assert "not lean, since called as a function: the model: relu" in text
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"last_n": 0}, r"last_n=0 must be in \[1, 4\]"),
+            ({"last_n": 5}, r"last_n=5 must be in \[1, 4\], the convolutions that the model runs"),
+            ({"last_n": True}, "last_n=True"),
+            ({"last_n": 1, "layers": ["last"]}, "exclude each other"),
+            ({"layers": ["lst"]}, "'lst' names no convolution that the model runs; the nearest are last"),
+            ({"layers": ["head"]}, "'head' names no convolution"),
+            ({"radius": 0}, "radius=0 must be a positive integer or pair"),
+            ({"radius": {"last": 2}, "last_n": 2}, "radius names no value for middle"),
+            ({"radius": {"stem": 2}, "last_n": 2}, "'stem' names no convolution"),
+            ({"objective": "speed"}, "objective='speed' must be one of 'memory', 'time'"),
+            ({"lean_activations": "some"}, "lean_activations='some' must be one of True, False, 'all'"),
+            ({"train_norm": "before"}, "train_norm='before' must be one of"),
+            ({"norm_stats": "eval"}, "norm_stats='eval' must be one of"),
+            ({"compact": True, "border": "covered"}, "compact=True with border='covered' is not exact"),
+        ],
+    )
+    def test_errors(self, net, images, options, message):
+        with pytest.raises(ValueError, match=message):
+            convert(net, **({"example_input": images} | options))
+        assert type(net.last) is nn.Conv2d and trainable(net) == set(dict(net.named_parameters()))
+
+    def test_no_convolutions(self):
+        with pytest.raises(ValueError, match=r"the model runs no nn\.Conv2d"):
+            convert(nn.Linear(3, 4), example_input=torch.ones(1, 3))
+
+
+class TestKnownModels:
+    @pytest.mark.parametrize(
+        ("name", "last"),
+        [
+            ("resnet18", ("layer4.0.conv2", "layer4.0.downsample.0", "layer4.1.conv1", "layer4.1.conv2")),
+            ("mobilenet_v2", ("features.17.conv.0.0", "features.17.conv.1.0", "features.17.conv.2", "features.18.0")),
+        ],
+    )
+    def test_torchvision(self, name, last):
+        model = getattr(torchvision.models, name)()
+        assert convert(model, last_n=4).filtered == last
+
+    @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "efficientnet_b0", "convnext_atto", "regnetx_002"])
+    def test_timm(self, name):
+        model = timm.create_model(name, num_classes=5)
+        x = torch.randn(2, 3, 96, 96)
+        expected = model.eval()(x)
+        report = convert(model, layers=["*"], example_input=x, lean_activations="all")
+        assert report.filtered
+        torch.testing.assert_close(model.eval()(x), expected)
+        F.cross_entropy(model.train()(x), torch.tensor([0, 1])).backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+
+    def test_memory(self):
+        """The last four convolutions of ResNet-18, one image of 224 pixels: 13 % of what the stock model keeps."""
+        x, model = torch.randn(1, 3, 224, 224), torchvision.models.resnet18()
+        convert(
+            model, {"*": None}, last_n=4, lean_activations=False, train_norm="none", norm_stats="update", warns=False
+        )
+        exact = saved_activation_bytes(lambda: model.eval()(x))
+        convert(model, 2, last_n=4, train_norm="none")
+        ours = saved_activation_bytes(lambda: model.train()(x))
+        assert (exact, ours) == (pytest.approx(982 * 1024, rel=0.05), pytest.approx(131 * 1024, rel=0.01))
+        assert ours <= 0.2 * exact
+        assert isinstance(model.layer4[1].relu, LeanReLU) and isinstance(model.bn1, FrozenBatchNorm2d)
+
+
+class TestRunsElsewhere:
+    @pytest.mark.parametrize("compact", [False, True])
+    def test_compile(self, net, images, compact):
+        convert(net, last_n=3, example_input=images, compact=compact)
+        loss = net(images).square().sum()
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        net.zero_grad()
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        compiled(images).square().sum().backward()
+        for name, grad in expected.items():
+            torch.testing.assert_close(dict(net.named_parameters())[name].grad, grad, msg=name)
+
+    def test_channels_last(self, net, images):
+        convert(net, last_n=3, example_input=images)
+        net(images).square().sum().backward()
+        expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        net.zero_grad()
+        net.to(memory_format=torch.channels_last)
+        net(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        for name, grad in expected.items():
+            torch.testing.assert_close(dict(net.named_parameters())[name].grad, grad, rtol=1e-4, atol=1e-4, msg=name)
+
+    def test_autocast(self, net, images):
+        convert(net, last_n=3, example_input=images)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(images).float().square().mean()
+        loss.backward()
+        assert all(
+            p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in net.parameters() if p.requires_grad
+        )
+
+    def test_checkpointing(self, net, images):
+        from torch.utils.checkpoint import checkpoint
+
+        convert(net, last_n=4, example_input=images)
+        net.eval()
+        net(images).square().sum().backward()
+        expected = net.last.weight.grad.clone()
+        net.zero_grad()
+        checkpoint(net, images, use_reentrant=False).square().sum().backward()
+        torch.testing.assert_close(net.last.weight.grad, expected)
+
+    def test_parametrized_is_left_exact(self):
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 4, 1))
+        report = convert(model, example_input=torch.ones(1, 3, 4, 4))
+        assert report.filtered == ("1",)
+
+    def test_no_warning_by_default(self, net, images):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(net, last_n=2, example_input=images)
+
+
+def test_layer_alone():
+    """The layer as any other: built, from a convolution, printed."""
+    layer = FilteredConv2d(3, 4, 3, padding=1, radius=(2, 4))
+    assert "radius=(2, 4)" in repr(layer)
+    conv = nn.Conv2d(3, 4, 3)
+    shared = FilteredConv2d.from_conv(conv, 2)
+    assert shared.weight is conv.weight and type(conv) is nn.Conv2d
+    assert isinstance(CompactConv2d(3, 4, 3), FilteredConv2d)
+    assert isinstance(LeanReLU6(), nn.ReLU6)

@@ -1,0 +1,75 @@
+"""Task files: what fine-tuning changed, small, and refused on another base."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gradfilter import convert, restore
+from gradfilter.delta import apply_delta, compute_delta, read_delta, save_delta, trainable_delta
+from visionkernels.checkpoints import CheckpointError
+
+
+def tune(net, images, **options):
+    """Return the state dicts before and after training the last two convolutions, and the converted model."""
+    base = copy.deepcopy(net.state_dict())
+    convert(net, last_n=2, example_input=images, **options)
+    optimizer = torch.optim.SGD(
+        [p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=1e-3
+    )
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), torch.arange(4)).backward()
+        optimizer.step()
+    twin = copy.deepcopy(net)
+    restore(twin)
+    return base, twin.state_dict(), net
+
+
+@pytest.mark.parametrize("compact", [False, True])
+class TestDelta:
+    def test_from_two_states(self, net, images, compact):
+        base, tuned, _ = tune(net, images, compact=compact)
+        delta = compute_delta(base, tuned)
+        assert delta["last.weight.offset"].shape == (16, 12)
+        assert "stem.weight" not in delta and "norm1.running_mean" not in delta
+        for key, value in apply_delta(base, delta).items():
+            torch.testing.assert_close(value, tuned[key], msg=key)
+
+    def test_from_the_model(self, net, images, compact):
+        base, tuned, model = tune(net, images, compact=compact)
+        delta = trainable_delta(model)
+        assert ("last.weight.offset" in delta) == compact
+        for key, value in apply_delta(base, delta).items():
+            torch.testing.assert_close(value, tuned[key], msg=key)
+
+    def test_file(self, net, images, compact, tmp_path):
+        base, tuned, _ = tune(net, images, compact=compact)
+        save_delta(tmp_path / "task.safetensors", base, compute_delta(base, tuned))
+        delta = read_delta(tmp_path / "task.safetensors", base)
+        torch.testing.assert_close(apply_delta(base, delta)["last.weight"], tuned["last.weight"])
+        with pytest.raises(CheckpointError, match="made from other base weights"):
+            read_delta(tmp_path / "task.safetensors", base | {"last.weight": base["last.weight"] + 1})
+
+
+def test_exact_training_is_kept_whole(net, images):
+    base, tuned, _ = tune(net, images, radius={"*": None}, warns=False)
+    delta = compute_delta(base, tuned)
+    assert "last.weight" in delta and "last.weight.offset" not in delta
+    assert torch.equal(apply_delta(base, delta)["last.weight"], tuned["last.weight"])
+
+
+def test_errors(net, images, tmp_path):
+    base, tuned, _ = tune(net, images)
+    with pytest.raises(CheckpointError, match=r"differ in 1 names; the first is extra"):
+        compute_delta(base, tuned | {"extra": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"head.bias is \[5\] in the base and \[4\]"):
+        compute_delta(base, tuned | {"head.bias": torch.ones(4)})
+    with pytest.raises(CheckpointError, match=r"the delta's other \[1\] fits no tensor of the base"):
+        apply_delta(base, {"other": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"last.weight.offset is \[3, 3\]; the base's kernel is \[16, 12, 3, 3\]"):
+        apply_delta(base, {"last.weight.scale": torch.ones(()), "last.weight.offset": torch.ones(3, 3)})
+    torch.save(base, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="is no file of `gradfilter delta save`"):
+        read_delta(tmp_path / "weights.pth", base)

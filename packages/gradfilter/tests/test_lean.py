@@ -1,0 +1,103 @@
+"""Activations that keep less: values and gradients of their stock classes, at the stated size."""
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from gradfilter import lean
+from visionkernels.profiling import saved_activation_bytes
+
+EXACT = [(nn.ReLU(), lean.LeanReLU()), (nn.ReLU6(), lean.LeanReLU6())]
+CODED = [(nn.Hardswish(), lean.LeanHardswish(), 0.004), (nn.SiLU(), lean.LeanSiLU(), 0.0025)]
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = layer(x)
+    (grad,) = torch.autograd.grad(out, x, torch.linspace(-1, 1, out.numel()).view(out.shape))
+    return out.detach(), grad
+
+
+@pytest.mark.parametrize("numel", [1, 7, 8, 9, 1003])
+def test_bits(numel):
+    mask = torch.rand(numel) > 0.4
+    packed = lean.pack_bits(mask)
+    assert (packed.dtype, packed.numel()) == (torch.uint8, -(-numel // 8))
+    assert torch.equal(lean.unpack_bits(packed, mask.shape), mask)
+
+
+class TestExact:
+    @pytest.mark.parametrize(("stock", "ours"), EXACT, ids=["relu", "relu6"])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_gradients(self, stock, ours, layout):
+        x = (4 * torch.randn(2, 5, 7, 3)).contiguous(memory_format=layout)
+        # torch's own ReLU6 takes NaN this way or that, by the layout
+        x[0, 0, 0] = torch.tensor([0.0, 6.0, torch.nan if isinstance(stock, nn.ReLU) else -1.0])
+        for value, expected in zip(gradients(ours, x), gradients(stock, x), strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize(("stock", "ours"), EXACT, ids=["relu", "relu6"])
+    def test_keeps_a_bit(self, stock, ours):
+        x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        assert saved_activation_bytes(lambda: ours(x)) == x.numel() // 8
+        assert saved_activation_bytes(lambda: ours(x.detach())) == 0
+        assert saved_activation_bytes(lambda: stock(x)) == 4 * x.numel()
+
+    @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+    def test_dropout(self, p):
+        x, layer = torch.ones(4, 1000), lean.LeanDropout(p)
+        torch.manual_seed(0)
+        out, grad = gradients(layer, x)
+        expected = torch.linspace(-1, 1, 4000).view(4, 1000)
+        torch.testing.assert_close(grad, expected * out)
+        assert out.unique().tolist() == pytest.approx(sorted({0.0 if p else 1.0, *([1 / (1 - p)] if p < 1 else [])}))
+        assert abs(float((out == 0).float().mean()) - p) < 0.05
+        assert torch.equal(layer.eval()(x), x)
+
+    def test_no_axes_but_one(self):
+        for shape in ((9,), (3, 4), (2, 3, 4)):
+            out, grad = gradients(lean.LeanReLU(), torch.randn(shape))
+            assert out.shape == grad.shape == shape
+
+
+class TestCoded:
+    @pytest.mark.parametrize(("stock", "ours", "error"), CODED, ids=["hardswish", "silu"])
+    def test_gradients(self, stock, ours, error):
+        x = torch.linspace(-9, 9, 5001)
+        value, grad = gradients(ours, x)
+        expected, exact = gradients(stock, x)
+        torch.testing.assert_close(value, expected)
+        # the output gradient is at most 1
+        assert (grad - exact).abs().max() <= error
+
+    @pytest.mark.parametrize(("stock", "ours", "error"), CODED, ids=["hardswish", "silu"])
+    def test_keeps_a_byte(self, stock, ours, error):
+        x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        assert saved_activation_bytes(lambda: ours(x)) == x.numel()
+
+
+class TestFrozenNorm:
+    @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+    def test_is_evaluation(self, kind):
+        norm = kind(6)
+        with torch.no_grad():
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        norm.requires_grad_(False)
+        x = torch.randn(3, 6, 5, 4)
+        expected = gradients(norm.eval(), x)
+        norm.__class__ = lean.FROZEN_NORMS[kind]
+        for value, exact in zip(gradients(norm.train(), x), expected, strict=True):
+            torch.testing.assert_close(value, exact)
+
+    def test_keeps_a_number_a_channel(self):
+        norm = lean.FrozenBatchNorm2d(6).requires_grad_(False)
+        x = torch.randn(3, 6, 5, 4, requires_grad=True)
+        assert saved_activation_bytes(lambda: norm(x)) == 4 * 6
+
+    def test_without_affine(self):
+        norm = lean.FrozenBatchNorm2d(6, affine=False)
+        x = torch.randn(3, 6, 5, 4)
+        torch.testing.assert_close(norm(x), nn.BatchNorm2d(6, affine=False).eval()(x))

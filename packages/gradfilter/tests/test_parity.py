@@ -1,0 +1,76 @@
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# a file beside this one, and no module of the package
+_spec = importlib.util.spec_from_file_location("gradfilter_parity", Path(__file__).with_name("parity.py"))
+assert _spec is not None and _spec.loader is not None
+parity = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(parity)
+check = parity.check
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "index.json").read_text())["cases"]
+MEASURED = [case for case in CASES if case["file"] is not None]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return check(GOLDEN)
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES])
+def test_golden(results, name):
+    assert results[name] == []
+
+
+def _write(folder: Path, case: dict, arrays: dict[str, np.ndarray] | None) -> None:
+    (folder / "index.json").write_text(json.dumps({"cases": [case]}))
+    shutil.copy(GOLDEN / "state_layout.json", folder)
+    if arrays is not None:
+        np.savez(folder / case["file"], **arrays)
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+def test_finds_perturbed_outputs(tmp_path, case):
+    """Every output moved by ten times its tolerance in a single element is reported, by its name."""
+    stored = dict(np.load(GOLDEN / case["file"]))
+    for name, spec in case["tensors"].items():
+        array = stored[name].reshape(-1).astype(np.float64)
+        array[len(array) // 2] += 10 * 2e-6 * spec["absmax"]
+        stored[name] = array.reshape(stored[name].shape)
+    _write(tmp_path, case, stored)
+    mismatches = check(tmp_path)[case["name"]]
+    assert [name for name in case["tensors"] if not any(f"{name}: differs" in each for each in mismatches)] == []
+
+
+def test_finds_perturbed_accounts(tmp_path):
+    (case,) = (case for case in CASES if case["kind"] == "accounting")
+    changed = json.loads(json.dumps(case))
+    changed["expected"][0]["layers"][0]["saved_elems_filtered"] += 1
+    changed["expected"][1]["backward_mflops_exact"] *= 1.001
+    _write(tmp_path, changed, None)
+    assert len(check(tmp_path)[case["name"]]) == 2
+
+
+def test_unknown_kind_is_a_mismatch(tmp_path):
+    case = CASES[0] | {"kind": "conv3d"}
+    _write(tmp_path, case, dict(np.load(GOLDEN / case["file"])))
+    (mismatch,) = check(tmp_path)[case["name"]]
+    assert "kind 'conv3d'" in mismatch
+
+
+def test_failure_is_a_mismatch(tmp_path):
+    case = CASES[0] | {"config": CASES[0]["config"] | {"radius": 0}}
+    _write(tmp_path, case, dict(np.load(GOLDEN / case["file"])))
+    assert "radius=0 must be a positive integer" in check(tmp_path)[case["name"]][0]
+
+
+def test_missing_numbers_are_a_mismatch(tmp_path):
+    stored = dict(np.load(GOLDEN / CASES[0]["file"]))
+    _write(tmp_path, CASES[0], stored | {"y": stored["y"].reshape(-1)[:1]})
+    assert any("y" in each for each in check(tmp_path)[CASES[0]["name"]])

