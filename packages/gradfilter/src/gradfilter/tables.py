@@ -159,6 +159,6 @@ def _draw_digits(path: Path) -> None:
         accuracy, memory = _measure_digits(name, "top1"), _measure_digits(name, "kept_kib")
         axes.errorbar(memory.value, accuracy.value, accuracy.spread, marker="o", capsize=3)  # type: ignore[attr-defined]
         axes.annotate(label, (memory.value, accuracy.value), xytext=(6, 6), textcoords="offset points")  # type: ignore[attr-defined]
-    axes.set(xlabel="kept for backward, KiB", ylabel="top-1, %", xscale="log")  # type: ignore[attr-defined]
+    axes.set(xlabel="kept for backward, KiB", ylabel="top-1, %", xmargin=0.15, ymargin=0.1)  # type: ignore[attr-defined]
     figure.savefig(path, format=path.suffix.lstrip(".") or "svg")  # type: ignore[attr-defined]
     pyplot.close(figure)
