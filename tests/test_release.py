@@ -32,7 +32,7 @@ def test_package(tool, tested: Path) -> None:
     done = tool(tested, "release", "demo", "minor")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == [
-        'git commit --all --message "Release demo-vision 0.2.0"',
+        'git add --all && git commit --message "Release demo-vision 0.2.0"',
         "git tag demo-v0.2.0",
         "git push origin HEAD demo-v0.2.0",
     ]
@@ -61,6 +61,10 @@ def test_visionkernels_moves_the_pins(tool, tested: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert '"visionkernels>=0.2,<0.3"' in (tested / "packages/demo/pyproject.toml").read_text()
     assert "then release what now asks for visionkernels>=0.2,<0.3: demo" in done.stdout
+    # which its own release can say at once
+    commit(tested)
+    assert tool(tested, "release", "demo", "patch").returncode == 0
+    assert "- Asks for `visionkernels>=0.2,<0.3`." in (tested / "packages/demo/CHANGELOG.md").read_text()
 
 
 def test_dry_run(tool, tested: Path) -> None:

@@ -42,8 +42,10 @@ def release(name: tyro.conf.Positional[str], bump: tyro.conf.Positional[Bump], *
     for dependent in dependents:
         if not dry_run:
             _substitute(dependent, rf'"{SHARED.name}[^"\[]+"', f'"{SHARED.name}{pin(version)}"')
+            fragment = dependent.folder / "changes" / f"+{SHARED.name}-{version}.changed.md"
+            fragment.write_text(f"Asks for `{SHARED.name}{pin(version)}`.\n", encoding="utf-8")
     tag = f"{name}-v{version}"
-    print(f'git commit --all --message "Release {project.distribution} {version}"')
+    print(f'git add --all && git commit --message "Release {project.distribution} {version}"')
     print(f"git tag {tag}")
     print(f"git push origin HEAD {tag}")
     if dependents:

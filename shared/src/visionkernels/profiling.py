@@ -63,11 +63,12 @@ class FlopCount:
 
 
 def count_flops(module: nn.Module, *inputs: Any, arithmetic: Literal["skip", "run"] = "skip") -> FlopCount:
-    """Count the operations of `module(*inputs)` in evaluation mode, as fvcore does and as papers print them.
+    """Count the operations of `module(*inputs)` in evaluation mode, as papers print them.
 
     A multiply-add of a convolution, linear layer or matrix product is 1, its bias 0; BatchNorm is 2 and LayerNorm 5
-    per element; softmax, activations, sums, pooling and gathers are 0. The count is of the algorithm and not of the
-    path: ops run by their reference.
+    per element, as fvcore counts them with their affine part; other norms (fvcore: 5 per element), softmax,
+    activations, sums, pooling and gathers are 0. The count is of the algorithm and not of the path: ops run by their
+    reference.
 
     `arithmetic="skip"` runs a copy of `module` on the meta device, which knows shapes only: no size is too large.
     `"run"` computes on the real tensors, for a module whose shapes depend on values. `module` itself is not changed.
