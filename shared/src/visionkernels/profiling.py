@@ -30,6 +30,7 @@ __all__ = [
     "count_parameters",
     "peak_memory_bytes",
     "saved_activation_bytes",
+    "torch_threads",
     "write_bench",
 ]
 
@@ -245,9 +246,7 @@ def compare(
     for name, value in {"threads": threads, "repeats": repeats, "warmup": warmup}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         calls = {}
         for name, fn in candidates.items():
             seconds = min(_seconds_per_call(fn, 1) for _ in range(warmup))
@@ -256,9 +255,18 @@ def compare(
         for index in range(repeats):
             for name in list(candidates)[:: 1 if index % 2 == 0 else -1]:
                 samples[name].append(_seconds_per_call(candidates[name], calls[name]))
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    return {name: _timing(values) for name, values in samples.items()}
 
 
 def _seconds_per_call(fn: Function, calls: int) -> float:

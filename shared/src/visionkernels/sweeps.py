@@ -1,10 +1,9 @@
 """Independent work in parallel, on joblib: the cores of this machine, or a Ray or Dask cluster."""
 
-import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -72,9 +71,12 @@ def map(
     results = {} if done is None else _read(Path(done), keys)
     missing = [(i, item) for i, item in enumerate(items) if i not in results]
     call = functools.partial(_call, function, returns_errors=errors == "return", as_json=done is not None)
+    # not above: a worker whose function needs no torch starts much faster
+    from visionkernels.profiling import torch_threads
+
     # joblib's Ray backend cannot hand out results one by one, so its progress bar jumps to the end
     return_as = "list" if backend == "ray" else "generator_unordered"
-    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), _torch_threads(threads):
+    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), torch_threads(threads):
         finished = joblib.Parallel(return_as=return_as)(joblib.delayed(call)(i, item) for i, item in missing)
         progress = tqdm(finished, total=len(items), initial=len(results), desc=description, disable=None)
         for i, result in progress:
@@ -114,19 +116,6 @@ def _append(path: Path, key: str, result: Any) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """Limit the threads of this process, where joblib runs a sweep of one job."""
-    import torch  # not above: a worker whose function needs no torch starts much faster
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _connect_dask() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from gradfilter.conv import CompactConv2d, FilteredConv2d
 from gradfilter.conversion import convert
 from gradfilter.timing import step_seconds
 from gradfilter.trace import trace
-from visionkernels.profiling import BenchRow, compare, saved_activation_bytes
+from visionkernels.profiling import BenchRow, compare, saved_activation_bytes, torch_threads
 
 __all__ = ["measure"]
 
@@ -43,7 +42,7 @@ def measure(*, full: bool = False) -> Iterator[BenchRow]:
             yield from _layer_rows(name, sizes, targets, threads, repeats)
         yield from _compact_rows(threads, repeats)
         yield from _training_rows(threads, max(3, repeats // 3))
-    with _threads(1):
+    with torch_threads(1):
         for model in _MODELS:
             for batch in (1, 8, 32):
                 yield _objective_row(model, batch)
@@ -158,16 +157,6 @@ def _objective_row(name: str, batch: int) -> BenchRow:
         threads=torch.get_num_threads(), dtype="float32", shape=f"{batch}x3x224x224",
         note=f"{slowest} of {len(calls)} filtered, {len(report.layers) - len(calls)} left exact; forward and backward",
     )  # fmt: skip
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _memory_rows() -> Iterator[BenchRow]:
