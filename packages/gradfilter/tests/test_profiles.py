@@ -11,6 +11,7 @@ from gradfilter.diagnosis import diagnose
 from gradfilter.profiles import profile
 from gradfilter.timing import wins_time
 from gradfilter.trace import trace
+from visionkernels.profiling import Timing
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,20 @@ class TestFit:
             resnet.fit(memory_kib=1)
 
 
-def test_wins_time():
-    """A wide 3x3 layer wins by far; nothing is filtered that the clock does not favour."""
-    (call,) = trace(nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), torch.empty(8, 128, 28, 28)).convolutions
-    assert isinstance(wins_time(call, 4), bool)
+@pytest.mark.parametrize(
+    ("filtered", "wins"), [((1, 2, 3, 4, 5), True), ((8, 9, 10, 11, 12), False), ((1, 2, 3, 40, 50), False)]
+)
+def test_wins_time(monkeypatch, filtered, wins):
+    """Only where most filtered steps are faster than most exact ones, which take 10 here."""
+
+    def compare(candidates, **_):
+        for step in candidates.values():
+            step()
+        return {"0": Timing(10, 0, (10.0,) * 5), "1": Timing(3, 1, filtered)}
+
+    monkeypatch.setattr("gradfilter.timing.compare", compare)
+    (call,) = trace(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)), torch.empty(2, 4, 8, 8)).convolutions
+    assert wins_time(call, 4) is wins
 
 
 class TestDiagnose:

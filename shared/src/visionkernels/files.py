@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replace_file", "sync", "write_json"]
+__all__ = ["refuse_existing", "replace_file", "sync", "write_json"]
 
 
 @contextmanager
@@ -47,6 +47,12 @@ def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path | None, overwrite: bool) -> None:
+    """Raise FileExistsError if the output `path` is there and may not be replaced: before any work, not after it."""
+    if path is not None and path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
 
 
 def _create(path: Path, temporary: Path, taken: FileExistsError) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from tyro.conf import Positional, arg
 
 import visionkernels.cli
-from visionkernels.files import write_json
+from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions
 from visionkernels.training.options import Own
 
@@ -84,7 +84,7 @@ def evaluate(
     """
     from biformer.evaluation import evaluate_checkpoint
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     metrics = evaluate_checkpoint(checkpoint, data, device=_device(device), workers=workers, batch_size=batch_size)
     _print_metrics(metrics)
     if json is not None:
@@ -118,7 +118,7 @@ def classify(
             "--checkpoint is missing: no weights are published any more, so give a file of `biformer train` or an "
             "official .pth"
         )
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     predictions = name_pictures(images, load_model(checkpoint), top=top)
     for image, found in zip(images, predictions, strict=True):
         print(image)
@@ -182,7 +182,7 @@ def info(
     from biformer.recipes import all_recipes
     from biformer.summary import summarise
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     recipes = all_recipes()
     if size is not None and min(size) < 1:
         raise ValueError(f"size={size} must be at least 1 x 1")
@@ -227,7 +227,7 @@ def export(
     from biformer.checkpoint import load_model
     from biformer.export import export_model
 
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     model = load_model(checkpoint)
     height, width = size or cast(dict[str, Any], model.pretrained_cfg)["input_size"][1:]
     export_model(model, out, format=format, size=(height, width), overwrite=overwrite)
@@ -253,7 +253,7 @@ def convert(
     """
     from biformer.export import convert_checkpoint
 
-    _refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite)
     print(convert_checkpoint(source, target, to=to, allow_inexact=allow_inexact, overwrite=overwrite))
 
 
@@ -293,7 +293,7 @@ def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = Fal
     from biformer.bench import measure
     from visionkernels.profiling import bench_table, write_bench
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     rows = []
     for row in measure(full=full):
         print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
@@ -398,12 +398,6 @@ def _device(name: str) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
-
-
-def _refuse_existing(path: Path | None, overwrite: bool) -> None:
-    """Before any work, not after it."""
-    if path is not None and path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
 
 
 if __name__ == "__main__":

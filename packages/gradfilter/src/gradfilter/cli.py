@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import visionkernels.cli
-from visionkernels.files import write_json
+from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions
 
 __all__ = ["main"]
@@ -47,7 +47,7 @@ def evaluate(*, checkpoint: Path, json: Path | None = None, overwrite: bool = Fa
     from gradfilter.training import digits, load_tinyconv
     from gradfilter.training import evaluate as measure
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     metrics = measure(load_tinyconv(checkpoint), digits("test"))
     _print_metrics(metrics)
     if json is not None:
@@ -87,7 +87,7 @@ def profile(
     from gradfilter.profiles import example_images
     from gradfilter.profiles import profile as measure
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     network = create_classifier(model)
     found = measure(
         network, example_images(network, batch_size, input_size), last_n=last_n, layers=layers or None, radii=radius,
@@ -139,7 +139,7 @@ def diagnose(
 
     if not images:
         raise ValueError("IMAGE is missing; give one or more picture files")
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     network = create_classifier(model, pretrained=pretrained)
     if checkpoint is not None:
         load_official(network, checkpoint)
@@ -173,7 +173,7 @@ def delta(
     from gradfilter.delta import apply_delta, compute_delta, read_delta, save_delta
     from visionkernels.checkpoints import read_state, save_weights
 
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     start = read_state(base).state
     if action == "save":
         tuned = read_state(source).state
@@ -210,7 +210,7 @@ def export(
     from gradfilter.models import create_classifier
     from gradfilter.profiles import example_images
 
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     network = create_classifier(model)
     images = example_images(network, batch_size, input_size)
     names = export_training_graph(network, images, out, last_n=last_n, radius=radius, overwrite=overwrite)
@@ -262,7 +262,7 @@ def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = Fal
     from gradfilter.bench import measure
     from visionkernels.profiling import bench_table, write_bench
 
-    _refuse_existing(json, overwrite)
+    refuse_existing(json, overwrite)
     rows = []
     for row in measure(full=full):
         print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
@@ -299,12 +299,6 @@ def _print_metrics(metrics: Any) -> None:
         f"top-1 {metrics['top1']:.2f} %, always the most frequent class {metrics['majority_top1']:.2f} %, "
         f"loss in evaluation {metrics['val_loss']:.4f}"
     )
-
-
-def _refuse_existing(path: Path | None, overwrite: bool) -> None:
-    """Before any work, not after it."""
-    if path is not None and path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
 
 
 if __name__ == "__main__":
