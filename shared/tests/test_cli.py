@@ -1,8 +1,9 @@
 """Exit codes, one-line errors and help of the shared entry point, through a command of its own and as a process."""
 
+import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 from visionkernels import cli
+from visionkernels.profiling import BenchRow, bench_table
 from visionkernels.training import FitOptions
 
 
@@ -218,3 +220,33 @@ class TestErrors:
         assert process.stderr.read() == b""
         process.stderr.close()
         assert process.wait() == 141
+
+
+def test_metrics_in_words(capsys):
+    cli.print_metrics({"epoch": 3, "top1": 91.25, "majority_top1": 10.0, "num_pictures": 8, "box_ap": 12.34567})
+    expected = ["top-1 91.25 %", "always the most frequent class: top-1 10.00 %", "8 pictures", "box ap 12.35"]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_device():
+    assert cli.find_device("cpu") == torch.device("cpu")
+    assert cli.find_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device='gpu7' cannot be used: "):
+        cli.find_device("gpu7")
+
+
+class TestReportBench:
+    ROW = BenchRow(
+        id="forward", ours_s=0.0123, baseline_s=0.02, ratio=1.62, target=1.4, threads=1, dtype="float32", shape="1x3"
+    )
+
+    def test_rows(self, tmp_path, capsys):
+        cli.report_bench([self.ROW], json=tmp_path / "b.json")
+        assert json.loads((tmp_path / "b.json").read_text()) == [asdict(self.ROW)]
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == (bench_table([self.ROW]) + "\n", "forward: 1.62\n")
+
+    def test_refuses_before_it_measures(self, tmp_path):
+        (tmp_path / "b.json").write_text("[]")
+        with pytest.raises(FileExistsError):
+            cli.report_bench((1 / 0 for _ in "x"), json=tmp_path / "b.json")

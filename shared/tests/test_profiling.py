@@ -1,6 +1,5 @@
 import gc
 import itertools
-import json
 import time
 
 import pytest
@@ -17,7 +16,6 @@ from visionkernels.profiling import (
     count_parameters,
     peak_memory_bytes,
     saved_activation_bytes,
-    write_bench,
 )
 
 
@@ -197,11 +195,3 @@ class TestBenchTable:
         header, _, row = bench_table([ROW]).splitlines()
         assert [cell.strip() for cell in header.strip("|").split("|")] == FIELDS
         assert "0.0123" in row
-
-
-class TestWriteBench:
-    def test_rows(self, tmp_path):
-        write_bench(tmp_path / "b.json", [ROW])
-        (row,) = json.loads((tmp_path / "b.json").read_text())
-        assert list(row) == FIELDS
-        assert row["ratio"] == 1.62

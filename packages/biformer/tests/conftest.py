@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from biformer.recipes import ClassificationRecipe, ModelRecipe, PictureRecipe, find_recipe, settings
-
-CLASSES = ("blue", "green", "red")
+from biformer.recipes import ClassificationRecipe, ModelRecipe, find_recipe
+from visionkernels.pictures.recipes import PictureRecipe
+from visionkernels.recipes import settings
+from visionkernels.testing.pictures import write_colours
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +36,7 @@ def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three colours: 16 pictures each to train, 4 to validate, with noise."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for channel, name in enumerate(reversed(CLASSES)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 120, (36, 44, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
+    return write_colours(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 import biformer
 from biformer.checkpoint import official_block_rules, official_rules
-from biformer.data import repeated_augmentation_order
 from biformer.full_attention import FullAttention
 from biformer.losses import distillation_loss
 from biformer.model import BiFormerBlock
 from biformer.regional import regional_routing_attention, regional_routing_attention_weights
 from visionkernels.checkpoints import KeyRules
+from visionkernels.pictures.transforms import repeated_augmentation_order
 from visionkernels.testing.golden import (
     check_cases,
     compare_array,

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from biformer.dense_recipes import DENSE_RECIPES, DetectionRecipe, SceneRecipe, SegmentationRecipe
+from biformer.dense_recipes import DENSE_RECIPES, DetectionRecipe, SegmentationRecipe
 from biformer.detection import detection_model
 from biformer.recipes import ModelRecipe, with_batch_size
 from biformer.segmentation import segmentation_model
+from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.training.optimization import LearningRate, create_optimizer
 
 SEGMENTATION = {

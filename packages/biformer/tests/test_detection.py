@@ -12,10 +12,10 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.models.detection import MaskRCNN
 
-from biformer.dense_data import ObjectPictures, open_objects, pair_up
 from biformer.dense_recipes import DENSE_RECIPES
 from biformer.detection import DetectionTask, detection_model, evaluate, load_detection_model, train
 from visionkernels.checkpoints import CheckpointError
+from visionkernels.pictures.objects import ObjectPictures, open_objects, pair_up
 
 HEADS = ("retinanet", "maskrcnn")
 
@@ -228,7 +228,7 @@ import datetime, json, os, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from biformer.dense_data import open_objects
+from visionkernels.pictures.objects import open_objects
 from biformer.detection import evaluate, load_detection_model
 
 if "RANK" in os.environ:

@@ -1,16 +1,12 @@
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-# a file beside this one, and no module of the package
-_spec = importlib.util.spec_from_file_location("biformer_parity", Path(__file__).with_name("parity.py"))
-assert _spec is not None and _spec.loader is not None
-parity = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(parity)
-check = parity.check
+from visionkernels.testing.golden import load_check
+
+check = load_check(__file__)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())["cases"]

@@ -8,23 +8,16 @@ from pathlib import Path
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from biformer.checkpoint import official_rules
-from biformer.dense_data import IGNORED, Scenes, open_scenes
-from biformer.dense_recipes import DENSE_RECIPES, SceneRecipe, SegmentationRecipe
-from biformer.segmentation import (
-    SegmentationModel,
-    SegmentationTask,
-    evaluate,
-    load_segmentation_model,
-    predict,
-    segmentation_model,
-    train,
-)
+from biformer.dense_recipes import DENSE_RECIPES, SegmentationRecipe
+from biformer.segmentation import SegmentationModel, load_segmentation_model, segmentation_model, train
 from visionkernels.checkpoints import CheckpointError
+from visionkernels.pictures.recipes import SceneRecipe
+from visionkernels.pictures.scenes import IGNORED, open_scenes
+from visionkernels.segmentation import SegmentationTask, evaluate, predict
 
 HEADS = ("fpn", "upernet")
 LAYOUT = json.loads((Path(__file__).parent / "golden" / "state_layout.json").read_text())
@@ -52,18 +45,6 @@ def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     scenes = open_scenes("shapes", "validation", replace(SCENE, short_side=64, long_side=96), num_classes=4)
     images, labels = zip(*(scenes[index] for index in range(count)), strict=True)
     return torch.stack(images), torch.stack(labels)
-
-
-class Pointwise(SegmentationModel):
-    """Logits that are the image's channels: the same in any window."""
-
-    def __init__(self, scene: SceneRecipe) -> None:
-        nn.Module.__init__(self)
-        self.scene, self.num_classes = scene, 3
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, images):
-        return images
 
 
 class TestSegmentationModel:
@@ -190,61 +171,12 @@ class TestSegmentationTask:
 class TestPredict:
     IMAGE = torch.linspace(-1, 1, 3 * 50 * 130).reshape(3, 50, 130).sin()
 
-    @pytest.mark.parametrize(
-        "changes", [{}, {"test_flip": True}, {"inference": "slide"}], ids=["whole", "flip", "slide"]
-    )
-    def test_pointwise_model(self, changes):
-        """Windows and mirroring change nothing for a model that sees single pixels."""
-        scene = SceneRecipe(short_side=50, long_side=130, multiple=1, crop=32, stride=20)
-        found = predict(Pointwise(replace(scene, **changes)).eval(), self.IMAGE)
-        assert_close(found, self.IMAGE.softmax(0), rtol=0, atol=1e-6)
-
     def test_probabilities(self):
         model = micro_model("upernet", scene=replace(SCENE, test_scales=(0.5, 1.0), test_flip=True)).eval()
-        found = predict(model, self.IMAGE)
+        found = predict(model, self.IMAGE, model.scene)
         assert found.shape == (4, 50, 130)
         assert_close(found.sum(0), torch.ones(50, 130))
-        assert_close(predict(model, self.IMAGE.flip(-1)).flip(-1), found, rtol=0, atol=1e-6)
-
-    def test_errors(self):
-        model = Pointwise(SCENE)
-        with pytest.raises(ValueError, match="the model is in training mode"):
-            predict(model, self.IMAGE)
-        with pytest.raises(ValueError, match=r"image has shape \[1, 3, 50, 130\]"):
-            predict(model.eval(), self.IMAGE[None])
-
-
-class TestEvaluate:
-    LABELS = torch.tensor([[0, 0, 0, 1], [0, 0, IGNORED, 2]])
-
-    def measure(self, answer: torch.Tensor, labels: torch.Tensor = LABELS) -> dict[str, float]:
-        image = 9.0 * F.one_hot(answer, 3).permute(2, 0, 1).float()
-        scenes = Scenes(lambda index: (image, labels), 2, lambda image, labels: (image, labels))
-        return evaluate(Pointwise(SceneRecipe(short_side=2, long_side=4, multiple=1)), scenes, show_progress=False)
-
-    def test_perfect(self):
-        found = self.measure(torch.where(self.LABELS == IGNORED, 1, self.LABELS))
-        assert found == pytest.approx({"miou": 100, "pixel_accuracy": 100, "majority_miou": 100 * 5 / 7 / 3})
-
-    def test_majority(self):
-        found = self.measure(torch.zeros(2, 4, dtype=torch.long))
-        assert found["miou"] == pytest.approx(found["majority_miou"])
-        assert found["pixel_accuracy"] == pytest.approx(100 * 5 / 7)
-
-    def test_mean_over_classes(self):
-        answer = torch.where(self.LABELS == 2, 1, self.LABELS) % IGNORED
-        # class 0: 5 of 5, class 1: 1 of 2, class 2: 0 of 1
-        assert self.measure(answer)["miou"] == pytest.approx(100 * (1 + 0.5 + 0) / 3)
-
-    def test_classes_that_do_not_occur(self):
-        labels = torch.where(self.LABELS == 2, 0, self.LABELS)
-        answer = torch.zeros(2, 4, dtype=torch.long)
-        expected = {"miou": 100 * 6 / 7 / 2, "pixel_accuracy": 100 * 6 / 7, "majority_miou": 100 * 6 / 7 / 2}
-        assert self.measure(answer, labels) == pytest.approx(expected)
-
-    def test_nothing_labelled(self):
-        with pytest.raises(ValueError, match="none of the 2 pictures has a labelled pixel"):
-            self.measure(torch.zeros(2, 4, dtype=torch.long), torch.full((2, 4), IGNORED))
+        assert_close(predict(model, self.IMAGE.flip(-1), model.scene).flip(-1), found, rtol=0, atol=1e-6)
 
 
 class TestTrain:
@@ -255,7 +187,8 @@ class TestTrain:
         model = load_segmentation_model(result.weights)
         assert (model.scene, model.training) == (recipe.scene, False)
         scenes = open_scenes("shapes", "validation", recipe.scene, num_classes=4)
-        assert evaluate(model, scenes, show_progress=False)["miou"] == pytest.approx(result.metrics["miou"])
+        measured = evaluate(model, scenes, model.scene, num_classes=4, show_progress=False)
+        assert measured["miou"] == pytest.approx(result.metrics["miou"])
 
     @pytest.mark.slow
     def test_upernet(self, tmp_path):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from biformer.losses import distillation_loss, soft_cross_entropy
-from biformer.recipes import AugmentationRecipe, DistillationRecipe, TokenLabellingRecipe
-from biformer.task import CellClassifier, ClassifierTask, LabelMixing, Teacher, TokenLabellingTask, mix_cells
+from biformer.recipes import DistillationRecipe, TokenLabellingRecipe
+from biformer.task import CellClassifier, ClassifierTask, Teacher, TokenLabellingTask, mix_cells
 from biformer.training import create_model
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -22,33 +22,6 @@ def model(micro):
 
 def images(count=4, size=64):
     return torch.randn(count, 3, size, size)
-
-
-class TestLabelMixing:
-    @pytest.mark.parametrize("which", ["mixup", "cutmix"])
-    def test_labels_are_probabilities(self, which):
-        augmentation = AugmentationRecipe(**{"mixup": 0, "cutmix": 0, which: 0.8})
-        mixed, target = LabelMixing(augmentation, 5)((images(), torch.tensor([0, 1, 2, 3])))
-        assert mixed.shape == (4, 3, 64, 64)
-        torch.testing.assert_close(target.sum(-1), torch.ones(4))
-        assert (target > 0.1).sum() == 8
-
-    def test_cutmix_pixels_agree_with_labels(self):
-        augmentation = AugmentationRecipe(mixup=0, cutmix=1.0, smoothing=0)
-        flat = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32).clone()
-        mixed, target = LabelMixing(augmentation, 4)((flat, torch.arange(4)))
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), target @ torch.arange(4.0))
-
-    def test_without_mixing(self):
-        x = images()
-        augmentation = AugmentationRecipe(mixup=0, cutmix=0, smoothing=0.1)
-        same, target = LabelMixing(augmentation, 5)((x, torch.tensor([0, 1, 2, 3])))
-        assert same is x
-        torch.testing.assert_close(target, 0.9 * F.one_hot(torch.arange(4), 5) + 0.02)
-
-    def test_odd_batch(self):
-        with pytest.raises(ValueError, match="3 a process and step is odd"):
-            LabelMixing(AugmentationRecipe(), 5)((images(3), torch.tensor([0, 1, 2])))
 
 
 class TestClassifierTask:

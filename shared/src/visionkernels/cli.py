@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 the work failed, 2 the input or the usage is wrong, 130 in
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 import io
@@ -15,13 +14,20 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-__all__ = ["run"]
+from visionkernels.files import refuse_existing, write_json
+from visionkernels.recipes import check_known
+
+if TYPE_CHECKING:
+    from visionkernels.profiling import BenchRow
+
+__all__ = ["find_device", "print_metrics", "report_bench", "run"]
 
 Command = Callable[..., int | None]
 
@@ -71,6 +77,56 @@ def run(
         return _say(f"{prog}: error: {type(error).__name__}: {_sentence(error)}{hint}", debug, 1)
 
 
+# what a metric is called for people, and how it is written
+_METRICS = {
+    "top1": "top-1 {:.2f} %",
+    "top5": "top-5 {:.2f} %",
+    "loss": "loss {:.4f}",
+    "val_loss": "loss in evaluation {:.4f}",
+    "majority_top1": "always the most frequent class: top-1 {:.2f} %",
+    "num_pictures": "{} pictures",
+    "miou": "mIoU {:.2f} %",
+    "pixel_accuracy": "pixels right {:.2f} %",
+    "majority_miou": "always the most frequent class: mIoU {:.2f} %",
+}
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Print metrics, a line each, in words where they are known; where in training they were taken is left out."""
+    for name, value in metrics.items():
+        if name not in ("epoch", "update", "lr"):
+            print(_METRICS.get(name, name.replace("_", " ") + " {:.4g}").format(value))
+
+
+def find_device(name: str) -> Any:
+    """Return the torch.device of a `--device` flag; "auto" is a GPU if there is one. Raises ValueError for others."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
+def report_bench(rows: "Iterable[BenchRow]", *, json: str | Path | None = None, overwrite: bool = False) -> None:
+    """Print the rows as they are measured (on stderr), then as a table; write them as a JSON list as well.
+
+    Raises FileExistsError before anything is measured.
+    """
+    from visionkernels.profiling import bench_table
+
+    refuse_existing(json, overwrite)
+    measured = []
+    for row in rows:
+        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
+        measured.append(row)
+    print(bench_table(measured))
+    if json is not None:
+        write_json(json, [asdict(row) for row in measured], overwrite=overwrite)
+
+
 def _dispatch(prog: str, commands: Mapping[str, Command], description: str, version: str, arguments: list[str]) -> int:
     name = arguments[0] if arguments else None
     if name in ("-h", "--help"):
@@ -82,10 +138,7 @@ def _dispatch(prog: str, commands: Mapping[str, Command], description: str, vers
     known = ", ".join(commands)
     if name is None:
         raise ValueError(f"no command given; choose from: {known} (`{prog} --help` explains them)")
-    if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown command {name!r}; {hint}known: {known}")
+    check_known("command", name, commands)
     call = _parse(f"{prog} {name}", commands[name], arguments[1:])
     return 0 if call is None else call() or 0
 

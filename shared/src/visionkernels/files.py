@@ -49,9 +49,9 @@ def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         temporary.unlink(missing_ok=True)
 
 
-def refuse_existing(path: Path | None, overwrite: bool) -> None:
+def refuse_existing(path: str | Path | None, overwrite: bool) -> None:
     """Raise FileExistsError if the output `path` is there and may not be replaced: before any work, not after it."""
-    if path is not None and path.exists() and not overwrite:
+    if path is not None and Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,8 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-
-from visionkernels.files import write_json
 
 __all__ = [
     "BenchRow",
@@ -31,7 +28,6 @@ __all__ = [
     "peak_memory_bytes",
     "saved_activation_bytes",
     "torch_threads",
-    "write_bench",
 ]
 
 Function = Callable[[], object]
@@ -314,8 +310,3 @@ def bench_table(rows: Iterable[BenchRow]) -> str:
     cells = [list(asdict(row).values()) for row in rows]
     headers = [field.name for field in fields(BenchRow)]
     return tabulate(cells, headers, tablefmt="github", floatfmt=".3g", missingval="")
-
-
-def write_bench(path: str | Path, rows: Iterable[BenchRow], *, overwrite: bool = False) -> None:
-    """Write the rows as a JSON list of objects with the fields of `BenchRow`."""
-    write_json(path, [asdict(row) for row in rows], overwrite=overwrite)

@@ -11,10 +11,10 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from biformer.attention import BiLevelRoutingAttention
-from biformer.data import read_picture
 from biformer.model import BiFormer
 from biformer.routing import Routing
 from visionkernels.extras import require
+from visionkernels.pictures.reading import read_picture
 
 __all__ = ["RoutingRecorder", "attend", "draw_routing", "routed_layers", "token_heat"]
 

@@ -1,9 +1,8 @@
 """The command `biformer`: what each sub-command reads, calls and prints."""
 
-import difflib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
-import visionkernels.cli
+from visionkernels.cli import find_device, print_metrics, report_bench, run
 from visionkernels.files import refuse_existing, write_json
+from visionkernels.recipes import check_known
 from visionkernels.training import FitOptions
 from visionkernels.training.options import Own
 
@@ -56,8 +56,7 @@ def train(
         chosen = replace(chosen, distillation=DistillationRecipe(teacher=teacher, kind=distillation))
     result = _trainer(chosen)(chosen, data, out, checkpoint=checkpoint)
     if os.environ.get("RANK", "0") == "0":
-        shown = {key: value for key, value in result.metrics.items() if key not in ("epoch", "update", "lr")}
-        _print_metrics(shown)
+        print_metrics(result.metrics)
         print(f"weights: {result.weights}")
 
 
@@ -85,8 +84,8 @@ def evaluate(
     from biformer.evaluation import evaluate_checkpoint
 
     refuse_existing(json, overwrite)
-    metrics = evaluate_checkpoint(checkpoint, data, device=_device(device), workers=workers, batch_size=batch_size)
-    _print_metrics(metrics)
+    metrics = evaluate_checkpoint(checkpoint, data, device=find_device(device), workers=workers, batch_size=batch_size)
+    print_metrics(metrics)
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
 
@@ -109,7 +108,7 @@ def classify(
         overwrite: replace an existing output
     """
     from biformer.checkpoint import load_model
-    from biformer.inference import classify as name_pictures
+    from visionkernels.classification import classify as name_pictures
 
     if not images:
         raise ValueError("IMAGE is missing; give one or more picture files")
@@ -188,7 +187,7 @@ def info(
         raise ValueError(f"size={size} must be at least 1 x 1")
     names = [name] if name else list(MODEL_NAMES)
     if name is not None:
-        _check_known("model or recipe", name, [*MODEL_NAMES, *recipes])
+        check_known("model or recipe", name, [*MODEL_NAMES, *recipes])
     summaries = [summarise(each, size) for each in names]
     print(f"biformer {version('biformer')}; a multiply-add counts as 1 operation")
     for each in summaries:
@@ -291,16 +290,8 @@ def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = Fal
         overwrite: replace an existing output
     """
     from biformer.bench import measure
-    from visionkernels.profiling import bench_table, write_bench
 
-    refuse_existing(json, overwrite)
-    rows = []
-    for row in measure(full=full):
-        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
-        rows.append(row)
-    print(bench_table(rows))
-    if json is not None:
-        write_bench(json, rows, overwrite=overwrite)
+    report_bench(measure(full=full), json=json, overwrite=overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export,
         "convert": convert,
     }
-    return visionkernels.cli.run(
+    return run(
         "biformer",
         commands,
         description="BiFormer (CVPR 2023): vision transformers with bi-level routing attention.",
@@ -350,25 +341,6 @@ def _trainer(recipe: "Recipe") -> Callable[..., "FitResult"]:
             return training.train
 
 
-# what a metric is called for people, and how it is written
-_METRICS = {
-    "top1": "top-1 {:.2f} %",
-    "top5": "top-5 {:.2f} %",
-    "loss": "loss {:.4f}",
-    "val_loss": "loss in evaluation {:.4f}",
-    "majority_top1": "always the most frequent class: top-1 {:.2f} %",
-    "num_pictures": "{} pictures",
-    "miou": "mIoU {:.2f} %",
-    "pixel_accuracy": "pixels right {:.2f} %",
-    "majority_miou": "always the most frequent class: mIoU {:.2f} %",
-}
-
-
-def _print_metrics(metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        print(_METRICS.get(name, name.replace("_", " ") + " {:.4g}").format(value))
-
-
 def _model(name: str, checkpoint: Path | None) -> "BiFormer":
     import timm
     import torch
@@ -377,27 +349,9 @@ def _model(name: str, checkpoint: Path | None) -> "BiFormer":
 
     if checkpoint is not None:
         return load_model(checkpoint)
-    _check_known("model", name, MODEL_NAMES)
+    check_known("model", name, MODEL_NAMES)
     torch.manual_seed(0)
     return cast("BiFormer", timm.create_model(name).eval())
-
-
-def _check_known(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
 
 
 if __name__ == "__main__":

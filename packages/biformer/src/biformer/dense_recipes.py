@@ -6,62 +6,21 @@ Heads are those of `biformer.segmentation` and `biformer.detection`, near to the
 from dataclasses import dataclass, field
 from typing import Literal
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from biformer.recipes import ModelRecipe, Recipe
+from visionkernels.pictures.recipes import SceneRecipe
+from visionkernels.recipes import check
 from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
 __all__ = [
     "DENSE_RECIPES",
     "DetectionHead",
     "DetectionRecipe",
-    "SceneRecipe",
     "SegmentationHead",
     "SegmentationRecipe",
 ]
 
 SegmentationHead = Literal["upernet", "fpn"]
 DetectionHead = Literal["retinanet", "maskrcnn"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneRecipe:
-    """How a picture becomes the input of a segmentation model, in training and in evaluation."""
-
-    short_side: int = 512
-    """Pixels of the shorter side, before the random scale."""
-    long_side: int = 2048
-    """Pixels that the longer side may have at most, before the random scale."""
-    scale_range: tuple[float, float] = (0.5, 2.0)
-    crop: int = 512
-    """Pixels a side of a training crop."""
-    max_class_share: float = 0.75
-    """Of a crop that one class may fill; ten crops are tried."""
-    multiple: int = 32
-    """In evaluation both sides are rounded up to a multiple of this."""
-    inference: Literal["whole", "slide"] = "whole"
-    """"slide": the mean over overlapping windows of `crop` pixels a side."""
-    stride: int = 341
-    """Pixels between windows of "slide"."""
-    test_scales: tuple[float, ...] = (1.0,)
-    """Probabilities are averaged over these sizes of the picture."""
-    test_flip: bool = False
-    """Average over the mirrored picture as well."""
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of the channels in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-
-    def __post_init__(self) -> None:
-        for name in ("short_side", "crop", "multiple", "stride"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.long_side >= self.short_side, "long_side", self.long_side, f"at least {self.short_side}")
-        low, high = self.scale_range
-        _require(0 < low <= high, "scale_range", self.scale_range, "two rising numbers above 0")
-        _require(0 < self.max_class_share <= 1, "max_class_share", self.max_class_share, "in (0, 1]")
-        _require(self.inference in ("whole", "slide"), "inference", self.inference, "'whole' or 'slide'")
-        _require(self.stride <= self.crop, "stride", self.stride, f"at most crop={self.crop}, or pixels are left out")
-        scales = bool(self.test_scales) and min(self.test_scales) > 0
-        _require(scales, "test_scales", self.test_scales, "one or more numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +39,9 @@ class SegmentationRecipe(Recipe):
     scene: SceneRecipe = field(default_factory=SceneRecipe)
 
     def __post_init__(self) -> None:
-        _require(self.head in ("upernet", "fpn"), "head", self.head, "'upernet' or 'fpn'")
-        _require(self.auxiliary_weight >= 0, "auxiliary_weight", self.auxiliary_weight, "at least 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        check(self.head in ("upernet", "fpn"), "head", self.head, "'upernet' or 'fpn'")
+        check(self.auxiliary_weight >= 0, "auxiliary_weight", self.auxiliary_weight, "at least 0")
+        check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +57,11 @@ class DetectionRecipe(Recipe):
     """Proposals that the second stage of "maskrcnn" learns from."""
 
     def __post_init__(self) -> None:
-        _require(self.head in ("retinanet", "maskrcnn"), "head", self.head, "'retinanet' or 'maskrcnn'")
-        _require(self.min_size >= 32, "min_size", self.min_size, "at least 32, the stride of the last stage")
+        check(self.head in ("retinanet", "maskrcnn"), "head", self.head, "'retinanet' or 'maskrcnn'")
+        check(self.min_size >= 32, "min_size", self.min_size, "at least 32, the stride of the last stage")
         for name in ("pyramid_channels", "regions_per_image"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.max_size >= self.min_size, "max_size", self.max_size, f"at least min_size={self.min_size}")
-
-
-def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{argument}={value!r} must be {allowed}")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.max_size >= self.min_size, "max_size", self.max_size, f"at least min_size={self.min_size}")
 
 
 # float32 throughout: fp16 gave users NaN in segmentation

@@ -29,15 +29,15 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from tqdm import tqdm
 
-from biformer.dense_data import ObjectPictures, open_objects, pair_up
 from biformer.dense_recipes import DetectionHead, DetectionRecipe
 from biformer.model import BiFormerBackbone
-from biformer.recipes import settings
-from biformer.segmentation import backbone_model, own_share, stored_options
+from biformer.segmentation import backbone_model, stored_options
 from visionkernels.checkpoints import load_strict, read_state
+from visionkernels.evaluation import own_share
 from visionkernels.extras import require
+from visionkernels.pictures.objects import ObjectPictures, open_objects, pair_up
+from visionkernels.recipes import data_of, settings
 from visionkernels.training import FitResult, TrainingData, fit
 
 __all__ = ["DetectionTask", "PyramidBackbone", "detection_model", "evaluate", "load_detection_model", "train"]
@@ -156,9 +156,7 @@ def evaluate(
     }
     device = next(model.parameters()).device
     model.eval()
-    for image, target in tqdm(
-        own_share(pictures, workers), desc="evaluating", disable=None if show_progress else True, leave=False
-    ):
+    for image, target in own_share(pictures, workers, show_progress=show_progress):
         (found,) = model([image.to(device)])
         found = {key: value.cpu() for key, value in found.items()}
         if has_masks:
@@ -199,15 +197,13 @@ def train(
 ) -> FitResult:
     """Train a detector; a run that `run_dir` holds goes on where it stopped.
 
-    `data` is as for `biformer.dense_data.open_objects`, by default the recipe's own; `checkpoint` gives the backbone's
-    weights. `run_dir/weights.safetensors` opens with `load_detection_model`. The metrics are those of `evaluate`.
-    Errors as for `open_objects`, `detection_model` and `visionkernels.training.fit`.
+    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `checkpoint` gives the
+    backbone's weights. `run_dir/weights.safetensors` opens with `load_detection_model`. The metrics are those of
+    `evaluate`. Errors as for `open_objects`, `detection_model` and `visionkernels.training.fit`.
     """
     for module in ("accelerate", "torchmetrics", "pycocotools"):
         require(module, "biformer[train,dense]")
-    data = data or recipe.data
-    if data is None:
-        raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
+    data = data_of(recipe, data)
     opened = partial(open_objects, data, num_classes=recipe.model.num_classes, has_masks=recipe.head == "maskrcnn")
     pictures, val_pictures = opened("train"), opened("validation")
     torch.manual_seed(recipe.fit.seed)

@@ -9,8 +9,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.detection import MaskRCNN
 
 from biformer.checkpoint import load_model
-from biformer.data import open_pictures
 from visionkernels.checkpoints import read_state
+from visionkernels.classification import evaluate as evaluate_classifier
+from visionkernels.pictures.labelled import open_pictures
 
 __all__ = ["evaluate_checkpoint"]
 
@@ -20,8 +21,9 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Return the metrics of a weights file of `biformer train`, or of an official one, on the validation data.
 
-    A classifier has those of `biformer.training.Evaluation`, a segmentation model or a detector those of its module's
-    `evaluate`. `data` is as for the training; `batch_size` is a classifier's.
+    A classifier has those of `visionkernels.classification.Evaluation`, a segmentation model those of
+    `visionkernels.segmentation.evaluate`, a detector those of `biformer.detection.evaluate`. `data` is as for the
+    training; `batch_size` is a classifier's.
     """
     match read_state(checkpoint).metadata.get("task"):
         case "segmentation":
@@ -35,28 +37,27 @@ def evaluate_checkpoint(
 def _evaluate_classifier(
     checkpoint: str | Path, data: str, device: torch.device, workers: int, batch_size: int
 ) -> dict[str, float]:
-    from biformer.training import evaluate
-
     model = load_model(checkpoint).to(device)
     transform = cast(Any, create_transform(**resolve_model_data_config(model)))
     names = cast(dict[str, Any], model.pretrained_cfg).get("label_names")
     pictures = open_pictures(data, "validation", transform, class_names=names)
-    return asdict(evaluate(model, pictures, batch_size=batch_size, workers=workers))
+    return asdict(evaluate_classifier(model, pictures, batch_size=batch_size, workers=workers))
 
 
 def _evaluate_segmentation(checkpoint: str | Path, data: str, device: torch.device, workers: int) -> dict[str, float]:
-    from biformer.dense_data import open_scenes
-    from biformer.segmentation import evaluate, load_segmentation_model
+    from biformer.segmentation import load_segmentation_model
+    from visionkernels.pictures.scenes import open_scenes
+    from visionkernels.segmentation import evaluate
 
     model = load_segmentation_model(checkpoint).to(device)
     scenes = open_scenes(data, "validation", model.scene, num_classes=model.num_classes)
-    return evaluate(model, scenes, workers=workers)
+    return evaluate(model, scenes, model.scene, num_classes=model.num_classes, workers=workers)
 
 
 def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device, workers: int) -> dict[str, float]:
-    from biformer.dense_data import open_objects
     from biformer.detection import evaluate, load_detection_model
     from biformer.segmentation import stored_options
+    from visionkernels.pictures.objects import open_objects
 
     num_classes = stored_options(read_state(checkpoint), checkpoint, "detection_model")["num_classes"]
     model = load_detection_model(checkpoint).to(device)

@@ -1,31 +1,23 @@
 """The paper's settings as frozen data, one name each (BiFormer, sec. 4.1), and a small one that learns on a CPU."""
 
-import difflib
-import json
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
+from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
+from visionkernels.recipes import check, find, read
 from visionkernels.training import FitOptions, FitRecipe, OptimizerRecipe, ScheduleRecipe
 
 __all__ = [
     "RECIPES",
-    "AugmentationRecipe",
     "ClassificationRecipe",
     "DistillationRecipe",
     "ModelRecipe",
-    "PictureRecipe",
     "Recipe",
     "TokenLabellingRecipe",
     "all_recipes",
     "find_recipe",
     "read_recipe",
-    "settings",
     "with_batch_size",
 ]
 
@@ -50,64 +42,12 @@ class ModelRecipe:
     """Regions that a region attends to, by stage."""
 
     def __post_init__(self) -> None:
-        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
-        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        check(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        check(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "in [0, 1)")
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `timm.create_model`."""
         return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureRecipe:
-    """How a picture becomes the model's input."""
-
-    size: int = 224
-    """Pixels a side of the input."""
-    resize: int = 256
-    """Pixels of the shorter side before the centre crop in evaluation."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of the channels in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-
-    def __post_init__(self) -> None:
-        _require(self.size >= 32, "size", self.size, "at least 32, the stride of the last stage")
-        _require(self.resize >= self.size, "resize", self.resize, f"at least size={self.size}")
-        _require(self.interpolation in ("bicubic", "bilinear"), "interpolation", self.interpolation, "known")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationRecipe:
-    """How training pictures and labels vary."""
-
-    random_crop: bool = True
-    """Crop 8 to 100 % of the area at random and flip half of the pictures, instead of resizing them."""
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """As `timm.data.create_transform` takes it; None: no RandAugment."""
-    erasing: float = 0.25
-    """Probability of erasing a rectangle."""
-    repeats: int = 3
-    """Copies of a picture, each augmented anew, that an epoch holds in a row; 1: each picture once an epoch."""
-    mixup: float = 0.8
-    """Alpha of the beta distribution; 0: no mixup."""
-    cutmix: float = 1.0
-    """Alpha of the beta distribution; 0: no cutmix."""
-    mix_prob: float = 1.0
-    """Share of the batches that are mixed at all."""
-    mix_switch: float = 0.5
-    """Share of cutmix where both are on."""
-    smoothing: float = 0.1
-    """Share of the label that is spread over all classes."""
-
-    def __post_init__(self) -> None:
-        for name in ("erasing", "mix_prob", "mix_switch"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, name, value, "in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
-        _require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +64,9 @@ class DistillationRecipe:
     """Temperature of "soft"."""
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("none", "soft", "hard"), "kind", self.kind, "none, soft or hard")
-        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
-        _require(self.tau > 0, "tau", self.tau, "above 0")
+        check(self.kind in ("none", "soft", "hard"), "kind", self.kind, "none, soft or hard")
+        check(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
+        check(self.tau > 0, "tau", self.tau, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +76,7 @@ class TokenLabellingRecipe:
     teacher: str | None = "dm_nfnet_f6.dm_in1k"
     """A weights file of this package, or a convolutional model of timm with published weights."""
     labels: str | None = None
-    """Folder of stored label maps, instead of a teacher: see `biformer.data.read_label_map`."""
+    """Folder of stored label maps, instead of a teacher: see `biformer.cell_labels.read_label_map`."""
     cell_weight: float = 0.5
     """Weight of the cells' loss beside the image's."""
     mix: float = 1.0
@@ -144,9 +84,9 @@ class TokenLabellingRecipe:
 
     def __post_init__(self) -> None:
         both = (self.teacher, self.labels)
-        _require((both[0] is None) != (both[1] is None), "teacher, labels", both, "exactly one, the other None")
-        _require(self.cell_weight >= 0, "cell_weight", self.cell_weight, "at least 0")
-        _require(self.mix >= 0, "mix", self.mix, "at least 0")
+        check((both[0] is None) != (both[1] is None), "teacher, labels", both, "exactly one, the other None")
+        check(self.cell_weight >= 0, "cell_weight", self.cell_weight, "at least 0")
+        check(self.mix >= 0, "mix", self.mix, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,22 +112,16 @@ class ClassificationRecipe(Recipe):
     token_labelling: TokenLabellingRecipe | None = None
 
     def __post_init__(self) -> None:
+        check(self.pictures.size >= 32, "size", self.pictures.size, "at least 32, the stride of the last stage")
         both = self.distillation is not None and self.token_labelling is not None
-        _require(not both, "distillation, token_labelling", "both", "at most one of the two")
+        check(not both, "distillation, token_labelling", "both", "at most one of the two")
         mixes = self.augmentation.mixup > 0 or self.augmentation.cutmix > 0
-        _require(
-            self.token_labelling is None or not mixes, "mixup, cutmix", "on", "0 with token labelling, which mixes"
-        )
+        check(self.token_labelling is None or not mixes, "mixup, cutmix", "on", "0 with token labelling, which mixes")
 
 
 def find_recipe(name: str) -> Recipe:
     """Return the recipe of this name; ValueError names the nearest one and all."""
-    recipes = all_recipes()
-    if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(recipes)}")
-    return recipes[name]
+    return find(name, all_recipes())
 
 
 def all_recipes() -> dict[str, Recipe]:
@@ -208,41 +142,9 @@ def with_batch_size(recipe: AnyRecipe, batch_size: int) -> AnyRecipe:
     return replace(recipe, fit=FitOptions(batch_size=batch_size).apply(recipe.fit))
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe without its `fit`, as plain data for a run.json, where `fit` stands by itself."""
-    return {key: value for key, value in asdict(recipe).items() if key != "fit"}
-
-
 def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe that a run.json holds. Raises FileNotFoundError, and ValueError for other files."""
-    path = Path(path)
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        values = {**run["details"]["settings"], "fit": run["recipe"]}
-        recipe: Recipe = _build(type(find_recipe(values["name"])), values)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no run.json of biformer train: {type(error).__name__} {error}") from error
-    return recipe
-
-
-def _build(kind: Any, values: Mapping[str, Any]) -> Any:
-    """Build a dataclass from what `asdict` and JSON made of it."""
-    hints = typing.get_type_hints(kind)
-    unknown = set(values) - {each.name for each in fields(kind)}
-    if unknown:
-        raise KeyError(f"unknown settings {sorted(unknown)}")
-    built = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-            value = _build(next(option for option in options if is_dataclass(option)), value)
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**built)
-
-
-def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{argument}={value!r} must be {allowed}")
+    return read(path, find_recipe, package="biformer")
 
 
 # 300 epochs at 5e-4 * batch / 512. The cosine counts from the start of training, the warm-up lies over it, and the

@@ -21,33 +21,23 @@ from typing import Any, cast, get_args
 
 import timm
 import torch
-from jaxtyping import Float, Int
-from timm.task import TrainingTask
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 from torchvision.ops import Conv2dNormActivation
-from tqdm import tqdm
 
 from biformer.checkpoint import MODEL_NAMES, load_model
-from biformer.dense_data import IGNORED, Scenes, aligned_size, open_scenes
-from biformer.dense_recipes import SceneRecipe, SegmentationHead, SegmentationRecipe
+from biformer.dense_recipes import SegmentationHead, SegmentationRecipe
 from biformer.model import BiFormer, BiFormerBackbone
-from biformer.recipes import settings
 from visionkernels.checkpoints import Checkpoint, CheckpointError, load_strict, read_state
 from visionkernels.extras import require
+from visionkernels.pictures.recipes import SceneRecipe
+from visionkernels.pictures.scenes import IGNORED, Scenes, open_scenes
+from visionkernels.recipes import data_of, settings
+from visionkernels.segmentation import SegmentationTask, evaluate
 from visionkernels.training import FitResult, TrainingData, fit
 
-__all__ = [
-    "SegmentationModel",
-    "SegmentationTask",
-    "backbone_model",
-    "evaluate",
-    "load_segmentation_model",
-    "predict",
-    "segmentation_model",
-    "train",
-]
+__all__ = ["SegmentationModel", "backbone_model", "load_segmentation_model", "segmentation_model", "train"]
 
 _EXTRA = "biformer[dense]"
 STRIDE = 32
@@ -72,7 +62,7 @@ def segmentation_model(
     `has_auxiliary` adds the second head on stage 3, by default for UperNet. `decoder_channels` is by default the
     paper's, 512 of UperNet (even) and 128 of FPN (a multiple of 32, its own maps have twice as many).
     `checkpoint` gives the backbone's weights, official or ours; its classifier and last norm are left out. `n_win`
-    and `options` (`drop_path_rate`, `depth`, ...) go to `timm.create_model`. `scene` is what `predict` goes by.
+    and `options` (`drop_path_rate`, `depth`, ...) go to `timm.create_model`. `scene` says how pictures are prepared.
     Raises ValueError for unknown names, CheckpointError, and ImportError without `biformer[dense]`.
     """
     if head not in get_args(SegmentationHead):
@@ -138,7 +128,7 @@ class SegmentationModel(nn.Module):
     """Takes normalised images [B, 3, H, W] of any size, returns logits [B, classes, H, W].
 
     In training it returns a list: these, and where there is an auxiliary head its logits too. Sides are padded to
-    multiples of 32 by zeros at the right and bottom. `scene` says how `predict` prepares a picture.
+    multiples of 32 by zeros at the right and bottom. `scene` is what `visionkernels.segmentation.predict` goes by.
     """
 
     def __init__(
@@ -165,98 +155,9 @@ class SegmentationModel(nn.Module):
         outputs = [self.classifier(self.decoder([images, images[:, :0], *maps]))]
         if self.training and self.auxiliary is not None:
             outputs.append(self.auxiliary(maps[2]))
-        logits = [_resize(output, (padded.shape[-2], padded.shape[-1]))[..., :height, :width] for output in outputs]
+        enlarged = [F.interpolate(output, padded.shape[-2:], mode="bilinear") for output in outputs]
+        logits = [each[..., :height, :width] for each in enlarged]
         return logits if self.training else logits[0]
-
-
-class SegmentationTask(TrainingTask):
-    """Cross-entropy of every pixel, in float32, of the main and the auxiliary logits.
-
-    The sum over labelled pixels is divided by the number of all pixels, as in the paper's framework, so that a batch
-    without labels has loss 0.
-    """
-
-    def __init__(self, model: nn.Module, *, auxiliary_weight: float = 0.4) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module, self.auxiliary_weight = model, auxiliary_weight
-
-    def forward(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch height width"]
-    ) -> dict[str, Tensor]:
-        """Take images and class indices, 255 for pixels that do not count; return the losses and the main logits."""
-        logits: list[Tensor] = self.trainable_module(images)
-        losses = [
-            F.cross_entropy(each.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
-            for each in logits
-        ]
-        loss = losses[0] + self.auxiliary_weight * sum(losses[1:])
-        return {"loss": loss, "main_loss": losses[0], "output": logits[0]}
-
-
-@torch.inference_mode()
-def predict(
-    model: SegmentationModel, image: Float[Tensor, "channels height width"]
-) -> Float[Tensor, "classes height width"]:
-    """Return class probabilities for every pixel of a normalised image, by the settings of `model.scene`.
-
-    The image is resized to `aligned_size`, computed whole or in windows, and the logits are resized back; the mean is
-    over `test_scales` and, with `test_flip`, over the mirrored image as well. Raises ValueError for a batch, and for a
-    model in training mode.
-    """
-    if image.ndim != 3:
-        raise ValueError(f"image has shape {list(image.shape)}; expected [channels, height, width]")
-    if model.training:
-        raise ValueError("the model is in training mode, where it returns a list; call model.eval() first")
-    scene, (height, width) = model.scene, image.shape[-2:]
-    infer = partial(_slide, crop=scene.crop, stride=scene.stride) if scene.inference == "slide" else _whole
-    total, count = image.new_zeros(model.num_classes, height, width), 0
-    for scale in scene.test_scales:
-        resized = F.interpolate(image[None], aligned_size(height, width, scene, scale), mode="bilinear", antialias=True)
-        for is_flipped in (False, True) if scene.test_flip else (False,):
-            logits = infer(model, resized.flip(-1)).flip(-1) if is_flipped else infer(model, resized)
-            total += _resize(logits.float(), (height, width))[0].softmax(0)
-            count += 1
-    return total / count
-
-
-def evaluate(
-    model: SegmentationModel, scenes: Scenes, *, workers: int = 0, show_progress: bool = True
-) -> dict[str, float]:
-    """Measure a model on its device, in percent; several processes share the pictures.
-
-    `miou` is the mean over the classes that occur, in labels or predictions of the whole set, of intersection over
-    union; `pixel_accuracy` the share of labelled pixels that are right; `majority_miou` the `miou` of always naming
-    the most frequent class. Raises ValueError for pictures without a labelled pixel, and ImportError without
-    `biformer[dense]`.
-    """
-    metrics = require("torchmetrics", _EXTRA)
-    device = next(model.parameters()).device
-    confusion = metrics.ConfusionMatrix(
-        task="multiclass", num_classes=max(model.num_classes, 2), ignore_index=IGNORED
-    ).to(device)
-    model.eval()
-    for image, labels in tqdm(
-        own_share(scenes, workers), desc="evaluating", disable=None if show_progress else True, leave=False
-    ):
-        confusion.update(predict(model, image.to(device)).argmax(0), labels.to(device))
-    counts = confusion.compute().double()
-    if not counts.any():
-        raise ValueError(f"none of the {len(scenes)} pictures has a labelled pixel, so there is nothing to measure")
-    truth, named, right = counts.sum(1), counts.sum(0), counts.diagonal()
-    union = truth + named - right
-    return {
-        "miou": 100 * float((right / union)[union > 0].mean()),
-        "pixel_accuracy": 100 * float(right.sum() / counts.sum()),
-        "majority_miou": 100 * float(truth.max() / truth.sum() / (truth > 0).sum()),
-    }
-
-
-def own_share(pictures: Any, workers: int) -> DataLoader:
-    """Return a loader of single samples, of those that fall to this process."""
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
-    own = Subset(pictures, range(rank, len(pictures), processes))
-    return DataLoader(own, batch_size=None, num_workers=workers)
 
 
 def train(
@@ -268,15 +169,14 @@ def train(
 ) -> FitResult:
     """Train a segmentation model; a run that `run_dir` holds goes on where it stopped.
 
-    `data` is as for `biformer.dense_data.open_scenes`, by default the recipe's own; `checkpoint` gives the backbone's
-    weights. `run_dir/weights.safetensors` opens with `load_segmentation_model`. The metrics are those of `evaluate`.
+    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own; `checkpoint` gives the
+    backbone's weights. `run_dir/weights.safetensors` opens with `load_segmentation_model`. The metrics are those of
+    `visionkernels.segmentation.evaluate`.
     Errors as for `open_scenes`, `segmentation_model` and `visionkernels.training.fit`.
     """
     for module in ("accelerate", "torchmetrics", "segmentation_models_pytorch"):
         require(module, "biformer[train,dense]")
-    data = data or recipe.data
-    if data is None:
-        raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
+    data = data_of(recipe, data)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     is_synced = recipe.sync_norm and processes > 1 and recipe.fit.device != "cpu" and torch.cuda.is_available()
     together = recipe.fit.batch_size // (recipe.fit.accumulation_steps * (1 if is_synced else processes))
@@ -299,7 +199,7 @@ def train(
     return fit(
         SegmentationTask(model, auxiliary_weight=recipe.auxiliary_weight),
         recipe.fit,
-        TrainingData(train=scenes, evaluate=partial(_metrics, scenes=val_scenes, workers=recipe.fit.num_workers)),
+        TrainingData(train=scenes, evaluate=partial(_metrics, scenes=val_scenes, recipe=recipe)),
         run_dir,
         details={
             "task": "segmentation",
@@ -330,31 +230,5 @@ def stored_options(checkpoint: Checkpoint, path: str | Path, key: str) -> dict[s
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
-def _metrics(model: SegmentationModel, scenes: Scenes, workers: int) -> Mapping[str, float]:
-    return evaluate(model, scenes, workers=workers)
-
-
-def _whole(model: nn.Module, images: Tensor) -> Tensor:
-    return cast(Tensor, model(images))
-
-
-def _slide(model: SegmentationModel, images: Tensor, *, crop: int, stride: int) -> Tensor:
-    """The mean logits of windows of `crop` pixels a side every `stride` pixels, the last ones moved back inside."""
-    height, width = images.shape[-2:]
-    total = images.new_zeros(len(images), model.num_classes, height, width)
-    count = images.new_zeros(height, width)
-    for top in _starts(height, crop, stride):
-        for left in _starts(width, crop, stride):
-            window = (..., slice(top, top + crop), slice(left, left + crop))
-            total[window] += model(images[window])
-            count[window] += 1
-    return total / count
-
-
-def _starts(side: int, crop: int, stride: int) -> list[int]:
-    steps = max(-(-(side - crop) // stride), 0) + 1
-    return [max(min(step * stride, side - crop), 0) for step in range(steps)]
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+def _metrics(model: nn.Module, scenes: Scenes, recipe: SegmentationRecipe) -> Mapping[str, float]:
+    return evaluate(model, scenes, recipe.scene, num_classes=recipe.model.num_classes, workers=recipe.fit.num_workers)

@@ -9,19 +9,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biformer.losses import distillation_loss, soft_cross_entropy, token_labelling_loss
 from biformer.model import BiFormer
-from biformer.recipes import AugmentationRecipe, DistillationRecipe, TokenLabellingRecipe
+from biformer.recipes import DistillationRecipe, TokenLabellingRecipe
 
 __all__ = [
     "CellClassifier",
     "ClassifierTask",
-    "LabelMixing",
     "Teacher",
     "TokenLabellingTask",
     "mix_cells",
@@ -29,31 +28,6 @@ __all__ = [
 
 STRIDE = 32
 """Pixels of the image a side that one cell of the last map stands for."""
-
-
-class LabelMixing:
-    """Turns a batch of images and class indices into mixed images and soft labels, by mixup or cutmix (timm's)."""
-
-    def __init__(self, augmentation: AugmentationRecipe, num_classes: int) -> None:
-        self.smoothing, self.num_classes, self.mixup = augmentation.smoothing, num_classes, None
-        if augmentation.mixup > 0 or augmentation.cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=augmentation.mixup,
-                cutmix_alpha=augmentation.cutmix,
-                prob=augmentation.mix_prob,
-                switch_prob=augmentation.mix_switch,
-                label_smoothing=augmentation.smoothing,
-                num_classes=num_classes,
-            )
-
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        if self.mixup is None:
-            return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
-        if len(images) % 2:
-            raise ValueError(f"mixup pairs images; {len(images)} a process and step is odd, change batch_size")
-        mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
-        return mixed
 
 
 class Teacher(nn.Module):

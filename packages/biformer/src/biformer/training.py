@@ -1,9 +1,8 @@
-"""Training and evaluating a classifier by a recipe, on the loop that all packages share."""
+"""Training a classifier by a recipe, on the loop that all packages share."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,41 +12,27 @@ import timm
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from biformer.cell_labels import CellLabelledPictures
 from biformer.checkpoint import load_model
-from biformer.data import (
-    CellLabelledPictures,
-    LabelledPictures,
+from biformer.model import BiFormer
+from biformer.recipes import ClassificationRecipe
+from biformer.task import CellClassifier, ClassifierTask, Teacher, TokenLabellingTask
+from visionkernels.checkpoints import load_strict, read_state, save_weights
+from visionkernels.classification import evaluate
+from visionkernels.extras import require
+from visionkernels.pictures.labelled import LabelledPictures, open_pictures
+from visionkernels.pictures.transforms import (
+    LabelMixing,
     evaluation_transform,
-    open_pictures,
     repeated_augmentation_order,
     training_transform,
 )
-from biformer.model import BiFormer
-from biformer.recipes import ClassificationRecipe, settings
-from biformer.task import CellClassifier, ClassifierTask, LabelMixing, Teacher, TokenLabellingTask
-from visionkernels.checkpoints import load_strict, read_state, save_weights
-from visionkernels.extras import require
+from visionkernels.recipes import data_of, settings
 from visionkernels.training import FitResult, TrainingData, fit
 
-__all__ = ["Evaluation", "create_model", "evaluate", "train"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Of a classifier on a set; top-1 and top-5 are shares in percent."""
-
-    top1: float
-    top5: float
-    """Of the five best classes, or of all where there are fewer."""
-    loss: float
-    """Mean cross-entropy."""
-    majority_top1: float
-    """Top-1 of always naming the most frequent class."""
-    num_pictures: int
+__all__ = ["create_model", "train"]
 
 
 def train(
@@ -59,16 +44,14 @@ def train(
 ) -> FitResult:
     """Train a classifier; a run that `run_dir` holds goes on where it stopped.
 
-    `data` is as for `biformer.data.open_pictures`, by default the recipe's own. The model gets as many classes as the
-    data has. `checkpoint` gives the weights to start from; its classifier is left out where the classes differ.
-    `run_dir/weights.safetensors` opens with `biformer.checkpoint.load_model`. The metrics are those of
-    `Evaluation`, its loss as val_loss. Errors as for `open_pictures`, `load_model` and `visionkernels.training.fit`.
+    `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own. The model gets as
+    many classes as the data has. `checkpoint` gives the weights to start from; its classifier is left out where the
+    classes differ. `run_dir/weights.safetensors` opens with `biformer.checkpoint.load_model`. The metrics are those of
+    `visionkernels.classification`. Errors as for `open_pictures`, `load_model` and `visionkernels.training.fit`.
     """
     require("accelerate", "biformer[train]")
     require("torchmetrics", "biformer[train]")
-    data = data or recipe.data
-    if data is None:
-        raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
+    data = data_of(recipe, data)
     train_set = open_pictures(data, "train", training_transform(recipe.pictures, recipe.augmentation))
     names = train_set.class_names
     val_set = open_pictures(data, "validation", evaluation_transform(recipe.pictures), class_names=names)
@@ -97,39 +80,6 @@ def train(
     if recipe.token_labelling is not None:
         _drop_cell_classifier(result)
     return result
-
-
-def evaluate(
-    model: nn.Module, pictures: LabelledPictures, *, batch_size: int = 64, workers: int = 0, show_progress: bool = True
-) -> Evaluation:
-    """Measure a model in evaluation mode, on its device; several processes share the pictures.
-
-    Raises ValueError for labels that the model does not have.
-    """
-    metrics = require("torchmetrics", "biformer[train]")
-    device = next(model.parameters()).device
-    num_classes = cast(int, model.num_classes)
-    if max(pictures.labels) >= num_classes:
-        raise ValueError(f"the data has class {max(pictures.labels)}, the model {num_classes} classes")
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
-    own = Subset(cast(Dataset, pictures), range(rank, len(pictures), processes))
-    loader = DataLoader(own, batch_size=batch_size, num_workers=workers)
-    accuracy = partial(metrics.classification.MulticlassAccuracy, num_classes, average="micro")
-    top1, top5 = accuracy(top_k=1).to(device), accuracy(top_k=min(5, num_classes)).to(device)
-    loss = metrics.MeanMetric().to(device)
-    model.eval()
-    with torch.inference_mode():
-        for images, labels in tqdm(loader, desc="evaluating", disable=None if show_progress else True, leave=False):
-            images, labels = images.to(device), labels.to(device)
-            logits = model(images).float()
-            for metric in (top1, top5):
-                metric.update(logits, labels)
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            loss.update(losses)
-    majority = max(Counter(pictures.labels).values()) / len(pictures)
-    best, best5 = (round(100 * float(metric.compute()), 4) for metric in (top1, top5))
-    return Evaluation(best, best5, float(loss.compute()), 100 * majority, len(pictures))
 
 
 def create_model(recipe: ClassificationRecipe, class_names: tuple[str, ...] | None = None) -> BiFormer:
@@ -207,13 +157,7 @@ def _teacher(name: str, recipe: ClassificationRecipe) -> Teacher:
 def _metrics(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
     if isinstance(model, CellClassifier):
         model = model.model.eval()
-    measured = evaluate(model, pictures, workers=workers)
-    return {
-        "top1": measured.top1,
-        "top5": measured.top5,
-        "val_loss": measured.loss,
-        "majority_top1": measured.majority_top1,
-    }
+    return evaluate(model, pictures, workers=workers).metrics()
 
 
 def _drop_cell_classifier(result: FitResult) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-import visionkernels.cli
+from visionkernels.cli import print_metrics, report_bench, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions
 
@@ -32,7 +32,7 @@ def train(recipe: Positional[str], *, out: Path, fit: FitOptions = FitOptions())
     chosen = find_recipe(recipe)
     result = run(replace(chosen, fit=fit.apply(chosen.fit)), out)
     if os.environ.get("RANK", "0") == "0":
-        _print_metrics(result.metrics)
+        print_metrics(result.metrics)
         print(f"weights: {result.weights}")
 
 
@@ -49,7 +49,7 @@ def evaluate(*, checkpoint: Path, json: Path | None = None, overwrite: bool = Fa
 
     refuse_existing(json, overwrite)
     metrics = measure(load_tinyconv(checkpoint), digits("test"))
-    _print_metrics(metrics)
+    print_metrics(metrics)
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), **metrics}, overwrite=overwrite)
 
@@ -260,16 +260,8 @@ def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = Fal
         overwrite: replace an existing output
     """
     from gradfilter.bench import measure
-    from visionkernels.profiling import bench_table, write_bench
 
-    refuse_existing(json, overwrite)
-    rows = []
-    for row in measure(full=full):
-        print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
-        rows.append(row)
-    print(bench_table(rows))
-    if json is not None:
-        write_bench(json, rows, overwrite=overwrite)
+    report_bench(measure(full=full), json=json, overwrite=overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,19 +277,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reproduce": reproduce,
         "bench": bench,
     }
-    return visionkernels.cli.run(
+    return run(
         "gradfilter",
         commands,
         description="Gradient filtering (CVPR 2023): fine-tune a CNN with a backward pass at a fraction of its cost.",
         version=version("gradfilter"),
         argv=argv,
-    )
-
-
-def _print_metrics(metrics: Any) -> None:
-    print(
-        f"top-1 {metrics['top1']:.2f} %, always the most frequent class {metrics['majority_top1']:.2f} %, "
-        f"loss in evaluation {metrics['val_loss']:.4f}"
     )
 
 

@@ -6,6 +6,7 @@ of `{shape, stride or flat_stride, npz_key, mean, std, absmax}`; what is stored 
 package runs a case through its public API and hands the outputs to `compare_case`, which returns the mismatches.
 """
 
+import importlib.util
 import json
 import math
 import zlib
@@ -23,12 +24,24 @@ __all__ = [
     "compare_array",
     "compare_case",
     "compare_param_grads",
+    "load_check",
     "make_input",
     "make_inputs",
     "recipe_weights",
 ]
 
 Case = Mapping[str, Any]
+
+
+def load_check(test_file: str) -> Callable[..., dict[str, list[str]]]:
+    """Return `check` of the `parity.py` beside a test: a file of its own, since tests are no package."""
+    path = Path(test_file).with_name("parity.py")
+    spec = importlib.util.spec_from_file_location(f"parity_of_{path.parents[1].name}", path)
+    assert spec is not None and spec.loader is not None
+    parity = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(parity)
+    check: Callable[..., dict[str, list[str]]] = parity.check
+    return check
 
 
 def check_cases(folder: Path, run: Callable[[Case, Mapping[str, np.ndarray]], list[str]]) -> dict[str, list[str]]:

@@ -1,7 +1,9 @@
 """What defines a training run, as frozen data that checks itself."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
+
+from visionkernels.recipes import check, check_choice
 
 __all__ = ["FitRecipe", "OptimizerRecipe", "ScheduleRecipe"]
 
@@ -9,16 +11,6 @@ Precision = Literal["no", "bf16", "fp16"]
 ScheduleName = Literal["cosine", "step", "multistep", "poly", "loglinear", "onecycle", "constant"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Unit = Literal["epoch", "update"]
-
-
-def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{argument}={value!r} must be {allowed}")
-
-
-def _require_choice(argument: str, value: object, choices: object) -> None:
-    allowed = get_args(choices)
-    _require(value in allowed, argument, value, f"one of {', '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +39,14 @@ class OptimizerRecipe:
     """Upper bound of the gradient's global norm; None: no clipping."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        _require_choice("decay", self.decay, Literal["matrices", "all"])
+        check(self.lr > 0, "lr", self.lr, "above 0")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        check_choice("decay", self.decay, Literal["matrices", "all"])
         rate = self.layer_decay
-        _require(rate is None or 0 < rate <= 1, "layer_decay", rate, "in (0, 1] or None")
+        check(rate is None or 0 < rate <= 1, "layer_decay", rate, "in (0, 1] or None")
         scales = all(scale > 0 for _, scale in self.lr_scale)
-        _require(scales, "lr_scale", self.lr_scale, "pairs of a pattern and a factor above 0")
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
+        check(scales, "lr_scale", self.lr_scale, "pairs of a pattern and a factor above 0")
+        check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +76,17 @@ class ScheduleRecipe:
     """Epoch e trains at the rate of epoch max(e - lag_epochs, 0)."""
 
     def __post_init__(self) -> None:
-        _require_choice("name", self.name, ScheduleName)
-        _require_choice("unit", self.unit, Unit)
-        _require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
-        _require(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
-        _require(self.min_lr > 0 or self.name != "loglinear", "min_lr", self.min_lr, "above 0 for name='loglinear'")
-        _require(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
-        _require(self.decay_epochs >= 1, "decay_epochs", self.decay_epochs, "at least 1")
+        check_choice("name", self.name, ScheduleName)
+        check_choice("unit", self.unit, Unit)
+        check(self.warmup >= 0, "warmup", self.warmup, "at least 0")
+        check(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
+        check(self.min_lr > 0 or self.name != "loglinear", "min_lr", self.min_lr, "above 0 for name='loglinear'")
+        check(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
+        check(self.decay_epochs >= 1, "decay_epochs", self.decay_epochs, "at least 1")
         rises = list(self.milestones) == sorted(set(self.milestones))
-        _require(rises, "milestones", self.milestones, "rising epochs, each once")
+        check(rises, "milestones", self.milestones, "rising epochs, each once")
         needs = bool(self.milestones) == (self.name == "multistep")
-        _require(needs, "milestones", self.milestones, "given for name='multistep' and for no other")
+        check(needs, "milestones", self.milestones, "given for name='multistep' and for no other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,19 +127,19 @@ class FitRecipe:
 
     def __post_init__(self) -> None:
         both = (self.epochs, self.updates)
-        _require((both[0] is None) != (both[1] is None), "epochs, updates", both, "exactly one number, the other None")
+        check((both[0] is None) != (both[1] is None), "epochs, updates", both, "exactly one number, the other None")
         counts = ("epochs", "updates", "batch_size", "accumulation_steps", "evaluate_every_epochs", "keep_checkpoints")
         for name in (*counts, "save_every_updates", "save_every_epochs"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+            check(value is None or value >= 1, name, value, "at least 1")
         whole = self.batch_size % self.accumulation_steps == 0
-        _require(whole, "batch_size", self.batch_size, f"a multiple of accumulation_steps={self.accumulation_steps}")
-        _require_choice("precision", self.precision, Precision)
-        _require_choice("best", self.best, Literal["max", "min"])
-        _require_choice("device", self.device, Literal["auto", "cpu"])
+        check(whole, "batch_size", self.batch_size, f"a multiple of accumulation_steps={self.accumulation_steps}")
+        check_choice("precision", self.precision, Precision)
+        check_choice("best", self.best, Literal["max", "min"])
+        check_choice("device", self.device, Literal["auto", "cpu"])
         for tracker in self.trackers:
-            _require_choice("trackers", tracker, Tracker)
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
-        _require(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
+            check_choice("trackers", tracker, Tracker)
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
+        check(self.num_workers >= 0, "num_workers", self.num_workers, "at least 0")
         decay = self.ema_decay
-        _require(decay is None or 0 <= decay < 1, "ema_decay", decay, "in [0, 1) or None")
+        check(decay is None or 0 <= decay < 1, "ema_decay", decay, "in [0, 1) or None")

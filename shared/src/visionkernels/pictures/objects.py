@@ -1,0 +1,135 @@
+"""Pictures with boxes, classes and masks of objects: folders in the layout of COCO, and shapes drawn by us."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.transforms import v2
+
+from visionkernels.extras import require
+from visionkernels.pictures import shapes
+from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, require_files, types
+from visionkernels.pictures.labelled import Split
+from visionkernels.pictures.reading import read_picture
+
+__all__ = ["ObjectPictures", "open_objects", "pair_up"]
+
+
+class ObjectPictures(AnnotatedPictures[dict[str, Tensor]]):
+    """Pictures with objects: item i is (image [3, H, W] in 0..1, target) after `transform`.
+
+    A target holds `boxes` [N, 4] as left, top, right, bottom in pixels, `labels` [N], `iscrowd` [N], and `masks`
+    [N, H, W] where they are asked for.
+    """
+
+
+def open_objects(data: str | Path, split: Split, *, num_classes: int, has_masks: bool = True) -> ObjectPictures:
+    """Open the pictures of one split for detection, in training mirrored at random.
+
+    `data` is a folder in the layout of COCO, `train2017/`, `val2017/` and `annotations/instances_train2017.json` (and
+    val), or "shapes". Labels are the category ids of the file; 0 is the background. Training leaves out crowds, boxes
+    of less than a pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without
+    pycocotools, and ValueError for a damaged file, one without objects, and category ids other than 1 to
+    `num_classes` - 1; reading raises CorruptPictureError, and CorruptAnnotationError for a picture of another size.
+    """
+    is_train = split == "train"
+    steps = [v2.RandomHorizontalFlip()] if is_train else []
+    transform = v2.Compose([*steps, v2.ToDtype(types(torch.uint8), scale=True), v2.ToPureTensor()])
+    if str(data) == "shapes":
+        shapes.check_classes(num_classes)
+        return ObjectPictures(partial(_read_shapes, split, has_masks), shapes.NUM_PICTURES[split], transform)
+    name = "train2017" if is_train else "val2017"
+    folder, file = Path(data) / name, Path(data) / "annotations" / f"instances_{name}.json"
+    for path in (folder, file):
+        if not path.exists():
+            raise FileNotFoundError(f"--data {data} has no {path}; it must be in the layout of COCO, or be shapes")
+    coco = _open_coco(file, num_classes=num_classes, has_masks=has_masks)
+    with_objects = {each["image_id"] for each in coco.dataset["annotations"] if _is_usable(each)}
+    numbers = [number for number in sorted(coco.imgs) if not is_train or number in with_objects]
+    if not with_objects.intersection(numbers):
+        raise ValueError(f"{file} has no objects of a pixel or more a side in its pictures")
+    require_files(data, "pictures", [folder / coco.imgs[number]["file_name"] for number in numbers])
+    return ObjectPictures(partial(_read_coco, coco, folder, numbers, is_train, has_masks), len(numbers), transform)
+
+
+def pair_up(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
+    """Collate pictures of different sizes: a list of images and a list of targets."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+def _read_shapes(split: Split, has_masks: bool, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    image, masks, kinds = shapes.read_shapes(split, index)
+    tensor = torch.from_numpy(masks)
+    boxes = masks_to_boxes(tensor) + torch.tensor([0, 0, 1, 1])  # of the pixels' outer edges
+    labels = torch.from_numpy(kinds)
+    return image, _target(image, boxes, labels, torch.zeros_like(labels), tensor if has_masks else None)
+
+
+def _target(image: Tensor, boxes: Tensor, labels: Tensor, is_crowd: Tensor, masks: Tensor | None) -> dict[str, Any]:
+    canvas_size = (image.shape[-2], image.shape[-1])
+    target: dict[str, Any] = {
+        "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=canvas_size),
+        "labels": labels,
+        "iscrowd": is_crowd,
+    }
+    return target if masks is None else target | {"masks": tv_tensors.Mask(masks.to(torch.uint8))}
+
+
+def _open_coco(file: Path, *, num_classes: int, has_masks: bool) -> Any:
+    """Read a file of COCO, and see that its annotations have what training reads of them."""
+    pycocotools = require("pycocotools.coco", "pycocotools")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # pycocotools reports there
+            coco = pycocotools.COCO(str(file))
+        annotations, images = coco.dataset["annotations"], coco.imgs.values()
+        boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64)
+        labels = {each["category_id"] for each in annotations}
+        unlike = [
+            each for each in images if not (isinstance(each["file_name"], str) and each["height"] * each["width"])
+        ]
+        empty = [each["id"] for each in annotations if has_masks and not each["segmentation"]]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
+    if unlike:
+        raise ValueError(f"{file} has an image without name or size: {unlike[0]}")
+    if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
+        raise ValueError(f"{file} has a bbox that is not four numbers: left, top, width, height")
+    if strange := [each for each in labels if not (isinstance(each, int) and 0 < each < num_classes)]:
+        raise ValueError(
+            f"{file} has category id {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}"
+        )
+    if empty:
+        raise ValueError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
+    return coco
+
+
+def _is_usable(annotation: dict[str, Any]) -> bool:
+    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) >= 1
+
+
+def _read_coco(
+    coco: Any, folder: Path, numbers: Sequence[int], is_train: bool, has_masks: bool, index: int
+) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    stated = coco.imgs[numbers[index]]
+    file, size = folder / stated["file_name"], (stated["height"], stated["width"])
+    image = tv_tensors.Image(v2.functional.pil_to_tensor(read_picture(file)))
+    if image.shape[1:] != size:
+        raise CorruptAnnotationError(f"picture {file} is {tuple(image.shape[1:])}; its annotations are for {size}")
+    found = [each for each in coco.imgToAnns.get(numbers[index], ()) if not is_train or _is_usable(each)]
+    boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
+    labels, is_crowd = (
+        torch.tensor([each.get(key, 0) for each in found], dtype=torch.int64) for key in ("category_id", "iscrowd")
+    )
+    masks = None
+    if has_masks:
+        masks = torch.from_numpy(np.array([coco.annToMask(each) for each in found], np.uint8).reshape(-1, *size))
+    return image, _target(image, box_convert(boxes, "xywh", "xyxy"), labels, is_crowd, masks)

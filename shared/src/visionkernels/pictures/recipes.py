@@ -1,0 +1,102 @@
+"""How pictures become input, and how they vary in training: frozen settings that check themselves."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from visionkernels.recipes import check, check_choice
+
+__all__ = ["AugmentationRecipe", "PictureRecipe", "SceneRecipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRecipe:
+    """How a picture becomes the model's input."""
+
+    size: int = 224
+    """Pixels a side of the input."""
+    resize: int = 256
+    """Pixels of the shorter side before the centre crop in evaluation."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    """Of the channels in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        check(self.size >= 1, "size", self.size, "at least 1")
+        check(self.resize >= self.size, "resize", self.resize, f"at least size={self.size}")
+        check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationRecipe:
+    """How training pictures and labels vary."""
+
+    random_crop: bool = True
+    """Crop 8 to 100 % of the area at random and flip half of the pictures, instead of resizing them."""
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """As `timm.data.create_transform` takes it; None: no RandAugment."""
+    erasing: float = 0.25
+    """Probability of erasing a rectangle."""
+    repeats: int = 3
+    """Copies of a picture, each augmented anew, that an epoch holds in a row; 1: each picture once an epoch."""
+    mixup: float = 0.8
+    """Alpha of the beta distribution; 0: no mixup."""
+    cutmix: float = 1.0
+    """Alpha of the beta distribution; 0: no cutmix."""
+    mix_prob: float = 1.0
+    """Share of the batches that are mixed at all."""
+    mix_switch: float = 0.5
+    """Share of cutmix where both are on."""
+    smoothing: float = 0.1
+    """Share of the label that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("erasing", "mix_prob", "mix_switch"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, name, value, "in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        check(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneRecipe:
+    """How a picture becomes the input of a segmentation model, in training and in evaluation."""
+
+    short_side: int = 512
+    """Pixels of the shorter side, before the random scale."""
+    long_side: int = 2048
+    """Pixels that the longer side may have at most, before the random scale."""
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    crop: int = 512
+    """Pixels a side of a training crop."""
+    max_class_share: float = 0.75
+    """Of a crop that one class may fill; ten crops are tried."""
+    multiple: int = 32
+    """In evaluation both sides are rounded up to a multiple of this."""
+    inference: Literal["whole", "slide"] = "whole"
+    """"slide": the mean over overlapping windows of `crop` pixels a side."""
+    stride: int = 341
+    """Pixels between windows of "slide"."""
+    test_scales: tuple[float, ...] = (1.0,)
+    """Probabilities are averaged over these sizes of the picture."""
+    test_flip: bool = False
+    """Average over the mirrored picture as well."""
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    """Of the channels in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "crop", "multiple", "stride"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.long_side >= self.short_side, "long_side", self.long_side, f"at least {self.short_side}")
+        low, high = self.scale_range
+        check(0 < low <= high, "scale_range", self.scale_range, "two rising numbers above 0")
+        check(0 < self.max_class_share <= 1, "max_class_share", self.max_class_share, "in (0, 1]")
+        check(self.inference in ("whole", "slide"), "inference", self.inference, "'whole' or 'slide'")
+        check(self.stride <= self.crop, "stride", self.stride, f"at most crop={self.crop}, or pixels are left out")
+        scales = bool(self.test_scales) and min(self.test_scales) > 0
+        check(scales, "test_scales", self.test_scales, "one or more numbers above 0")
