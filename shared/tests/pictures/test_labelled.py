@@ -1,13 +1,17 @@
 """Pictures with a class: folders, shards and other sources."""
 
 import io
+import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.reading import CorruptPictureError
@@ -126,3 +130,38 @@ class TestOtherSources:
     def test_streams(self, kind):
         with pytest.raises(ValueError, match="is a stream, which cannot resume; use hfds/imagenet"):
             open_pictures(f"{kind}/imagenet", "train", TRANSFORM)
+
+
+def load_meta(self):
+    self.classes = pickle.loads((Path(self.root) / self.base_folder / "batches.meta").read_bytes())["label_names"]
+
+
+class TestCifar:
+    def write(self, root, monkeypatch):
+        """Two tiny batches in CIFAR's format, whose digests are taken for the published ones."""
+        folder = root / CIFAR10.base_folder
+        folder.mkdir()
+        pixels = np.arange(3 * 3072, dtype=np.uint8).reshape(3, 3072)
+        batches = {"train_list": [("data_batch_1", "")], "test_list": [("test_batch", "")]}
+        for name, labels in (("data_batch_1", [2, 0, 1]), ("test_batch", [1, 1, 0])):
+            (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["a", "b", "c"]}))
+        for name, value in (batches | {"_check_integrity": lambda self: True, "_load_meta": load_meta}).items():
+            monkeypatch.setattr(CIFAR10, name, value)
+        return pixels
+
+    def test_splits(self, tmp_path, monkeypatch):
+        pixels = self.write(tmp_path, monkeypatch)
+        train = open_pictures(tmp_path, "train", np.asarray)
+        assert (train.labels, train.class_names) == ([2, 0, 1], ("a", "b", "c"))
+        picture, label = train[1]
+        assert label == 0
+        np.testing.assert_array_equal(picture, pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
+        assert open_pictures(tmp_path, "validation", np.asarray).labels == [1, 1, 0]
+
+    @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
+    def test_other_files(self, tmp_path, kind):
+        (tmp_path / kind.base_folder).mkdir()
+        (tmp_path / kind.base_folder / "train").write_bytes(pickle.dumps({}))
+        with pytest.raises(ValueError, match=f"{kind.base_folder} is damaged: its files are not the published ones"):
+            open_pictures(tmp_path, "train", TRANSFORM)

@@ -1,5 +1,6 @@
 """Pictures with a class for every pixel."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -103,3 +104,53 @@ class TestAlignedSize:
     )
     def test_sizes(self, size, expected):
         assert aligned_size(*size, SceneRecipe()) == expected
+
+
+class TestLayouts:
+    """Labels 0, 1, 2 and 255 in the quarters of a picture, in the layouts of other sets."""
+
+    LABELS = np.kron(np.array([[0, 1], [2, 255]], dtype=np.uint8), np.ones((24, 32), np.uint8))
+
+    def save(self, picture: Path, annotation: Path, labels: np.ndarray = LABELS) -> None:
+        for path in (picture, annotation):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([labels] * 3, -1)).save(picture)
+        Image.fromarray(labels).save(annotation)
+
+    def classes(self, root: Path, split="validation", num_classes=19) -> list[int]:
+        scenes = open_scenes(root, split, SCENE, num_classes=num_classes)
+        return scenes[0][1][::24, ::32].flatten().tolist()
+
+    def test_pascal_voc(self, tmp_path):
+        lists = tmp_path / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("a\nb\n")
+        for name in ("a", "b"):
+            self.save(tmp_path / f"JPEGImages/{name}.jpg", tmp_path / f"SegmentationClass/{name}.png")
+        assert len(open_scenes(tmp_path, "validation", SCENE, num_classes=21)) == 2
+        assert self.classes(tmp_path) == [0, 1, 2, IGNORED]
+        with pytest.raises(FileNotFoundError, match=r"has no list .*train\.txt of its pictures"):
+            open_scenes(tmp_path, "train", SCENE, num_classes=21)
+        (lists / "train.txt").write_text("a\n")
+        (lists / "trainaug.txt").write_text("a\nb\n")
+        with pytest.raises(FileNotFoundError, match=r"lacks 2 annotations; the first is .*SegmentationClassAug/a\.png"):
+            open_scenes(tmp_path, "train", SCENE, num_classes=21)
+        shutil.copytree(tmp_path / "SegmentationClass", tmp_path / "SegmentationClassAug")
+        assert len(open_scenes(tmp_path, "train", SCENE, num_classes=21)) == 2
+        (tmp_path / "JPEGImages/b.jpg").unlink()
+        with pytest.raises(FileNotFoundError, match=r"lacks 1 pictures; the first is .*b\.jpg"):
+            open_scenes(tmp_path, "train", SCENE, num_classes=21)
+
+    def test_cityscapes(self, tmp_path):
+        picture = tmp_path / "leftImg8bit/val/ulm/ulm_1_leftImg8bit.png"
+        annotation = tmp_path / "gtFine/val/ulm/ulm_1_gtFine_labelIds.png"
+        # ids 7, 33, 4 and 18 are road, bicycle, static and a rail that does not count
+        ids = np.select([label == self.LABELS for label in (0, 1, 2, 255)], [7, 33, 4, 18]).astype(np.uint8)
+        self.save(picture, annotation, ids)
+        assert self.classes(tmp_path) == [0, 18, IGNORED, IGNORED]
+        self.save(picture, annotation.with_name("ulm_1_gtFine_labelTrainIds.png"))
+        assert self.classes(tmp_path) == [0, 1, 2, IGNORED]
+        with pytest.raises(CorruptAnnotationError, match="has label 2; there are 2 classes"):
+            self.classes(tmp_path, num_classes=2)
+        with pytest.raises(FileNotFoundError, match=r"has no pictures .*leftImg8bit/train/CITY"):
+            self.classes(tmp_path, "train")

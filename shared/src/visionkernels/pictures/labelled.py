@@ -13,9 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from visionkernels.extras import require
 from visionkernels.pictures.reading import read_picture
@@ -24,7 +27,10 @@ __all__ = ["LabelledPictures", "Split", "open_pictures"]
 
 Split = Literal["train", "validation"]
 
-_LAYOUT = "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg, or be wds/FOLDER, hfds/NAME or mnist5k"
+_LAYOUT = (
+    "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg, or CIFAR's batches, or be wds/FOLDER, hfds/NAME or mnist5k"
+)
+_CIFAR = (CIFAR10, CIFAR100)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def open_pictures(
 ) -> LabelledPictures:
     """Open the pictures of one split.
 
-    `data` is a folder with `train` and `val` (or `validation`), each of one folder a class; `wds/FOLDER` with
+    `data` is a folder with `train` and `val` (or `validation`), each of one folder a class; a folder with CIFAR's
+    unpacked `cifar-10-batches-py` or `cifar-100-python`; `wds/FOLDER` with
     WebDataset shards `*train*.tar` and `*val*.tar` of pictures and `.cls` files; `hfds/NAME` on the Hugging Face Hub;
     or `mnist5k`, the 4,000 and 1,000 digits of `visionkernels.samples`. For "validation" a folder may also hold the
     classes itself. `class_names` gives the classes their numbers, by default their order by name.
@@ -79,6 +86,8 @@ def open_pictures(
     elif kind == "hfds":
         require("datasets", "datasets")
         opened = _from_timm(create_dataset(str(data), split=split), transform)
+    elif (cifar := next((each for each in _CIFAR if (Path(data) / each.base_folder).is_dir()), None)) is not None:
+        opened = _open_cifar(cifar, Path(data), split, transform)
     else:
         opened = _open_folder(Path(data), split, transform, class_names)
     if class_names is not None and not set(opened.labels) <= set(range(len(class_names))):
@@ -103,6 +112,28 @@ def _open_folder(
         return _from_timm(create_dataset("", str(folder), search_split=False, class_map=class_map), transform)
     except RuntimeError as error:
         raise ValueError(f"--data {folder} holds no pictures in folders of classes; {_LAYOUT}") from error
+
+
+def _open_cifar(
+    kind: type[CIFAR10], root: Path, split: Split, transform: Callable[[Image.Image], Any]
+) -> LabelledPictures:
+    try:  # torchvision unpickles the batches only where their digests are those of the published ones
+        cifar = kind(root, train=split == "train")
+    except RuntimeError as error:
+        raise ValueError(
+            f"--data {root / kind.base_folder} is damaged: its files are not the published ones"
+        ) from error
+    return LabelledPictures(
+        files=partial(_picture_of, cifar.data),
+        labels=list(cifar.targets),
+        class_names=tuple(cifar.classes),
+        transform=transform,
+        describe=f"{{}} of {kind.base_folder} ({split})".format,
+    )
+
+
+def _picture_of(pixels: NDArray[np.uint8], index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
 
 
 def _from_timm(dataset: Any, transform: Callable[[Image.Image], Any]) -> LabelledPictures:
@@ -191,7 +222,7 @@ def _open_digits(split: Split, transform: Callable[[Image.Image], Any]) -> Label
 
     images, labels = mnist5k("train" if split == "train" else "test")
     return LabelledPictures(
-        files=[Image.fromarray(image) for image in images].__getitem__,
+        files=partial(_picture_of, images),
         labels=labels.tolist(),
         class_names=tuple(map(str, range(10))),
         transform=transform,

@@ -1,9 +1,8 @@
-"""Pictures with a class for every pixel: folders in the layout of ADE20K, and shapes drawn by us.
+"""Pictures with a class for every pixel: ADE20K, Pascal VOC 2012, Cityscapes, and shapes drawn by us.
 
 Transforms are those of torchvision.transforms.v2; random numbers come from torch's generator, which training seeds.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from visionkernels.pictures import shapes
-from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, require_files, types
+from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, types
 from visionkernels.pictures.labelled import Split
+from visionkernels.pictures.layouts import IGNORED, Layout, find_layout
 from visionkernels.pictures.reading import read_picture
 from visionkernels.pictures.recipes import SceneRecipe
 
 __all__ = ["IGNORED", "Scenes", "aligned_size", "open_scenes"]
-
-IGNORED = 255
-"""The label of pixels that count for nothing."""
 
 
 class Scenes(AnnotatedPictures[Tensor]):
@@ -35,26 +32,23 @@ class Scenes(AnnotatedPictures[Tensor]):
 def open_scenes(data: str | Path, split: Split, scene: SceneRecipe, *, num_classes: int) -> Scenes:
     """Open the pictures of one split for segmentation: random crops for "train", whole pictures for "validation".
 
-    `data` is a folder in the layout of ADE20K, `images/training/*.jpg` and `annotations/training/*.png` (and
-    `validation`), with 0 in an annotation for pixels without a class and k for class k - 1; or "shapes".
+    `data` is "shapes", or a folder in one of these layouts; class `IGNORED` counts for nothing.
+
+    | like | pictures | annotations | classes |
+    |---|---|---|---|
+    | ADE20K | `images/training/*.jpg` (and `validation`) | `annotations/training/*.png` | label k - 1, 0 ignored |
+    | VOC2012 | `JPEGImages`, listed in `ImageSets/Segmentation` | `SegmentationClass(Aug)` | label k, 255 ignored |
+    | Cityscapes | `leftImg8bit/train/CITY` (and `val`) | `gtFine/train/CITY`, labelTrainIds or labelIds | the 19 |
+
     Raises FileNotFoundError for missing folders and annotations; reading raises CorruptPictureError, and
-    CorruptAnnotationError for labels above `num_classes` too.
+    CorruptAnnotationError for labels of classes that are none of the `num_classes`.
     """
     transform = _training_transform(scene) if split == "train" else _evaluation_transform(scene)
     if str(data) == "shapes":
         shapes.check_classes(num_classes)
         return Scenes(partial(_read_shapes, split), shapes.NUM_PICTURES[split], transform)
-    name = "training" if split == "train" else "validation"
-    pictures, annotations = (Path(data) / kind / name for kind in ("images", "annotations"))
-    files = sorted(pictures.glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(
-            f"--data {data} has no pictures {pictures}/*.jpg; it must hold images/ and annotations/, "
-            "each with training/ and validation/, or be shapes"
-        )
-    pairs = [(file, annotations / f"{file.stem}.png") for file in files]
-    require_files(data, "annotations", [annotation for _, annotation in pairs])
-    return Scenes(partial(_read_scene, pairs, num_classes), len(pairs), transform)
+    layout = find_layout(data, split)
+    return Scenes(partial(_read_scene, layout, num_classes), len(layout.pairs), transform)
 
 
 def aligned_size(height: int, width: int, scene: SceneRecipe, scale: float = 1.0) -> tuple[int, int]:
@@ -77,10 +71,8 @@ def _read_shapes(split: Split, index: int) -> tuple[tv_tensors.Image, tv_tensors
     return image, tv_tensors.Mask(torch.from_numpy(labels))
 
 
-def _read_scene(
-    pairs: Sequence[tuple[Path, Path]], num_classes: int, index: int
-) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    file, annotation = pairs[index]
+def _read_scene(layout: Layout, num_classes: int, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    file, annotation = layout.pairs[index]
     image = v2.functional.pil_to_tensor(read_picture(file))
     try:
         with Image.open(annotation) as opened:
@@ -92,9 +84,10 @@ def _read_scene(
         raise CorruptAnnotationError(
             f"annotation {annotation} has shape {raw.shape}; its picture is {tuple(image.shape[1:])}"
         )
-    if raw.max() > num_classes:
-        raise CorruptAnnotationError(f"annotation {annotation} has label {raw.max()}; there are {num_classes} classes")
-    labels = raw.astype(np.uint8) - np.uint8(1)  # 0, no class, becomes 255
+    labels = layout.classes[raw.clip(0, 255)]
+    strange = raw[(raw > 255) | ((labels >= num_classes) & (labels != IGNORED))]
+    if strange.size:
+        raise CorruptAnnotationError(f"annotation {annotation} has label {strange[0]}; there are {num_classes} classes")
     return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels))
 
 
