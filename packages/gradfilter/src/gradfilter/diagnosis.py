@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gradfilter.conv import FilteredConv2d, is_plain_convolution
 from gradfilter.conversion import choose, restore
 from gradfilter.trace import call_model, trace
-from visionkernels.ops.filtered_conv import Radius, check_radius, patch_mean, saved_input
+from visionkernels.ops.filtered_conv import Border, Radius, check_radius, patch_mean, saved_input
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "diagnose"]
 
@@ -63,41 +63,43 @@ def diagnose(
     radius: Radius = 2,
     last_n: int | None = None,
     layers: Sequence[str] | None = None,
+    border: Border = "plain",
 ) -> Diagnosis:
     """Compare filtered with exact gradients on a batch (inputs, targets), for `loss(model(inputs), targets)`.
 
-    The layers are the filtered ones of a converted model with their radii, else those that `last_n` and `layers` choose
-    as for `gradfilter.convert`, with `radius`. Each gets the exact output gradient g of the whole network and its own
-    input x; the model does not change. For each layer:
+    The layers are the filtered ones of a converted model with their radii and borders, else those that `last_n` and
+    `layers` choose as for `gradfilter.convert`, with `radius` and `border`. Each gets the exact output gradient g of
+    the whole network and its own input x; the model does not change. For each layer:
 
     - `gradient_energy`, `input_energy`: share of |g|^2 and of |x|^2 (as sampled) that patch means keep, in [0, 1]; the
       signal-to-noise ratio of the filtered g is energy / (1 - energy);
     - `weight_cosine`, `weight_norm_ratio`: of the filtered gradient of the weight to the exact one;
     - `weight_error`: norm of their difference over that of the exact one, and `weight_error_bound` above it, which
-      Cauchy and Schwarz prove: for output o, input c, tap u, with x_u what the tap reads, s what is sampled, and A the
-      patch mean, |g_o| |x_u,c - s_c| + |g_o - A g_o| |s_c - A s_c|;
+      Cauchy and Schwarz prove: for output o, input c, tap u, with x_u what the tap reads, s what is sampled, A the
+      patch mean, and k_u the share of outputs for which the tap reads the map if `border` is "covered", else 1,
+      |g_o| |x_u,c - k_u s_c| + k_u |g_o - A g_o| |s_c - A s_c|;
     - `input_cosine`, `input_norm_ratio`: of the gradient of the input.
 
     Raises ValueError as `convert` does, and if the loss does not reach a layer.
     """
     inputs, targets = batch
-    radii = {
-        name: module.radius
+    filters = {
+        name: (module.radius, module.border)
         for name, module in model.named_modules()
         if isinstance(module, FilteredConv2d) and (last_n is None and layers is None)
     }
     twin = copy.deepcopy(model)
     restore(twin)
-    if not radii:
+    if not filters:
         chosen = choose(trace(twin, inputs), last_n, layers)
-        radii = {call.name: check_radius(radius) for call in chosen if is_plain_convolution(call.module)}
-    records = _record(twin, radii, lambda: loss(call_model(twin, inputs), targets))
+        filters = {call.name: (check_radius(radius), border) for call in chosen if is_plain_convolution(call.module)}
+    records = _record(twin, filters, lambda: loss(call_model(twin, inputs), targets))
     modules = dict(twin.named_modules())
     return Diagnosis(
         tuple(
-            _compare(name, cast(nn.Conv2d, modules[name]), *records[name], radii[name])
+            _compare(name, cast(nn.Conv2d, modules[name]), *records[name], *filters[name])
             for name in records
-            if name in radii
+            if name in filters
         )
     )
 
@@ -131,21 +133,28 @@ def _record(
     return {name: (found[0], found[1]) for name, found in records.items()}
 
 
-def _compare(name: str, conv: nn.Conv2d, x: Tensor, grad: Tensor, radius: tuple[int, int]) -> LayerDiagnosis:
+def _compare(
+    name: str, conv: nn.Conv2d, x: Tensor, grad: Tensor, radius: tuple[int, int], border: Border
+) -> LayerDiagnosis:
     x, grad = x.double(), grad.double()
     conv = copy.deepcopy(conv).double()
     exact_weight, exact_input = _gradients(conv, x, grad)
-    weight, input_grad = _gradients(FilteredConv2d.from_conv(conv, radius), x, grad)
+    filtered = FilteredConv2d.from_conv(conv, radius)
+    filtered.border = border
+    weight, input_grad = _gradients(filtered, x, grad)
     sampled, read = _samples(conv, x)
+    # [taps]
+    share = _samples(conv, torch.ones_like(x[:1, :1]))[1].mean((0, 1, 3)) if border == "covered" else x.new_ones(())
     smooth_grad, smooth_samples = _smooth(grad, radius), _smooth(sampled, radius)
     across = (0, 2, 3)
     grad_norm, grad_rest = grad.square().sum(across).sqrt(), (grad - smooth_grad).square().sum(across).sqrt()
     samples_rest = (sampled - smooth_samples).square().sum(across).sqrt()
     # [Ci, taps] and, by groups, [Co, Ci / g, taps]
-    reach = (read - sampled.flatten(2)[:, :, None]).square().sum((0, 3)).sqrt()
+    reach = (read - share[..., None] * sampled.flatten(2)[:, :, None]).square().sum((0, 3)).sqrt()
     groups = conv.groups
     grad_norms, grad_rests = (each.view(groups, -1, 1, 1) for each in (grad_norm, grad_rest))
-    bound = grad_norms * reach.view(groups, 1, -1, reach.shape[1]) + grad_rests * samples_rest.view(groups, 1, -1, 1)
+    bound = grad_norms * reach.view(groups, 1, -1, reach.shape[1])
+    bound = bound + share * grad_rests * samples_rest.view(groups, 1, -1, 1)
     return LayerDiagnosis(
         name=name,
         radius=radius,

@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from visionkernels.ops.filtered_conv import Border
 from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
 __all__ = ["RECIPES", "FilterRecipe", "TransferRecipe", "find_recipe"]
@@ -18,7 +19,10 @@ class FilterRecipe:
     radius: int = 2
     """Outputs a side of a patch, for "filtered"."""
     last_n: int | None = 4
-    """Convolutions from the last one back; None: all."""
+    """Convolutions from the last one back; None: all, or `layers`."""
+    layers: tuple[str, ...] = ()
+    """Names or patterns instead; these are filtered even where most taps read padding."""
+    border: Border = "plain"
     train_norm: Literal["after", "none", "all"] = "after"
     lean_activations: bool = True
     compact: bool = False
@@ -29,6 +33,9 @@ class FilterRecipe:
         )
         _require(self.radius >= 1, "radius", self.radius, "at least 1")
         _require(self.last_n is None or self.last_n >= 1, "last_n", self.last_n, "at least 1, or None for all")
+        _require(not self.layers or self.last_n is None, "last_n", self.last_n, "None with layers")
+        _require(self.border in ("plain", "covered"), "border", self.border, "plain or covered")
+        _require(not self.compact or self.border == "plain", "border", self.border, "plain with compact")
         _require(not self.compact or self.gradients == "filtered", "compact", self.compact, "False unless filtered")
 
     def options(self) -> dict[str, Any]:
@@ -36,6 +43,8 @@ class FilterRecipe:
         return {
             "radius": self.radius if self.gradients == "filtered" else {"*": None},
             "last_n": self.last_n,
+            "layers": self.layers or None,
+            "border": self.border,
             "train_norm": self.train_norm,
             "lean_activations": self.lean_activations and self.gradients == "filtered",
             "compact": self.compact,
@@ -53,8 +62,11 @@ class TransferRecipe:
     fit: FitRecipe
     widths: tuple[int, int, int] = (16, 32, 64)
     """Channels on the maps of 28, 14 and 7 pixels."""
+    reduction: int = 1
+    """Pixels a side that are averaged into one before the first map."""
 
     def __post_init__(self) -> None:
+        _require(1 <= self.reduction <= 7, "reduction", self.reduction, "in [1, 7]")
         clips = self.fit.optimizer.clip_norm is not None
         _require(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
 
@@ -105,4 +117,26 @@ def _digits() -> dict[str, TransferRecipe]:
     return recipes | {name: replace(compact, name=name, summary=summary, filter=replace(compact.filter, compact=True))}
 
 
-RECIPES: dict[str, TransferRecipe] = _digits()
+def _small_maps() -> dict[str, TransferRecipe]:
+    """Return twins on maps so small that what taps read beside them counts; `layers` filters the smallest too."""
+    recipes = {}
+    for reduction, side in ((2, 14), (3, 9)):
+        for layers in (("features.7", "features.10", "features.14", "features.17"), ("features.14", "features.17")):
+            plain = FilterRecipe(last_n=None, layers=layers)
+            variants = {
+                "exact": ("exact gradients", replace(plain, gradients="exact")),
+                "r2_plain": ("filtered gradients that count padding", plain),
+                "r2_covered": ("filtered gradients that leave padding out", replace(plain, border="covered")),
+            }
+            if side == 9 and len(layers) == 4:
+                variants["r2"] = ("filtered gradients, exact on maps of 2 pixels,", FilterRecipe())
+            for label, (text, filtered) in variants.items():
+                name = f"tinyconv_mnist5k_{side}px_last{len(layers)}_{label}"
+                summary = f"digits of {side} pixels: {text} of the last {len(layers)} convolutions"
+                recipes[name] = TransferRecipe(
+                    name=name, summary=summary, filter=filtered, pretraining=_FIT, fit=_FIT, reduction=reduction
+                )
+    return recipes
+
+
+RECIPES: dict[str, TransferRecipe] = _digits() | _small_maps()
