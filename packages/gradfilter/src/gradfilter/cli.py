@@ -26,8 +26,8 @@ def train(recipe: Positional[str], *, out: Path, fit: FitOptions = FitOptions())
         recipe: a name from `gradfilter info`
         out: folder of the run and its weights
     """
+    from gradfilter.digits import train as run
     from gradfilter.recipes import find_recipe
-    from gradfilter.training import train as run
 
     chosen = find_recipe(recipe)
     result = run(replace(chosen, fit=fit.apply(chosen.fit)), out)
@@ -44,8 +44,8 @@ def evaluate(*, checkpoint: Path, json: Path | None = None, overwrite: bool = Fa
         json: write the result here as well
         overwrite: replace an existing output
     """
-    from gradfilter.training import digits, load_tinyconv
-    from gradfilter.training import evaluate as measure
+    from gradfilter.digits import digits, load_tinyconv
+    from gradfilter.digits import evaluate as measure
 
     refuse_existing(json, overwrite)
     metrics = measure(load_tinyconv(checkpoint), digits("test"))

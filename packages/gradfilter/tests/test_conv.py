@@ -1,0 +1,348 @@
+"""The layer by itself: nn.Conv2d in values and state, the filter in its gradients; and what the filter is made of."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradfilter import (
+    CompactConv2d,
+    FilteredConv2d,
+    convert,
+    filtered_conv2d,
+    kernel_sum,
+    patch_mean,
+    profile,
+    saved_input,
+)
+from visionkernels.testing.ops import TOLERANCES
+
+few = settings(max_examples=30, deadline=None)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+dtypes, sides = st.sampled_from(DTYPES), st.integers(1, 12)
+
+
+def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Return the output and the gradients of input and trained parameters."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = layer(x)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(out, [x, *trained.values()], grad)
+    return {"output": out.detach(), **dict(zip(["input", *trained], found, strict=True))}
+
+
+def same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[nn.Conv2d, FilteredConv2d, Tensor]:
+    """A convolution of any geometry, its filtered twin with the same Parameters, and an input that it takes."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    padding = draw(st.sampled_from([0, 1, (2, 1), *(["same", "valid"] if stride == 1 else [])]))
+    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    groups, dtype = draw(st.sampled_from([1, 2, 4])), draw(dtypes)
+    conv = nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode, dtype=dtype)
+    radius = draw(st.one_of(st.integers(1, 20), st.tuples(st.integers(1, 5), st.integers(1, 5))))
+    size = [draw(st.integers(dilation * (k - 1) + 1, 15)) for k in kernel]
+    # reflection needs a map larger than what it adds
+    x = torch.randn(draw(st.integers(1, 3)), 4, max(size[0], 4), max(size[1], 4), dtype=dtype)
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return conv, FilteredConv2d.from_conv(conv, radius), x
+
+
+class TestFilteredConv2d:
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+    @few
+    @given(layers())
+    def test_is_a_convolution(self, drawn):
+        """The values of `nn.Conv2d`, its state dict, the exact gradient of the bias, and one gradient for all taps."""
+        conv, layer, x = drawn
+        rtol, atol = TOLERANCES[x.dtype][1]
+        torch.testing.assert_close(layer(x), conv(x), rtol=rtol, atol=atol)
+        same(dict(layer.state_dict()), dict(conv.state_dict()))
+        assert all(ours is theirs for ours, theirs in zip(layer.parameters(), conv.parameters(), strict=True))
+        grad = torch.randn_like(conv(x))
+        found = gradients(layer, x, grad)
+        assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+            name: (value.dtype, value.shape) for name, value in gradients(conv, x, grad).items()
+        }
+        torch.testing.assert_close(found["weight"], found["weight"][:, :, :1, :1].expand_as(found["weight"]))
+        if conv.bias is not None:
+            exact = grad.double().sum((0, 2, 3))
+            scale = max(1.0, float(grad.double().abs().sum((0, 2, 3)).max()))
+            torch.testing.assert_close(found["bias"].double(), exact, rtol=rtol, atol=atol * scale)
+
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+    @few
+    @given(layers())
+    def test_gradients_are_those_of_the_surrogate(self, drawn):
+        """Of ordinary operations on a map that is padded beforehand: the function whose own gradients these are."""
+        _, layer, x = drawn
+        layer, x = copy.deepcopy(layer).double(), x.double()
+
+        def surrogate(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            padding = layer.padding
+            if layer.padding_mode != "zeros":
+                x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+            geometry = (layer.stride, padding, layer.dilation, layer.groups, layer.radius)
+            return filtered_conv2d(x, weight, bias, *geometry, straight_through=True)
+
+        leaves = [each.detach().clone().requires_grad_() for each in (x, *layer.parameters())]
+        out = surrogate(*leaves)
+        grad = torch.randn_like(out)
+        ours = list(gradients(layer, x, grad).values())
+        torch.testing.assert_close(ours, [out.detach(), *torch.autograd.grad(out, leaves, grad)])
+
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+    @few
+    @given(layers())
+    def test_copies_and_loads(self, drawn):
+        """A copy, and a new layer that loads the state, give the same bits; an image alone is a batch of one."""
+        _, layer, x = drawn
+        grad = torch.randn_like(layer(x))
+        expected = gradients(layer, x, grad)
+        same(gradients(copy.deepcopy(layer), x, grad), expected)
+        other = FilteredConv2d(
+            4, 8, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is not None,
+            layer.padding_mode, radius=layer.radius, dtype=x.dtype,
+        )  # fmt: skip
+        other.load_state_dict(layer.state_dict())
+        same(gradients(other, x, grad), expected)
+        alone = gradients(layer, x[0], grad[0])
+        rtol, atol = TOLERANCES[x.dtype][1]
+        for name, value in gradients(layer, x[:1], grad[:1]).items():
+            value = value[0] if name in ("output", "input") else value
+            torch.testing.assert_close(alone[name], value, rtol=rtol, atol=atol * max(1.0, float(value.abs().max())))
+
+    def test_same_padding_of_timm(self):
+        conv, x = Conv2dSame(3, 4, 3, stride=2), torch.randn(2, 3, 9, 10)
+        torch.testing.assert_close(FilteredConv2d.from_conv(conv, 2)(x), conv(x))
+
+    def test_stands_alone(self):
+        """Built as any layer, from a convolution that stays what it is, and printed."""
+        layer = FilteredConv2d(3, 4, 3, padding=1, radius=(2, 4))
+        assert "radius=(2, 4)" in repr(layer)
+        conv = nn.Conv2d(3, 4, 3)
+        shared = FilteredConv2d.from_conv(conv, 2)
+        assert shared.weight is conv.weight and type(conv) is nn.Conv2d
+        assert isinstance(CompactConv2d(3, 4, 3), FilteredConv2d)
+
+    def test_called_twice(self):
+        """One layer on two maps keeps a sum for each: the gradients add up, those of a converted network too."""
+        first, second = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 5, 7)
+        layer = FilteredConv2d(3, 3, 3, padding=1)
+        grads = []
+        for calls in ((first,), (second,), (first, second)):
+            loss = sum(layer(x).square().sum() for x in calls)
+            grads.append(torch.autograd.grad(loss, layer.weight)[0])
+        torch.testing.assert_close(grads[2], grads[0] + grads[1])
+        conv = nn.Conv2d(3, 3, 3, padding=1)
+        network = nn.Sequential(conv, nn.Tanh(), conv)
+        assert convert(network, example_input=first).filtered == ("0",)
+        network(first).square().sum().backward()
+        twin = conv.weight.detach().clone().requires_grad_()
+        middle = filtered_conv2d(first, twin, conv.bias, padding=1).tanh()
+        filtered_conv2d(middle, twin, conv.bias, padding=1).square().sum().backward()
+        torch.testing.assert_close(conv.weight.grad, twin.grad)
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    def test_deterministic_mode(self, kind):
+        """Runs under torch's deterministic algorithms, and twice to the same bits."""
+        layer, x = kind(4, 6, 3, padding=1, groups=2, radius=(2, 3)), torch.randn(2, 4, 9, 8)
+        grad = torch.randn_like(layer(x))
+        torch.use_deterministic_algorithms(True)
+        try:
+            same(gradients(layer, x, grad), gradients(layer, x, grad))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    def test_empty_batch(self, kind):
+        layer = kind(3, 4, 3, padding=1)
+        found = gradients(layer, torch.ones(0, 3, 6, 5), torch.ones(0, 4, 6, 5))
+        assert found["output"].shape == (0, 4, 6, 5) and found["input"].shape == (0, 3, 6, 5)
+        assert not any(grad.any() for grad in found.values())
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    def test_one_output_and_wide_patches(self, kind):
+        """A map that one window covers, and patches larger than any map: a single cell for each."""
+        layer = kind(3, 4, (5, 6), radius=9)
+        found = gradients(layer, torch.randn(2, 3, 5, 6), torch.ones(2, 4, 1, 1))
+        assert found["output"].shape == (2, 4, 1, 1)
+        wide, all_of_it = kind(3, 4, 3, padding=1, radius=100), kind(3, 4, 3, padding=1, radius=(7, 8))
+        all_of_it.load_state_dict(wide.state_dict())
+        x, grad = torch.randn(2, 3, 7, 8), torch.randn(2, 4, 7, 8)
+        same(gradients(wide, x, grad), gradients(all_of_it, x, grad))
+
+    def test_unused_rows(self):
+        """A stride that leaves the last row and column unread: they get no gradient."""
+        layer = FilteredConv2d(2, 3, 2, stride=2)
+        found = gradients(layer, torch.randn(1, 2, 7, 9), torch.randn(1, 3, 3, 4))
+        assert not found["input"][:, :, 6:].any() and not found["input"][:, :, :, 8:].any()
+        assert found["input"][:, :, :6, :8].all()
+
+    def test_infinity_spoils_its_image_alone(self):
+        x, grad = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+        grad[0, 0, 3, 4] = torch.inf
+        found = gradients(FilteredConv2d(3, 4, 3, padding=1), x, grad)
+        assert not found["input"][0, :, 2:4, 4:6].isfinite().any() and found["input"][1].isfinite().all()
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    def test_no_second_derivative(self, kind):
+        layer, x = kind(3, 4, 3), torch.randn(1, 3, 6, 6, requires_grad=True)
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    # forward-mode AD compiles its decompositions with TorchScript
+    @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+    def test_no_forward_derivative(self):
+        layer, x = FilteredConv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
+        with pytest.raises(NotImplementedError), torch.autograd.forward_ad.dual_level():
+            layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    @pytest.mark.parametrize(
+        ("x", "error", "message"),
+        [
+            (torch.ones(4, 4), ValueError, r"x has shape \[4, 4\]"),
+            (torch.ones(1, 1, 2, 4, 4), ValueError, r"x has shape \[1, 1, 2, 4, 4\]"),
+            (torch.ones(1, 3, 4, 4), ValueError, r"x has 3 channels; weight \[4, 1, 3, 3\] with groups=2 takes 2"),
+            (torch.ones(1, 2, 2, 4), RuntimeError, "kernel spans 3 pixels of height; the padded input has 2"),
+            (torch.ones(1, 2, 4, 2), RuntimeError, "kernel spans 3 pixels of width; the padded input has 2"),
+            (torch.ones(1, 2, 4, 4, dtype=torch.int64), TypeError, "x is torch.int64; .* takes floating-point"),
+            (torch.ones(1, 2, 4, 4, dtype=torch.complex64), TypeError, "x is torch.complex64; .* takes floating-point"),
+            (torch.ones(1, 2, 4, 4).double(), TypeError, "x is torch.float64 and weight is torch.float32"),
+            (torch.ones(1, 2, 4, 4, device="meta"), TypeError, "x is on meta and weight on cpu"),
+        ],
+        ids=["2-D", "5-D", "channels", "height", "width", "integer", "complex", "dtype", "device"],
+    )
+    def test_wrong_inputs(self, kind, x, error, message):
+        """The op's own sentences reach who calls the layer."""
+        with pytest.raises(error, match=message):
+            kind(2, 4, 3, groups=2)(x)
+
+    def test_groups_that_do_not_divide(self):
+        with pytest.raises(ValueError, match="must be divisible by groups"):
+            FilteredConv2d(3, 4, 3, groups=2)
+        with pytest.raises(ValueError, match=r"groups=3 .* must divide the 4 outputs"):
+            filtered_conv2d(torch.ones(1, 3, 4, 4), torch.ones(4, 1, 3, 3), groups=3)
+
+
+@pytest.mark.parametrize("radius", [0, -1, 2.0, True, (2,), (2, 2, 2), (2, 0), (2, True), "2"], ids=repr)
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda radius: FilteredConv2d(2, 2, 3, radius=radius),
+        lambda radius: CompactConv2d(2, 2, 3, radius=radius),
+        lambda radius: FilteredConv2d.from_conv(nn.Conv2d(2, 2, 3), radius),
+        lambda radius: convert(nn.Sequential(nn.Conv2d(2, 2, 3)), radius),
+        lambda radius: convert(nn.Sequential(nn.Conv2d(2, 2, 3)), {"*": radius}),
+        lambda radius: profile(nn.Sequential(nn.Conv2d(2, 2, 3)), radii=[radius], measures_memory=False),
+        lambda radius: filtered_conv2d(torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3), radius=radius),
+        lambda radius: patch_mean(torch.ones(1, 2, 4, 4), radius),
+        lambda radius: saved_input(torch.ones(1, 2, 4, 4), 3, radius=radius),
+    ],
+    ids=["layer", "compact", "from-conv", "convert", "convert-dict", "profile", "function", "mean", "input"],
+)
+def test_wrong_radius(take, radius):
+    """Whoever takes a radius names it, its value and what is allowed."""
+    with pytest.raises(ValueError, match=r"radius=.* must be a positive integer or pair") as caught:
+        take(radius)
+    assert f"radius={radius!r}" in str(caught.value)
+
+
+class TestPatchMean:
+    @few
+    @given(sides, sides, st.tuples(sides, sides), dtypes)
+    def test_is_the_mean_of_each_patch(self, height, width, radius, dtype):
+        """Of the pixels that it has, in float32 at least."""
+        grad = torch.randn(2, 3, height, width, dtype=dtype)
+        expected = torch.stack(
+            [torch.stack([part.mean((2, 3)) for part in rows.split(radius[1], 3)], 2)
+             for rows in grad.double().split(radius[0], 2)], 2
+        )  # fmt: skip
+        ours = patch_mean(grad, radius)
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        rtol, atol = TOLERANCES[ours.dtype][1]
+        torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol)
+
+    @few
+    @given(sides, sides, st.integers(1, 5))
+    def test_is_a_projection(self, height, width, radius):
+        """Spread over its patches, the mean has itself as mean, the same total, and no more energy than the map."""
+        grad = torch.randn(1, 2, height, width, dtype=torch.float64)
+        means = patch_mean(grad, radius)
+        spread = means.repeat_interleave(radius, 2)[:, :, :height].repeat_interleave(radius, 3)[..., :width]
+        torch.testing.assert_close(patch_mean(spread, radius), means)
+        torch.testing.assert_close(spread.sum((2, 3)), grad.sum((2, 3)))
+        torch.testing.assert_close(spread.square().sum() + (grad - spread).square().sum(), grad.square().sum())
+
+
+class TestSavedInput:
+    @few
+    @given(st.data())
+    def test_is_the_sum_of_what_is_sampled(self, data):
+        """Output by output: the mean of a box in the middle of the window, zero outside the image, added by patches."""
+        height, width = data.draw(sides), data.draw(sides)
+        kernel, stride, padding, dilation, radius = (
+            data.draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+            for least, most in ((1, 4), (1, 4), (0, 3), (1, 2), (1, 9))
+        )
+        spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        if height + 2 * padding[0] < spans[0] or width + 2 * padding[1] < spans[1]:
+            with pytest.raises(RuntimeError, match="the kernel spans"):
+                saved_input(x, kernel, radius=radius, **geometry)
+            return
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        boxes = [min(s, span) for s, span in zip(stride, spans, strict=True)]
+        # rounded up, so that an even remainder is shared and an odd one is larger before the box
+        first = [-(-(span - box) // 2) for span, box in zip(spans, boxes, strict=True)]
+        means = F.avg_pool2d(padded[:, :, first[0] :, first[1] :], boxes, stride)
+        rows, columns = ((n + 2 * p - span) // s + 1 for n, p, span, s in
+                         zip((height, width), padding, spans, stride, strict=True))  # fmt: skip
+        means = means[:, :, :rows, :columns]
+        expected = patch_mean(means, radius)
+        for axis, (count, side) in enumerate(zip((rows, columns), radius, strict=True), 2):
+            lengths = torch.tensor([min(side, count - start) for start in range(0, count, side)])
+            expected = expected * lengths.view([-1 if each == axis else 1 for each in range(4)])
+        torch.testing.assert_close(saved_input(x, kernel, radius=radius, **geometry), expected)
+
+    @few
+    @given(sides, sides, st.sampled_from([1, 3, 5]), st.integers(1, 4), dtypes)
+    def test_is_the_plain_sum_for_same_padding(self, height, width, kernel, radius, dtype):
+        x = torch.randn(2, 3, height, width, dtype=dtype)
+        ours = saved_input(x, kernel, padding=kernel // 2, radius=radius)
+        sums = [[part.sum((2, 3)) for part in rows.split(radius, 3)] for rows in x.double().split(radius, 2)]
+        rtol, atol = TOLERANCES[ours.dtype][1]
+        expected = torch.stack([torch.stack(row, 2) for row in sums], 2)
+        torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=10 * atol)
+
+
+class TestKernelSum:
+    @few
+    @given(st.lists(st.integers(1, 6), min_size=4, max_size=4), dtypes, st.booleans())
+    def test_is_the_sum_over_taps(self, shape, dtype, is_channels_last):
+        """Of any layout; one tap is itself; linear in the kernel."""
+        weight = torch.randn(shape, dtype=dtype)
+        if is_channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        expected = weight.double().sum((2, 3))
+        rtol, atol = TOLERANCES[dtype][1]
+        scale = max(1.0, float(weight.double().abs().sum((2, 3)).max()))
+        torch.testing.assert_close(kernel_sum(weight).double(), expected, rtol=rtol, atol=atol * scale)
+        torch.testing.assert_close(kernel_sum(weight[:, :, :1, :1]).double(), weight[:, :, 0, 0].double())
+        torch.testing.assert_close(kernel_sum(2 * weight).double(), 2 * kernel_sum(weight).double())
