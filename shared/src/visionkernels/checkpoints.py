@@ -5,6 +5,7 @@ for `from_pretrained` and `push_to_hub`, and timm reads `hf-hub:` names itself.
 """
 
 import hashlib
+import json
 import logging
 import re
 import urllib.parse
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 from visionkernels._unpickling import CheckpointError, read_torch
 from visionkernels.files import replace_file
 
-__all__ = ["Checkpoint", "CheckpointError", "KeyRules", "download", "load_strict", "read_state", "save_weights"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "KeyRules",
+    "download",
+    "load_strict",
+    "read_state",
+    "save_weights",
+    "stored_options",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -331,6 +341,23 @@ def _fit(found: Shapes, candidates: Mapping[str, Callable[[], Shapes]] | None) -
         if {key: tuple(shape) for key, shape in shapes().items()} == found:
             return f"; it fits {name}"
     return ""
+
+
+def stored_options(checkpoint: Checkpoint, path: str | Path, key: str, *, package: str) -> Any:
+    """Return what a weights file of `package` train holds as JSON under `key`, lists as tuples.
+
+    Raises CheckpointError for a file without it.
+    """
+    if key not in checkpoint.metadata:
+        what = key.replace("_", " ")
+        raise CheckpointError(f"{path} holds no {what} of `{package} train`; give weights.safetensors of such a run")
+    return _tuples(json.loads(checkpoint.metadata[key]))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(each) for name, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def save_weights(

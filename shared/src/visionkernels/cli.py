@@ -82,11 +82,13 @@ _METRICS = {
     "top1": "top-1 {:.2f} %",
     "top5": "top-5 {:.2f} %",
     "loss": "loss {:.4f}",
+    "main_loss": "loss of the main output {:.4f}",
     "val_loss": "loss in evaluation {:.4f}",
     "majority_top1": "always the most frequent class: top-1 {:.2f} %",
     "num_pictures": "{} pictures",
     "miou": "mIoU {:.2f} %",
     "pixel_accuracy": "pixels right {:.2f} %",
+    "miou_before": "before fine-tuning: mIoU {:.2f} %",
     "majority_miou": "always the most frequent class: mIoU {:.2f} %",
 }
 

@@ -32,8 +32,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from biformer.dense_recipes import DetectionHead, DetectionRecipe
 from biformer.model import BiFormerBackbone
-from biformer.segmentation import backbone_model, stored_options
-from visionkernels.checkpoints import load_strict, read_state
+from biformer.segmentation import backbone_model
+from visionkernels.checkpoints import load_strict, read_state, stored_options
 from visionkernels.evaluation import own_share
 from visionkernels.extras import require
 from visionkernels.pictures.objects import ObjectPictures, open_objects, pair_up
@@ -238,7 +238,7 @@ def train(
 def load_detection_model(path: str | Path) -> RetinaNet | MaskRCNN:
     """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
     checkpoint = read_state(path)
-    model = detection_model(**stored_options(checkpoint, path, "detection_model"))
+    model = detection_model(**stored_options(checkpoint, path, "detection_model", package="biformer"))
     load_strict(model, checkpoint.state, source=path)
     return model.eval()
 

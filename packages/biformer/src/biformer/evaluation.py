@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.detection import MaskRCNN
 
 from biformer.checkpoint import load_model
-from visionkernels.checkpoints import read_state
+from visionkernels.checkpoints import read_state, stored_options
 from visionkernels.classification import evaluate as evaluate_classifier
 from visionkernels.pictures.labelled import open_pictures
 
@@ -56,10 +56,11 @@ def _evaluate_segmentation(checkpoint: str | Path, data: str, device: torch.devi
 
 def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device, workers: int) -> dict[str, float]:
     from biformer.detection import evaluate, load_detection_model
-    from biformer.segmentation import stored_options
     from visionkernels.pictures.objects import open_objects
 
-    num_classes = stored_options(read_state(checkpoint), checkpoint, "detection_model")["num_classes"]
+    options = stored_options(read_state(checkpoint), checkpoint, "detection_model", package="biformer")
     model = load_detection_model(checkpoint).to(device)
-    objects = open_objects(data, "validation", num_classes=num_classes, has_masks=isinstance(model, MaskRCNN))
+    objects = open_objects(
+        data, "validation", num_classes=options["num_classes"], has_masks=isinstance(model, MaskRCNN)
+    )
     return evaluate(model, objects, workers=workers)

@@ -29,7 +29,7 @@ from torchvision.ops import Conv2dNormActivation
 from biformer.checkpoint import MODEL_NAMES, load_model
 from biformer.dense_recipes import SegmentationHead, SegmentationRecipe
 from biformer.model import BiFormer, BiFormerBackbone
-from visionkernels.checkpoints import Checkpoint, CheckpointError, load_strict, read_state
+from visionkernels.checkpoints import load_strict, read_state, stored_options
 from visionkernels.extras import require
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.pictures.scenes import IGNORED, Scenes, open_scenes
@@ -215,19 +215,12 @@ def train(
 def load_segmentation_model(path: str | Path) -> SegmentationModel:
     """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
     checkpoint = read_state(path)
-    options = stored_options(checkpoint, path, "segmentation_model")
-    model = segmentation_model(**options, scene=SceneRecipe(**stored_options(checkpoint, path, "scene")))
+    options = stored_options(checkpoint, path, "segmentation_model", package="biformer")
+    model = segmentation_model(
+        **options, scene=SceneRecipe(**stored_options(checkpoint, path, "scene", package="biformer"))
+    )
     load_strict(model, checkpoint.state, source=path)
     return model.eval()
-
-
-def stored_options(checkpoint: Checkpoint, path: str | Path, key: str) -> dict[str, Any]:
-    """Return the keyword arguments that a weights file of ours holds under `key`, JSON's lists as tuples."""
-    if key not in checkpoint.metadata:
-        what = key.replace("_", " ")
-        raise CheckpointError(f"{path} holds no {what} of `biformer train`; give weights.safetensors of such a run")
-    stored = json.loads(checkpoint.metadata[key])
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
 def _metrics(model: nn.Module, scenes: Scenes, recipe: SegmentationRecipe) -> Mapping[str, float]:

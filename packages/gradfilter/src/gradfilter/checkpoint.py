@@ -11,11 +11,14 @@ __all__ = ["load_official"]
 _PREFIXES = ("module.", "model.", "encoder.", "backbone.")
 
 
-def load_official(model: nn.Module, path: str | Path, *, num_classes: int | None = None) -> None:
+def load_official(
+    model: nn.Module, path: str | Path, *, num_classes: int | None = None, without: tuple[str, ...] = ()
+) -> None:
     """Load a weights file into `model`, converted or not, in place.
 
     Takes .pth and .safetensors, bare or wrapped, with keys that carry the prefixes of trainers ("model.", "encoder.",
-    "backbone.", ...). With `num_classes` a classifier of another size stays as the model has it. Raises CheckpointError
+    "backbone.", ...). With `num_classes` a classifier of another size stays as the model has it; keys that begin as
+    `without` says are left out, for a model that is a part of what was trained. Raises CheckpointError
     for files that are damaged or do not fit, naming the first keys. timm's MobileNetV2 has other keys than
     torchvision's: such official files go into "torchvision:mobilenet_v2".
     """
@@ -26,6 +29,7 @@ def load_official(model: nn.Module, path: str | Path, *, num_classes: int | None
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(without or ("\0",))}
     if num_classes is None:
         load_strict(model, state, source=path)
         return

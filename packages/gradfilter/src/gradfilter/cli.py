@@ -6,52 +6,84 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import print_metrics, report_bench, run
+from visionkernels.cli import find_device, print_metrics, report_bench, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions
+from visionkernels.training.options import Own
+
+if TYPE_CHECKING:
+    from gradfilter.recipes import Recipe
+    from visionkernels.training import FitResult
 
 __all__ = ["main"]
 
 Radii = Annotated[tuple[int, ...], arg(metavar="R [R ...]")]
 
 
-def train(recipe: Positional[str], *, out: Path, fit: FitOptions = FitOptions()) -> None:
+def train(
+    recipe: Positional[str],
+    *,
+    out: Path,
+    data: Own[str | None] = None,
+    checkpoint: Own[Path | None] = None,
+    pretrained: bool = False,
+    fit: FitOptions = FitOptions(),
+) -> None:
     """Train by a recipe; the same command goes on where a run stopped.
 
     Args:
-        recipe: a name from `gradfilter info`
+        recipe: a name from `gradfilter info`, or the run.json of a run
         out: folder of the run and its weights
+        data: pictures: folder with train/CLASS and val/CLASS, CIFAR's, wds/FOLDER or hfds/NAME; scenes: folder like
+            ADE20K, VOC2012 or Cityscapes
+        checkpoint: weights to start from
+        pretrained: start from published weights
     """
-    from gradfilter.digits import train as run
-    from gradfilter.recipes import find_recipe
-
-    chosen = find_recipe(recipe)
-    result = run(replace(chosen, fit=fit.apply(chosen.fit)), out)
+    chosen = _recipe(recipe)
+    chosen = replace(chosen, fit=fit.apply(chosen.fit))
+    result = _train(chosen, out, data=data, checkpoint=checkpoint, pretrained=pretrained)
     if os.environ.get("RANK", "0") == "0":
         print_metrics(result.metrics)
         print(f"weights: {result.weights}")
 
 
-def evaluate(*, checkpoint: Path, json: Path | None = None, overwrite: bool = False) -> None:
-    """Measure the weights of `gradfilter train` on turned digits that training has not seen.
+def evaluate(
+    *,
+    checkpoint: Path,
+    data: str | None = None,
+    recipe: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measure trained weights on validation data: digits, labelled pictures or scenes.
 
     Args:
-        checkpoint: weights.safetensors of a run
+        checkpoint: weights of `gradfilter train`, or official ones
+        data: as for `gradfilter train`; digits need none
+        recipe: whose network plain weights are of; those of `gradfilter train` tell it themselves
+        batch_size: pictures that a classifier computes together
+        workers: data loading processes
+        device: auto, cpu, cuda, ...
         json: write the result here as well
         overwrite: replace an existing output
     """
-    from gradfilter.digits import digits, load_tinyconv
-    from gradfilter.digits import evaluate as measure
+    from gradfilter.evaluation import evaluate_checkpoint
 
     refuse_existing(json, overwrite)
-    metrics = measure(load_tinyconv(checkpoint), digits("test"))
+    metrics = evaluate_checkpoint(
+        checkpoint, data, recipe=None if recipe is None else _recipe(recipe), device=find_device(device),
+        workers=workers, batch_size=batch_size,
+    )  # fmt: skip
     print_metrics(metrics)
     if json is not None:
-        write_json(json, {"checkpoint": str(checkpoint), **metrics}, overwrite=overwrite)
+        write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
 
 
 def profile(
@@ -220,15 +252,20 @@ def export(
 def info() -> None:
     """Print the version, the models and the recipes."""
     from gradfilter.models import SEGMENTATION_HEADS
-    from gradfilter.recipes import RECIPES
+    from gradfilter.picture_recipes import FAMILIES
+    from gradfilter.recipes import all_recipes
 
     print(f"gradfilter {version('gradfilter')}")
     print("models: any of timm, torchvision:NAME, module:callable, tinyconv")
-    print(f"segmentation heads on timm encoders: {', '.join(SEGMENTATION_HEADS)}")
+    print(f"segmentation heads on encoders: {', '.join(SEGMENTATION_HEADS)}")
     print("weights: plain checkpoints of the model, official ones too; filtering adds no parameters")
-    print("recipes for `gradfilter train`:")
-    for recipe in RECIPES.values():
-        print(f"  {recipe.name}: {recipe.summary}")
+    print("recipes for `gradfilter train`, with data of their own:")
+    for recipe in all_recipes().values():
+        if recipe.data is not None:
+            print(f"  {recipe.name}: {recipe.summary}")
+    print("on your data, from --checkpoint or --pretrained:")
+    for family in FAMILIES:
+        print(f"  {family}")
 
 
 def reproduce(
@@ -284,6 +321,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         version=version("gradfilter"),
         argv=argv,
     )
+
+
+def _recipe(name: str) -> "Recipe":
+    from gradfilter.recipes import find_recipe, read_recipe
+
+    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
+
+
+def _train(recipe: "Recipe", out: Path, *, data: str | None, checkpoint: Path | None, pretrained: bool) -> "FitResult":
+    from gradfilter import digits, training
+    from gradfilter.picture_recipes import ClassificationRecipe, SegmentationRecipe
+    from gradfilter.recipes import TransferRecipe
+
+    start: dict[str, Any] = {"checkpoint": checkpoint, "pretrained": pretrained}
+    match recipe:
+        case ClassificationRecipe():
+            return training.train_classifier(recipe, data, out, **start)
+        case SegmentationRecipe():
+            return training.train_segmenter(recipe, data, out, **start)
+        case TransferRecipe():
+            given = [f"--{name}" for name, value in {"data": data, **start}.items() if value]
+            if given:
+                raise ValueError(f"{', '.join(given)} cannot be given: {recipe.name} has its own digits and weights")
+            return digits.train(recipe, out)
+        case _:
+            raise AssertionError(type(recipe))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,39 @@
-"""Training by a recipe: a network learns a task whole, and another one in its last layers with filtered gradients."""
+"""Digits: a network learns them upright, and turned ones in its last layers with filtered gradients."""
 
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from gradfilter.conversion import ConversionReport, convert, restore
 from gradfilter.diagnosis import diagnose
 from gradfilter.models import TinyConv
-from gradfilter.recipes import FilterRecipe, TransferRecipe
-from visionkernels.checkpoints import CheckpointError, load_strict, read_state, save_weights
+from gradfilter.recipes import TransferRecipe
+from gradfilter.training import ClassifierTask, prepare, store_plain
+from visionkernels.checkpoints import CheckpointError, load_strict, read_state
 from visionkernels.extras import require
 from visionkernels.profiling import saved_activation_bytes
+from visionkernels.recipes import settings
 from visionkernels.samples import mnist5k
 from visionkernels.training import FitRecipe, FitResult, TrainingData, fit
 
 __all__ = [
-    "ClassifierTask",
     "compare_gradients",
     "digits",
     "evaluate",
     "load_tinyconv",
-    "prepare",
     "train",
     "transfer",
 ]
 
 Digits = Literal["upright", "turned", "test"]
-
-
-class ClassifierTask(TrainingTask):
-    """Cross-entropy of class indices, in float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module = model
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Take images and class indices; return the loss and the logits."""
-        logits = self.trainable_module(images)
-        return {"loss": F.cross_entropy(logits.float(), labels), "output": logits}
 
 
 def digits(part: Digits) -> TensorDataset:
@@ -65,17 +49,6 @@ def digits(part: Digits) -> TensorDataset:
     if part != "upright":
         pixels = 1 - pixels.rot90(1, (2, 3))
     return TensorDataset((pixels - 0.1307) / 0.3081, torch.from_numpy(labels)[chosen])
-
-
-def prepare(model: nn.Module, recipe: FilterRecipe, example_input: Tensor) -> ConversionReport:
-    """Convert `model` as the recipe says; "head" leaves the linear layers trainable alone."""
-    report = convert(model, **recipe.options(), example_input=example_input, warns=recipe.gradients == "filtered")
-    if recipe.gradients == "head":
-        model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.requires_grad_(True)
-    return report
 
 
 def train(recipe: TransferRecipe, run_dir: str | Path) -> FitResult:
@@ -99,21 +72,10 @@ def train(recipe: TransferRecipe, run_dir: str | Path) -> FitResult:
     result = fit(
         ClassifierTask(model), recipe.fit,
         TrainingData(train=digits("turned"), evaluate=partial(evaluate, data=test)), run_dir,
-        details=details | {"filter": asdict(recipe.filter)},
+        details=details | {"settings": settings(recipe)},
     )  # fmt: skip
-    _fold(result.weights, model)
+    store_plain(result, model)
     return result
-
-
-def _fold(path: Path, model: nn.Module) -> None:
-    """Leave the plain weights in a file of a compact run, so that they load like any others."""
-    checkpoint = read_state(path)
-    plain = TinyConv(widths=cast(TinyConv, model).widths).state_dict()
-    if set(checkpoint.state) == set(plain):
-        return
-    load_strict(model, checkpoint.state, source=path)
-    restore(model)
-    save_weights(path, model.state_dict(), metadata=checkpoint.metadata, overwrite=True)
 
 
 @torch.no_grad()

@@ -10,27 +10,22 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from gradfilter.recipes import FilterRecipe
+from gradfilter.recipes import FilterRecipe, Recipe
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe, SceneRecipe
 from visionkernels.recipes import check
 from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
-__all__ = ["PICTURE_RECIPES", "ClassificationRecipe", "SegmentationRecipe"]
+__all__ = ["FAMILIES", "PICTURE_RECIPES", "ClassificationRecipe", "SegmentationRecipe"]
 
 _PLAIN = AugmentationRecipe(rand_augment=None, erasing=0, repeats=1, mixup=0, cutmix=0, smoothing=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationRecipe:
+class ClassificationRecipe(Recipe):
     """Fine-tuning a trained classifier in its last convolutions; its classifier is made for the classes of the data."""
 
-    name: str
-    summary: str
     model: str
     """As `gradfilter.models.create_classifier` takes it."""
-    filter: FilterRecipe
-    fit: FitRecipe
-    data: str | None = None
     pictures: PictureRecipe = field(default_factory=PictureRecipe)
     augmentation: AugmentationRecipe = _PLAIN
 
@@ -41,18 +36,14 @@ class ClassificationRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationRecipe:
+class SegmentationRecipe(Recipe):
     """Fine-tuning a segmentation model in its last convolutions."""
 
-    name: str
-    summary: str
     head: str
     """One of `gradfilter.models.SEGMENTATION_HEADS`."""
     encoder: str
+    """Of segmentation-models-pytorch, for "fcn" of timm."""
     num_classes: int
-    filter: FilterRecipe
-    fit: FitRecipe
-    data: str | None = None
     scene: SceneRecipe = field(default_factory=SceneRecipe)
     pretraining: FitRecipe | None = None
     """A training of all layers before, on the same set; None: weights must be given."""
@@ -150,13 +141,13 @@ def _shapes() -> dict[str, SegmentationRecipe]:
         short_side=128, long_side=160, scale_range=(0.75, 1.5), crop=96, max_class_share=1.0, stride=64
     )
     # (1 - x - mean) / std, since a negative of the pixels x is 1 - x
-    mean, std = (tuple(values) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    negative = replace(upright, mean=tuple(1 - each for each in mean), std=tuple(-each for each in std))
+    negative = replace(upright, mean=_from(1, IMAGENET_DEFAULT_MEAN), std=_from(0, IMAGENET_DEFAULT_STD))
     fit = FitRecipe(
         updates=300,
         batch_size=8,
         optimizer=OptimizerRecipe(name="sgd", lr=0.05, momentum=0.9, weight_decay=1e-4, decay="all", clip_norm=2.0),
         schedule=ScheduleRecipe(name="onecycle", unit="update"),
+        evaluate_every_epochs=5,
     )
     recipes = {}
     for ending, (text, chosen) in _filters((5,)).items():
@@ -169,5 +160,14 @@ def _shapes() -> dict[str, SegmentationRecipe]:
     return recipes
 
 
-PICTURE_RECIPES: dict[str, ClassificationRecipe | SegmentationRecipe] = _classification() | _segmentation() | _shapes()
+def _from(whole: int, values: tuple[float, float, float]) -> tuple[float, float, float]:
+    return whole - values[0], whole - values[1], whole - values[2]
+
+
+FAMILIES = (
+    f"<{'|'.join(_CLASSIFIERS)}>_<{'|'.join(_PICTURES)}>_<last2|last4|all>_<{'|'.join(_GRADIENTS)}>",
+    f"<{'|'.join(_SEGMENTERS)}>_<{'|'.join(_SCENES)}>_<last5|last10|all>_<{'|'.join(_GRADIENTS)}>",
+)
+"""The names of the recipes that need data and weights."""
+PICTURE_RECIPES: dict[str, Recipe] = {**_classification(), **_segmentation(), **_shapes()}
 """`MODEL_SET_PLACE_GRADIENTS`, e.g. `resnet18_in1k_last4_r2` and `pspnet_resnet18_voc12_last5_exact`."""

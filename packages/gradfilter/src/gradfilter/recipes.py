@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from visionkernels.ops.filtered_conv import Border
 from visionkernels.recipes import check, check_choice, find, read
 from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
 
-if TYPE_CHECKING:
-    Recipe = "TransferRecipe | ClassificationRecipe | SegmentationRecipe"
-
-__all__ = ["RECIPES", "FilterRecipe", "TransferRecipe", "all_recipes", "find_recipe", "read_recipe"]
+__all__ = ["RECIPES", "FilterRecipe", "Recipe", "TransferRecipe", "all_recipes", "find_recipe", "read_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +51,23 @@ class FilterRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferRecipe:
-    """Digits learnt upright, then inverted and turned: a network is pre-trained whole, and fine-tuned in part."""
+class Recipe:
+    """What every recipe has: a name, the layers that are trained, and a training run."""
 
     name: str
     summary: str
+    """One line for listings."""
     filter: FilterRecipe
-    pretraining: FitRecipe
     fit: FitRecipe
+    data: str | None = None
+    """Data that needs no path of the user's; None: `--data` must tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRecipe(Recipe):
+    """Digits learnt upright, then inverted and turned: a network is pre-trained whole, and fine-tuned in part."""
+
+    pretraining: FitRecipe
     widths: tuple[int, int, int] = (16, 32, 64)
     """Channels on the maps of 28, 14 and 7 pixels."""
     reduction: int = 1
@@ -73,19 +79,19 @@ class TransferRecipe:
         check(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
 
 
-def all_recipes() -> dict[str, "Recipe"]:
+def all_recipes() -> dict[str, Recipe]:
     """Return the recipes by name: digits, classification and segmentation."""
     from gradfilter.picture_recipes import PICTURE_RECIPES  # which is built of what stands here
 
     return RECIPES | PICTURE_RECIPES
 
 
-def find_recipe(name: str) -> "Recipe":
+def find_recipe(name: str) -> Recipe:
     """Return the recipe of this name; ValueError names the nearest ones."""
     return find(name, all_recipes())
 
 
-def read_recipe(path: str | Path) -> "Recipe":
+def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe that a run.json holds. Raises FileNotFoundError, and ValueError for other files."""
     return read(path, find_recipe, package="gradfilter")
 
@@ -114,7 +120,7 @@ def _digits() -> dict[str, TransferRecipe]:
             trained = "" if label == "head" else f" of the last {last_n} convolutions"
             recipes[name] = TransferRecipe(
                 name=name, summary=f"digits upright, then turned: {text}{trained}", filter=filtered, pretraining=_FIT,
-                fit=_FIT,
+                fit=_FIT, data="mnist5k",
             )  # fmt: skip
     compact = recipes["tinyconv_mnist5k_last4_r2"]
     name = "tinyconv_mnist5k_last4_r2_compact"
@@ -139,7 +145,13 @@ def _small_maps() -> dict[str, TransferRecipe]:
                 name = f"tinyconv_mnist5k_{side}px_last{len(layers)}_{label}"
                 summary = f"digits of {side} pixels: {text} of the last {len(layers)} convolutions"
                 recipes[name] = TransferRecipe(
-                    name=name, summary=summary, filter=filtered, pretraining=_FIT, fit=_FIT, reduction=reduction
+                    name=name,
+                    summary=summary,
+                    filter=filtered,
+                    pretraining=_FIT,
+                    fit=_FIT,
+                    data="mnist5k",
+                    reduction=reduction,
                 )
     return recipes
 

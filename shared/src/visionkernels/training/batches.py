@@ -47,7 +47,10 @@ def seed_generators(*parts: int) -> None:
     first, second, third = np.random.SeedSequence(parts).generate_state(3)
     random.seed(int(first))
     np.random.seed(second)  # noqa: NPY002 - what augmentation libraries draw from
-    torch.manual_seed(int(third))
+    if torch.accelerator.is_available():
+        torch.manual_seed(int(third))
+    else:  # does the same, but prepares no calls for devices that are not there, which takes longer than a sample
+        torch.default_generator.manual_seed(int(third))
 
 
 class BatchPlan:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,11 +16,13 @@ from visionkernels.ops.filtered_conv.geometry import Axis, patch_axis
 __all__ = [
     "Border",
     "Radius",
+    "check_border",
     "check_radius",
     "coverage",
     "filtered_conv2d",
     "grid_size",
     "kernel_sum",
+    "pad_unevenly",
     "patch_mean",
     "saved_input",
 ]
@@ -62,18 +64,19 @@ def filtered_conv2d(
     `border="covered"` weights each tap by the share of outputs for which it reads the map and no padding, in T and in
     d weight: closer to the exact gradient on maps of few pixels. `kernel` gives T to a caller who keeps it up to date;
     eager's d weight is then a view that repeats one value for all taps, and no weight-sized tensor is touched in
-    backward (not with "covered"). `straight_through` builds the same gradients from
+    backward (not with "covered"). `straight_through` builds the same value and gradients from
     ordinary operations, for graphs that are exported with their backward (export inlines custom functions and would
-    record the exact backward); inside `torch.export` it is implied. Under autocast all is as for `conv2d`. There is
-    no second derivative and no forward-mode derivative.
+    record the exact backward); inside `torch.export` it is implied. Under autocast all is as for `conv2d`.
 
-    Raises TypeError for dtypes, ValueError for a wrong radius, border or shape, and RuntimeError for a kernel larger
-    than the padded input or `backend="triton"` where it cannot run.
+    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they run: they
+    are those of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
+
+    Raises TypeError for dtypes and devices, ValueError for a wrong radius, border, stride, padding, dilation, groups or
+    shape, and RuntimeError for a kernel larger than the padded input or `backend="triton"` where it cannot run.
     """
     rows_columns = check_radius(radius)
     _check(x, weight, bias, groups)
-    if border not in ("plain", "covered"):
-        raise ValueError(f"border={border!r} must be 'plain' or 'covered'")
+    check_border(border)
     if kernel is not None and (border != "plain" or kernel.shape != weight.shape[:2]):
         raise ValueError(
             f"kernel has shape {list(kernel.shape)} with border={border!r}; expected {list(weight.shape[:2])} and "
@@ -83,7 +86,7 @@ def filtered_conv2d(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if each is None else each.to(dtype) for each in (x, weight, bias))  # type: ignore[assignment]
     strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
-    x, paddings = _pad(x, padding, weight.shape[-2:], strides, dilations)
+    x, paddings = pad_unevenly(x, padding, weight.shape[-2:], strides, dilations)
     axes = _axes(x.shape[-2:], weight.shape[-2:], strides, paddings, dilations, rows_columns)
     tap_weight = _tap_weight(axes, weight) if border == "covered" else None
     batched = x if x.ndim == 4 else x[None]
@@ -98,9 +101,10 @@ def patch_mean(
 ) -> Float[Tensor, "batch channels rows columns"]:
     """Average a map over patches of `radius` pixels, the last ones over the pixels that they have: the gradient filter.
 
-    Returns float32, or float64 for float64 input.
+    Returns float32, or float64 for float64 input. Raises TypeError for dtypes, ValueError for a wrong radius or shape.
     """
     rows, columns = check_radius(radius)
+    _check_axes("grad", grad, "patch_mean", "[batch, channels, height, width]")
     return eager.mean_over_cells(grad, (patch_axis(grad.shape[2], rows), patch_axis(grad.shape[3], columns)))
 
 
@@ -115,8 +119,9 @@ def saved_input(
     """Sum the input over the pixels that each patch of outputs samples: what stands in the gradient of the weight.
 
     Each output samples the mean of the box of pixels in the middle of its kernel's span, as wide as the stride. For
-    stride 1 and "same" padding this is the plain sum over patches of the input.
+    stride 1 and "same" padding this is the plain sum over patches of the input. Raises as `filtered_conv2d` does.
     """
+    _check_axes("x", x, "saved_input", "[batch, channels, height, width]")
     sizes = _pair(kernel_size, "kernel_size")
     axes = _axes(
         x.shape[-2:],
@@ -132,7 +137,11 @@ def saved_input(
 def kernel_sum(
     weight: Float[Tensor, "out_channels in_channels kernel_height kernel_width"],
 ) -> Float[Tensor, "out_channels in_channels"]:
-    """Sum a kernel over its taps: all that the filtered gradient of the input sees of it."""
+    """Sum a kernel over its taps: all that the filtered gradient of the input sees of it.
+
+    Raises TypeError for dtypes, ValueError for a wrong shape.
+    """
+    _check_axes("weight", weight, "kernel_sum", "[out_channels, in_channels, height, width]")
     return eager.kernel_sum(weight)
 
 
@@ -169,6 +178,29 @@ def check_radius(radius: object) -> tuple[int, int]:
     raise ValueError(f"radius={radius!r} must be a positive integer or pair (rows, columns) of them")
 
 
+def check_border(border: object) -> None:
+    """Raise ValueError unless `border` is one of `Border`."""
+    if border not in get_args(Border):
+        raise ValueError(f"border={border!r} must be 'plain' or 'covered'")
+
+
+def pad_unevenly(
+    x: Tensor, padding: int | Sequence[int] | str, kernel_size: Sequence[int], stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
+    """Return the padding as numbers, with the input padded already where the two sides of an axis differ."""
+    if not isinstance(padding, str):
+        return x, _pair(padding, "padding", 0)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(f"padding={padding!r} with stride={stride} must be numbers, 'valid', or 'same' with stride 1")
+    rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
+    if rows % 2 == columns % 2 == 0:
+        return x, (rows // 2, columns // 2)
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
+
+
 def _run(arguments: tuple, kernel: Tensor | None, straight_through: bool, backend: Backend) -> Tensor:
     x = arguments[0]
     if straight_through:
@@ -197,8 +229,7 @@ def _is_exporting() -> bool:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}; filtered_conv2d takes floating-point tensors")
+        _check_floating(name, tensor, "filtered_conv2d")
     if x.device != weight.device:
         raise TypeError(f"x is on {x.device} and weight on {weight.device}; they must be alike")
     if not _is_autocast(x) and x.dtype != weight.dtype:
@@ -208,6 +239,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
             f"x has shape {list(x.shape)} and weight {list(weight.shape)}; expected [batch, channels, height, width] "
             "or [channels, height, width], and [out_channels, in_channels / groups, height, width]"
         )
+    if not isinstance(groups, int):
+        raise ValueError(f"groups={groups!r} must be a positive integer")
     if groups < 1 or len(weight) % groups or x.shape[-3] != groups * weight.shape[1]:
         raise ValueError(
             f"x has {x.shape[-3]} channels; weight {list(weight.shape)} with groups={groups} takes "
@@ -217,28 +250,24 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
         raise ValueError(f"bias has shape {list(bias.shape)}; expected [{len(weight)}], one for each output channel")
 
 
-def _pair(value: int | Sequence[int], name: str, least: int = 1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
-    return pair
+def _check_axes(name: str, tensor: Tensor, function: str, axes: str) -> None:
+    _check_floating(name, tensor, function)
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {function} takes {axes}")
 
 
-def _pad(
-    x: Tensor, padding: int | Sequence[int] | str, kernel: Sequence[int], stride: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
-    """Return the padding as numbers, with the input padded already where the two sides of an axis differ."""
-    if not isinstance(padding, str):
-        return x, _pair(padding, "padding", 0)
-    if padding == "valid":
-        return x, (0, 0)
-    if padding != "same" or stride != (1, 1):
-        raise ValueError(f"padding={padding!r} with stride={stride} must be numbers, 'valid', or 'same' with stride 1")
-    rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-    if rows % 2 == columns % 2 == 0:
-        return x, (rows // 2, columns // 2)
-    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
+def _check_floating(name: str, tensor: Tensor, function: str) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; {function} takes floating-point tensors")
+
+
+def _pair(value: object, name: str, least: int = 1) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, Sequence) and len(pair) == 2:
+        first, second = pair
+        if all(isinstance(each, int) and not isinstance(each, bool) and each >= least for each in pair):
+            return first, second
+    raise ValueError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
 
 
 def _axes(

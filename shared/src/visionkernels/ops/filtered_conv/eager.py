@@ -84,16 +84,17 @@ def straight_through(
 ) -> Tensor:  # fmt: skip
     """Return the same, values and gradients, without a custom autograd function: for graphs that are exported.
 
-    Export inlines the forward of a custom function and so records the exact backward. Here y = conv(x, weight), both
-    detached, plus z - z: the 1x1 convolution z of the cells' means with the summed kernel, spread over the outputs,
-    has as ordinary gradients exactly the filtered ones.
+    Export inlines the forward of a custom function and so records the exact backward. Here y = conv(x, weight, bias),
+    all detached, plus z - z: the 1x1 convolution z of the cells' means with the summed kernel, spread over the outputs,
+    and the bias have as ordinary gradients exactly the filtered ones.
     """
-    value = conv2d(x.detach(), weight.detach(), None, stride, padding, dilation, groups)
+    constant_bias = None if bias is None else bias.detach()
+    value = conv2d(x.detach(), weight.detach(), constant_bias, stride, padding, dilation, groups)
     kernel = kernel_sum(weight, tap_weight)[:, :, None, None]
     mixed = conv2d(mean_over_cells(x, axes).to(x.dtype), kernel.to(x.dtype), None, groups=groups)
     surrogate = spread_over_cells(mixed, _output_axes(axes)).to(x.dtype)
-    out = value + (surrogate - surrogate.detach())
-    return out if bias is None else out + bias[:, None, None]
+    surrogate = surrogate if bias is None else surrogate + bias[:, None, None]
+    return value + (surrogate - surrogate.detach())
 
 
 def mean_over_cells(x: Tensor, axes: Axes) -> Tensor:
