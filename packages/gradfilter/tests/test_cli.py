@@ -16,6 +16,7 @@ from gradfilter.cli import main
 from gradfilter.models import TinyConv, create_classifier, create_segmenter
 from gradfilter.recipes import RECIPES
 from visionkernels.checkpoints import read_state
+from visionkernels.testing.pictures import write_colours
 
 
 def run(capsys, *argv) -> str:
@@ -58,7 +59,7 @@ class TestProfile:
         assert "layer4.1.conv2" in out
 
     def test_errors(self, capsys):
-        assert "did you mean resnet18" in fails(capsys, "profile", "resnet188")
+        assert "did you mean 'resnet18'" in fails(capsys, "profile", "resnet188")
         assert "unknown torchvision model 'resnet188'" in fails(capsys, "profile", "torchvision:resnet188")
         assert "cannot be imported" in fails(capsys, "profile", "no_such_module:net")
         assert "gave a OrderedDict" in fails(capsys, "profile", "collections:OrderedDict")
@@ -107,6 +108,27 @@ class TestTrain:
         assert "none.safetensors" in fails(capsys, "eval", "--checkpoint", tmp_path / "none.safetensors")
         torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
         assert "other.pth" in fails(capsys, "eval", "--checkpoint", tmp_path / "other.pth")
+        digits = ("train", "tinyconv_mnist5k_last4_r2", "--out", tmp_path / "run")
+        assert "--data, --pretrained cannot be given" in fails(capsys, *digits, "--data", "x", "--pretrained")
+        pictures = ("train", "resnet18_in1k_last4_r2", "--out", tmp_path / "run")
+        assert "give --data FOLDER" in fails(capsys, *pictures, "--pretrained")
+        assert "give --checkpoint FILE or --pretrained" in fails(capsys, *pictures, "--data", tmp_path)
+        missing = tmp_path / "nowhere"
+        assert f"{missing} does not exist" in fails(capsys, *pictures, "--data", missing, "--pretrained")
+
+    def test_pictures(self, capsys, tmp_path):
+        """From official weights, by a recipe of the paper on a folder, to weights that tell their network."""
+        data, run_dir = write_colours(tmp_path / "data", train=4, val=2), tmp_path / "run"
+        torch.save({"state_dict": torchvision.models.resnet18(num_classes=5).state_dict()}, tmp_path / "start.pth")
+        command = ("train", "resnet18_in1k_last2_r2", "--data", data, "--checkpoint", tmp_path / "start.pth")
+        command = (*command, "--out", run_dir, "--epochs", 1, "--batch-size", 4, "--workers", 0)
+        trained = run(capsys, *command)
+        assert "top-1" in trained and "always the most frequent class: top-1 33.33 %" in trained
+        measured = run(capsys, "eval", "--checkpoint", run_dir / "weights.safetensors", "--data", data)
+        assert "6 pictures" in measured
+        top1, *_ = measured.splitlines()
+        assert top1.startswith("top-1 ") and top1 in trained.splitlines()
+        assert "holds another run" in fails(capsys, *command, "--lr", 0.5)
 
 
 class TestExport:
@@ -159,7 +181,7 @@ class TestModels:
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
     def test_unknown_head(self):
-        with pytest.raises(ValueError, match="unknown head 'unet'; known: pspnet"):
+        with pytest.raises(ValueError, match=r"unknown head 'unet'; did you mean 'upernet'\? known: pspnet"):
             create_segmenter("unet", "resnet18", num_classes=3)
 
 

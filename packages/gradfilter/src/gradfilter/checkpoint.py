@@ -25,7 +25,7 @@ def load_official(
     state = dict(read_state(path).state)
     wanted = set(model.state_dict())
     while not set(state) & wanted:
-        prefix = next((each for each in _PREFIXES if all(key.startswith(each) for key in state)), None)
+        prefix = next((each for each in _PREFIXES if any(key.startswith(each) for key in state)), None)
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}

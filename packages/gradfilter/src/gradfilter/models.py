@@ -1,6 +1,5 @@
 """Networks by name: timm's, torchvision's, segmentation models on timm encoders, and anything that imports."""
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 
 from visionkernels.extras import require
+from visionkernels.recipes import check_known
 
 __all__ = ["FCN", "SEGMENTATION_HEADS", "TinyConv", "create_classifier", "create_segmenter"]
 
@@ -32,7 +32,7 @@ def create_classifier(name: str, *, num_classes: int | None = None, pretrained: 
         return TinyConv(**options)
     if family == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
-        _check_known("torchvision model", rest, known)
+        check_known("torchvision model", rest, known)
         model = torchvision.models.get_model(rest, weights="DEFAULT" if pretrained else None)
         if num_classes is not None:
             _replace_classifier(model, num_classes)
@@ -41,7 +41,7 @@ def create_classifier(name: str, *, num_classes: int | None = None, pretrained: 
         if pretrained:
             raise ValueError(f"pretrained=True is for timm and torchvision; {name} brings its own weights")
         return _call(family, rest, options)
-    _check_known("model", name, timm.list_models())
+    check_known("model", name, timm.list_models())
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
@@ -52,8 +52,7 @@ def create_segmenter(head: str, encoder: str, *, num_classes: int, pretrained: b
     the encoder. None has an auxiliary head. `pretrained` is the encoder's. Raises ValueError for unknown heads, and
     ImportError without `gradfilter[dense]`.
     """
-    if head not in SEGMENTATION_HEADS:
-        raise ValueError(f"unknown head {head!r}; known: {', '.join(SEGMENTATION_HEADS)}")
+    check_known("head", head, SEGMENTATION_HEADS)
     if head == "fcn":
         return FCN(encoder, num_classes=num_classes, pretrained=pretrained)
     smp = require("segmentation_models_pytorch", _DENSE)
@@ -120,10 +119,3 @@ def _call(module: str, name: str, options: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {module}:{name} gave a {type(model).__name__}; expected a torch.nn.Module")
     return model
-
-
-def _check_known(what: str, name: str, known: list[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; there are {len(known)}, e.g. {known[0]}"
-        raise ValueError(f"unknown {what} {name!r}{hint}")

@@ -30,6 +30,7 @@ class ClassificationRecipe(Recipe):
     augmentation: AugmentationRecipe = _PLAIN
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.augmentation.repeats == 1, "repeats", self.augmentation.repeats, "1")
         mixes = (self.augmentation.mixup, self.augmentation.cutmix, self.augmentation.smoothing)
         check(mixes == (0, 0, 0), "mixup, cutmix, smoothing", mixes, "0, since labels are single classes")
@@ -50,6 +51,7 @@ class SegmentationRecipe(Recipe):
     pretraining_scene: SceneRecipe | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         both = (self.pretraining, self.pretraining_scene)
         check((both[0] is None) == (both[1] is None), "pretraining, pretraining_scene", both, "both or neither")
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+
+from visionkernels.pictures.reading import read_picture
 
 __all__ = ["read_batch"]
 
@@ -17,13 +18,4 @@ def read_batch(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
     Raises FileNotFoundError, and ValueError for files that are no pictures.
     """
     transform = create_transform((3, *size))
-    images = []
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"picture {path} is not a file")
-        try:
-            with Image.open(path) as picture:
-                images.append(transform(picture.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"picture {path} cannot be read: {str(error).partition(chr(10))[0]}") from error
-    return torch.stack(images)
+    return torch.stack([transform(read_picture(path)) for path in paths])

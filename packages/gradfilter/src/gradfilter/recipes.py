@@ -62,6 +62,10 @@ class Recipe:
     data: str | None = None
     """Data that needs no path of the user's; None: `--data` must tell."""
 
+    def __post_init__(self) -> None:
+        clips = self.fit.optimizer.clip_norm is not None
+        check(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRecipe(Recipe):
@@ -74,9 +78,8 @@ class TransferRecipe(Recipe):
     """Pixels a side that are averaged into one before the first map."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(1 <= self.reduction <= 7, "reduction", self.reduction, "in [1, 7]")
-        clips = self.fit.optimizer.clip_norm is not None
-        check(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
 
 
 def all_recipes() -> dict[str, Recipe]:
