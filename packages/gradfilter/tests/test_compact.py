@@ -67,6 +67,43 @@ def test_single_taps_stay_plain(images):
     assert [type(layer) is CompactConv2d for layer in model] == [False, True]
 
 
+def test_order_of_parameters(net, images):
+    """An optimiser's state goes by position: one saved before converting loads after restoring."""
+    names = list(dict(net.named_parameters()))
+    convert(net, last_n=1, example_input=images, compact=True)
+    place = names.index("last.weight")
+    parts = ["last.base", "last.scale", "last.offset"]
+    assert list(dict(net.named_parameters())) == [*names[:place], *parts, *names[place + 1 :]]
+    restore(net)
+    assert list(dict(net.named_parameters())) == names
+
+
+def test_frozen_weight_stays_frozen(net, images):
+    """Where convert is not to change what is trained."""
+    net.last.weight.requires_grad_(False)
+    convert(net, last_n=2, example_input=images, compact=True, freeze_rest=False)
+    assert not net.last.offset.requires_grad and net.middle.offset.requires_grad
+    net(images).sum().backward()
+    assert net.last.offset.grad is None and net.middle.offset.grad.any()
+
+
+def test_covered_border_is_refused():
+    with pytest.raises(ValueError, match="border='covered' is not exact for a compact layer; it takes 'plain'"):
+        CompactConv2d(3, 4, 3, border="covered")
+    with pytest.raises(ValueError, match="border='covered' is not exact for a compact layer"):
+        CompactConv2d.from_conv(nn.Conv2d(3, 4, 3), border="covered")
+    model = nn.Sequential(CompactConv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="border='covered' is not exact for 0, a compact layer"):
+        convert(model, example_input=torch.ones(1, 3, 9, 9), border="covered")
+
+
+def test_from_conv():
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 8, 8)
+    layer = CompactConv2d.from_conv(conv, 4)
+    torch.testing.assert_close(layer(x), conv(x))
+    assert layer.base is conv.weight and layer.radius == (4, 4)
+
+
 def test_state_dict_resumes(net, images):
     """Saved and loaded in the middle: the weight is composed anew."""
     convert(net, last_n=2, example_input=images, compact=True)

@@ -1,14 +1,16 @@
 """The layer by itself: nn.Conv2d in values and state, the filter in its gradients; and what the filter is made of."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from gradfilter import (
     CompactConv2d,
@@ -18,8 +20,10 @@ from gradfilter import (
     kernel_sum,
     patch_mean,
     profile,
+    restore,
     saved_input,
 )
+from gradfilter.diagnosis import diagnose
 from visionkernels.testing.ops import TOLERANCES
 
 few = settings(max_examples=30, deadline=None)
@@ -125,9 +129,78 @@ class TestFilteredConv2d:
             value = value[0] if name in ("output", "input") else value
             torch.testing.assert_close(alone[name], value, rtol=rtol, atol=atol * max(1.0, float(value.abs().max())))
 
-    def test_same_padding_of_timm(self):
-        conv, x = Conv2dSame(3, 4, 3, stride=2), torch.randn(2, 3, 9, 10)
-        torch.testing.assert_close(FilteredConv2d.from_conv(conv, 2)(x), conv(x))
+    @few
+    @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 2), sides, sides)
+    def test_same_padding_of_timm(self, kernel, stride, dilation, height, width):
+        """Of a stock layer, and of one that was converted already."""
+        conv = Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
+        x = torch.randn(2, 3, height + 8, width + 8)
+        expected = conv(x)
+        torch.testing.assert_close(FilteredConv2d.from_conv(conv, 2)(x), expected)
+        model = nn.Sequential(conv)
+        convert(model, layers=["0"], example_input=x)
+        again = FilteredConv2d.from_conv(conv, 3)
+        torch.testing.assert_close([conv(x), again(x)], [expected, expected])
+        assert (conv.radius, again.radius) == ((2, 2), (3, 3))
+        restore(again)
+        assert type(again) is FilteredConv2d
+
+    def test_compiles_with_same_padding(self):
+        layer, x = FilteredConv2d.from_conv(Conv2dSame(3, 4, 3, stride=2)), torch.randn(2, 3, 9, 10)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x))
+
+    @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+    @pytest.mark.parametrize(
+        ("conv", "name"),
+        [
+            (lambda: ScaledStdConv2d(3, 4, 3), "ScaledStdConv2d"),
+            (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "ParametrizedConv2d"),
+            (lambda: nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), "Conv2d"),
+            (lambda: prune.random_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), "Conv2d"),
+            (lambda: CompactConv2d(3, 4, 3), "CompactConv2d"),
+        ],
+        ids=["standardised", "parametrised", "weight-norm", "pruned", "compact"],
+    )
+    def test_other_convolutions(self, conv, name):
+        """A layer that makes its weight at each call is refused, since its raw weight would be convolved."""
+        with pytest.raises(TypeError, match=f"^{name} computes its weight anew"):
+            FilteredConv2d.from_conv(conv())
+
+    def test_has_its_own_hooks(self):
+        conv, x, calls = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8), []
+        layer = FilteredConv2d.from_conv(conv)
+        layer.register_forward_hook(lambda *_: calls.append("layer"))
+        layer.register_buffer("extra", torch.ones(1))
+        conv(x)
+        assert calls == [] and "extra" not in dict(conv.named_buffers())
+        layer(x)
+        assert calls == ["layer"]
+        shared = [name for name, value in vars(conv).items()
+                  if isinstance(value, dict | list | set) and value is vars(layer)[name]]  # fmt: skip
+        assert shared == []
+
+    def test_border(self):
+        assert FilteredConv2d.from_conv(nn.Conv2d(3, 4, 3), border="covered").border == "covered"
+        for make in (partial(FilteredConv2d, 3, 4, 3), partial(FilteredConv2d.from_conv, nn.Conv2d(3, 4, 3)),
+                     partial(CompactConv2d, 3, 4, 3)):  # fmt: skip
+            with pytest.raises(ValueError, match="border='x' must be 'plain' or 'covered'"):
+                make(border="x")
+
+    def test_exportable_has_a_second_derivative(self):
+        """Of the ordinary expression that it is; its value is that of the convolution to the bit."""
+        conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6, requires_grad=True)
+        layer = FilteredConv2d.from_conv(conv)
+        layer.exportable = True
+        assert torch.equal(layer(x), conv(x))
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        grad.sum().backward()
+        assert x.grad.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["stride", "dilation"])
+    def test_wrong_geometry(self, name):
+        with pytest.raises(ValueError, match=rf"{name}=\(1.5, 1.5\) must be an integer of at least 1"):
+            FilteredConv2d(3, 4, 3, **{name: 1.5})(torch.ones(1, 3, 8, 8))
 
     def test_stands_alone(self):
         """Built as any layer, from a convolution that stays what it is, and printed."""
@@ -261,6 +334,78 @@ def test_wrong_radius(take, radius):
     with pytest.raises(ValueError, match=r"radius=.* must be a positive integer or pair") as caught:
         take(radius)
     assert f"radius={radius!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("take", "name"),
+    [
+        (lambda x: patch_mean(x, 2), "grad"),
+        (lambda x: saved_input(x, 3), "x"),
+        (kernel_sum, "weight"),
+    ],
+    ids=["mean", "input", "sum"],
+)
+def test_wrong_tensors(take, name):
+    """What the pieces refuse: other axes, and numbers that have no mean."""
+    for shape in ((3, 4), (3, 4, 4), (1, 1, 3, 4, 4)):
+        with pytest.raises(ValueError, match=rf"{name} has shape \[{', '.join(map(str, shape))}\]; .* takes \["):
+            take(torch.ones(shape))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"{name} is {dtype}; .* takes floating-point tensors"):
+            take(torch.ones(1, 3, 4, 4, dtype=dtype))
+
+
+class TestDiagnosis:
+    """Of layers that pad otherwise than by zeros in numbers, or are filtered by themselves."""
+
+    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+    @pytest.mark.parametrize(
+        ("conv", "pad"),
+        [
+            # columns 10, rows 9
+            (lambda: Conv2dSame(3, 4, 3, stride=2), nn.ZeroPad2d((0, 1, 1, 1))),
+            (lambda: Conv2dSame(3, 4, 4, stride=3), nn.ZeroPad2d((1, 2, 0, 1))),
+            (lambda: nn.Conv2d(3, 4, 3, padding="same"), nn.ZeroPad2d(1)),
+            (lambda: nn.Conv2d(3, 4, (2, 4), padding="same"), nn.ZeroPad2d((1, 2, 0, 1))),
+            (lambda: nn.Conv2d(3, 4, 3, padding="valid"), nn.ZeroPad2d(0)),
+            (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReflectionPad2d(1)),
+        ],
+        ids=["timm", "timm-even", "same", "same-even", "valid", "reflect"],
+    )
+    def test_padding(self, conv, pad):
+        """Whatever pads, all that concerns the weight is as for a map that was padded beforehand."""
+        layer, x = conv(), torch.randn(2, 3, 9, 10)
+        bare = nn.Conv2d(3, 4, layer.kernel_size, layer.stride)
+        bare.load_state_dict(layer.state_dict())
+        target = torch.randn_like(layer(x))
+        found = []
+        for model in (nn.Sequential(layer), nn.Sequential(pad, bare)):
+            (figures,) = diagnose(model, (x, target), lambda out, target: (out * target).sum()).layers
+            assert 0 < figures.weight_error <= figures.weight_error_bound
+            found.append([value for name, value in vars(figures).items() if name.startswith(("w", "gr", "input_en"))])
+        assert found[0] == pytest.approx(found[1])
+
+    @pytest.mark.parametrize("conv", [Conv2dSame(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3, padding="same")], ids=str)
+    def test_bound_with_covered_border(self, conv):
+        x = torch.randn(2, 3, 5, 6)
+        (layer,) = diagnose(
+            nn.Sequential(conv), (x, torch.randn_like(conv(x))), lambda out, target: (out * target).sum(),
+            border="covered",
+        ).layers  # fmt: skip
+        assert 0 < layer.weight_error <= layer.weight_error_bound
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    def test_own_layer(self, kind):
+        """A layer that was built filtered is compared with its exact twin, and stays what it is."""
+        layer, x = kind(3, 4, 3, padding=1, radius=4), torch.randn(2, 3, 9, 10)
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+        (found,) = diagnose(model, (x, None), lambda out, _: out.square().sum()).layers
+        assert found.radius == (4, 4) and found.weight_error > 0.01
+        assert type(layer) is kind
+
+    def test_wrong_border(self):
+        with pytest.raises(ValueError, match="border='x' must be 'plain' or 'covered'"):
+            diagnose(nn.Conv2d(3, 4, 3), (torch.ones(1, 3, 9, 9), None), border="x")
 
 
 class TestPatchMean:

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,9 +13,10 @@ import torchvision
 from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gradfilter
-from gradfilter import convert, restore
+from gradfilter import CompactConv2d, FilteredConv2d, convert, restore
 from gradfilter.lean import FrozenBatchNorm2d, LeanReLU
 from gradfilter.trace import trace
 from visionkernels.profiling import saved_activation_bytes
@@ -132,6 +135,73 @@ class TestConvert:
             assert parameter is parameters[name]
         assert "radius" not in net.last.__dict__
         restore(net)
+
+    def test_restore_after_surgery(self, net, images):
+        """What was put in or taken out since converting is left alone."""
+        convert(net, last_n=1, example_input=images)
+        net.head, net.stem.bias = nn.Identity(), nn.Parameter(torch.zeros(8), requires_grad=False)
+        nn.utils.parametrizations.weight_norm(net.norm3)
+        restore(net)
+        assert type(net.last) is nn.Conv2d and net.stem.weight.requires_grad and not net.stem.bias.requires_grad
+        assert nn.utils.parametrize.is_parametrized(net.norm3)
+
+    def test_restore_of_a_whole(self, net, images):
+        """From a part to the whole, and from the whole to a part."""
+        whole = nn.Sequential(net)
+        convert(net, last_n=1, example_input=images)
+        restore(whole)
+        assert trainable(net) == set(dict(net.named_parameters())) and type(net.last) is nn.Conv2d
+        convert(whole, last_n=1, example_input=images)
+        restore(net)
+        assert trainable(net) == set(dict(net.named_parameters())) and type(net.last) is nn.Conv2d
+
+    @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
+    @pytest.mark.parametrize("options", [{}, {"radius": None}, {"compact": True}, {"last_n": 1}], ids=str)
+    def test_own_layer(self, kind, options):
+        """A layer that was filtered before takes the radius while converted, and comes back as it was."""
+        own = kind(4, 4, 3, padding=1, radius=4)
+        model, x = nn.Sequential(own, nn.Conv2d(4, 4, 3, padding=1)), torch.randn(1, 4, 9, 8)
+        parameters, before = dict(own.named_parameters()), trainable(own)
+        report = convert(model, **({"radius": 3} | options), example_input=x)
+        chosen = "last_n" not in options
+        assert ("0" in report.filtered) == chosen
+        assert own.radius == ((3, 3) if chosen and "radius" not in options else (4, 4))
+        model(x).sum().backward()
+        assert any(each.grad is not None for each in own.parameters()) == chosen
+        restore(model)
+        assert type(own) is kind and own.radius == (4, 4) and trainable(own) == before
+        found = dict(own.named_parameters())
+        assert list(found) == list(parameters) and all(found[name] is parameters[name] for name in found)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointed(self, reentrant):
+        """Filtered layers in a checkpoint are warned of, once, and listed."""
+
+        class Checkpointed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+                self.last = nn.Conv2d(3, 3, 3, padding=1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.last(checkpoint(self.body, x, use_reentrant=reentrant))
+
+        model, x = Checkpointed(), torch.randn(1, 3, 9, 8, requires_grad=True)
+        with pytest.warns(UserWarning) as caught:
+            report = convert(model, example_input=x)
+        assert [str(each.message) for each in caught] == [
+            "2 filtered convolutions run in an activation checkpoint (first: body.0); it drops their inputs already, "
+            "so both together save little memory"
+        ]
+        assert report.checkpointed == ("body.0", "body.1")
+        assert "in an activation checkpoint: body.1" in str(report)
+        assert convert(model, last_n=1, example_input=x).checkpointed == ()
+
+    def test_checkpointed_by_timm(self):
+        model = timm.create_model("resnet18", num_classes=5)
+        model.set_grad_checkpointing()
+        with pytest.warns(UserWarning, match=r"2 filtered convolutions .* \(first: layer4.1.conv1\)"):
+            assert convert(model, last_n=2).checkpointed == ("layer4.1.conv1", "layer4.1.conv2")
 
     @pytest.mark.parametrize(
         ("train_norm", "norms"), [("after", {"norm3"}), ("none", set()), ("all", {"norm1", "norm2", "norm3"})]
@@ -254,7 +324,13 @@ class TestConvert:
             ({"last_n": 0}, r"last_n=0 must be in \[1, 4\]"),
             ({"last_n": 5}, r"last_n=5 must be in \[1, 4\], the convolutions that the model runs"),
             ({"last_n": -1}, r"last_n=-1 must be in \[1, 4\]"),
-            ({"last_n": True}, "last_n=True"),
+            ({"last_n": True}, r"last_n=True must be an integer in \[1, 4\]"),
+            ({"last_n": 1.0}, r"last_n=1.0 must be an integer in \[1, 4\]"),
+            ({"last_n": "2"}, r"last_n='2' must be an integer in \[1, 4\]"),
+            ({"layers": []}, r"layers=\[\] names no convolution; give names or patterns, or None for all"),
+            ({"layers": 3}, "layers=3 names no convolution"),
+            ({"layers": ["last", 3]}, "3 is no name or pattern of a convolution"),
+            ({"border": "x"}, "border='x' must be one of 'plain', 'covered'"),
             ({"last_n": 1, "layers": ["last"]}, "exclude each other"),
             ({"layers": ["lst"]}, "'lst' names no convolution that the model runs; the nearest are last, stem, "),
             (
@@ -276,6 +352,34 @@ class TestConvert:
         with pytest.raises(ValueError, match=message):
             convert(net, **({"example_input": images} | options))
         assert type(net.last) is nn.Conv2d and trainable(net) == set(dict(net.named_parameters()))
+        # one that was converted before stays converted
+        convert(net, 3, last_n=2, example_input=images, compact=True)
+        parameters, kinds = dict(net.named_parameters()), [type(module) for module in net.modules()]
+        with pytest.raises(ValueError, match=message):
+            convert(net, **({"example_input": images} | options))
+        assert net.last.radius == (3, 3) and kinds == [type(module) for module in net.modules()]
+        found = dict(net.named_parameters())
+        assert found.keys() == parameters.keys() and all(found[name] is parameters[name] for name in found)
+        assert trainable(net) == {name for name, each in parameters.items() if each.requires_grad}
+
+    def test_wrong_example(self, net, images):
+        convert(net, last_n=2, example_input=images)
+        with pytest.raises(ValueError, match="Net does not run on example_input"):
+            convert(net, last_n=1, example_input=images[:, :2])
+        assert isinstance(net.middle, FilteredConv2d)
+
+    def test_failed_measurement(self, net, images, monkeypatch):
+        """Whatever fails while the layers are judged, those of a converted model being judged as stock ones."""
+        convert(net, 3, last_n=2, example_input=images, compact=True)
+
+        def fails(call, radius, **_):
+            assert type(call.module) is nn.Conv2d
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr("gradfilter.conversion.wins_time", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            convert(net, last_n=1, example_input=images, objective="time")
+        assert type(net.last) is CompactConv2d and net.last.radius == (3, 3) and "middle.offset" in trainable(net)
 
     def test_no_convolutions(self):
         with pytest.raises(ValueError, match=r"the model runs no nn\.Conv2d"):
@@ -353,8 +457,6 @@ class TestRunsElsewhere:
         )
 
     def test_checkpointing(self, net, images):
-        from torch.utils.checkpoint import checkpoint
-
         convert(net, last_n=4, example_input=images)
         net.eval()
         net(images).square().sum().backward()
@@ -362,6 +464,15 @@ class TestRunsElsewhere:
         net.zero_grad()
         checkpoint(net, images, use_reentrant=False).square().sum().backward()
         torch.testing.assert_close(net.last.weight.grad, expected)
+
+    def test_import_is_light(self):
+        """Models without layers of timm do without it."""
+        code = "import sys, gradfilter; print({'timm', 'torchvision', 'torch._dynamo'} & sys.modules.keys())"
+        assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+    def test_weight_of_a_hook_is_left_exact(self):
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+        assert convert(model, example_input=torch.ones(1, 3, 9, 8), compact=True).filtered == ("1",)
 
     def test_parametrized_is_left_exact(self):
         model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 4, 1))

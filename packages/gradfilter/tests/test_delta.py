@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gradfilter import convert, restore
@@ -53,6 +54,25 @@ class TestDelta:
             read_delta(tmp_path / "task.safetensors", base | {"last.weight": base["last.weight"] + 1})
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm_stats", ["frozen", "update"])
+def test_statistics_that_move(net, images, affine, norm_stats):
+    """Of norms in training that are not trained themselves; what is frozen stays out."""
+    if not affine:
+        net.norm1, net.norm3 = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(12, affine=False)
+    base, tuned, model = tune(net, images, train_norm="none", norm_stats=norm_stats)
+    delta = trainable_delta(model)
+    assert ("norm1.running_mean" in delta) == (norm_stats == "update")
+    for key, value in apply_delta(base, delta).items():
+        torch.testing.assert_close(value, tuned[key], msg=key)
+
+
+def test_statistics_without_conversion(net):
+    """A model that was never converted, and a norm of another kind."""
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.BatchNorm1d(4, affine=False))
+    assert set(trainable_delta(model)) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
 def test_exact_training_is_kept_whole(net, images):
     base, tuned, _ = tune(net, images, radius={"*": None}, warns=False)
     delta = compute_delta(base, tuned)
@@ -62,6 +82,7 @@ def test_exact_training_is_kept_whole(net, images):
 
 def test_errors(net, images, tmp_path):
     base, tuned, _ = tune(net, images)
+    delta_part = {"scale": torch.ones(()), "offset": torch.ones(16, 12)}
     with pytest.raises(CheckpointError, match=r"differ in 1 names; the first is extra"):
         compute_delta(base, tuned | {"extra": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"head.bias is \[5\] in the base and \[4\]"):
@@ -70,6 +91,13 @@ def test_errors(net, images, tmp_path):
         apply_delta(base, {"other": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"last.weight.offset is \[3, 3\]; the base's kernel is \[16, 12, 3, 3\]"):
         apply_delta(base, {"last.weight.scale": torch.ones(()), "last.weight.offset": torch.ones(3, 3)})
+    for part, other in (("scale", "offset"), ("offset", "scale")):
+        with pytest.raises(CheckpointError, match=f"the delta has last.weight.{part} without last.weight.{other}"):
+            apply_delta(base, {f"last.weight.{part}": delta_part[part]})
+    with pytest.raises(CheckpointError, match=r"last.weight.scale is \[2\]; it must be one number"):
+        apply_delta(base, {"last.weight.scale": torch.ones(2), "last.weight.offset": torch.ones(16, 12)})
+    with pytest.raises(CheckpointError, match=r"last.bias.offset is \[16\]; the base's kernel is \[16\]"):
+        apply_delta(base, {"last.bias.scale": torch.ones(()), "last.bias.offset": torch.ones(16)})
     torch.save(base, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="is no file of `gradfilter delta save`"):
         read_delta(tmp_path / "weights.pth", base)

@@ -5,10 +5,12 @@ from statistics import median
 import pytest
 import torch
 import torchvision
+from timm.layers import create_conv2d, pad_same
 from torch import nn
 from torch.nn import functional as F
 
 import gradfilter
+from gradfilter.cost import layer_coverage
 from gradfilter.diagnosis import diagnose
 from gradfilter.profiles import profile
 from gradfilter.timing import wins_time
@@ -163,3 +165,39 @@ class TestDiagnose:
     def test_unreached(self, net, images):
         with pytest.raises(ValueError, match="the loss does not depend on 'last'"):
             diagnose(net, (images, None), lambda out, _: torch.zeros((), requires_grad=True), last_n=1)
+
+
+class TestSamePadding:
+    """timm's Conv2dSame pads by the size of its map."""
+
+    def net(self):
+        return nn.Sequential(
+            create_conv2d(3, 8, 3, stride=2, padding="same"),
+            nn.ReLU(),
+            create_conv2d(8, 8, 3, stride=2, padding="same"),
+        )
+
+    @pytest.mark.parametrize("size", [2, 7, 16])
+    def test_coverage(self, size):
+        """As a count over a map of ones that was padded says."""
+        net, x = self.net(), torch.ones(1, 3, size, size)
+        for call in trace(net, x).convolutions:
+            ones = torch.ones(call.input_size)[:, :1]
+            read = nn.functional.conv2d(pad_same(ones, [3, 3], [2, 2]), torch.ones(1, 1, 3, 3), stride=2)
+            assert layer_coverage(call) == pytest.approx(float(read.mean()) / 9)
+
+    def test_decides_by_time(self):
+        report = gradfilter.convert(
+            self.net(), 4, example_input=torch.randn(2, 3, 16, 16), objective="time", warns=False
+        )
+        assert {layer.status for layer in report.layers} <= {"filtered", "exact"}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_converted_model(compact):
+    """The costs of a converted model are those of what it was."""
+    model, x = torchvision.models.resnet18(num_classes=5), torch.randn(1, 3, 64, 64)
+    before = profile(model, x, last_n=2, radii=[2])
+    gradfilter.convert(model, 2, last_n=2, compact=compact, example_input=x, border="plain", warns=False)
+    after = profile(model, x, last_n=2, radii=[2])
+    assert (after.layers[0].saved_bytes, after.autograd_bytes) == (before.layers[0].saved_bytes, before.autograd_bytes)

@@ -107,9 +107,7 @@ class TestConvert:
         """Keys, Parameters and outputs, the outputs with and without gradients."""
         network = data.draw(networks())
         state, parameters, expected = copy.deepcopy(network.state_dict()), set(network.parameters()), output(network)
-        options = data.draw(arguments(network)) | {"compact": False, "exportable": False}
-        # the bias of an exported graph and the SiLU of "all" are ordinary operations, with a rounding of their own
-        options["lean_activations"] = bool(options["lean_activations"])
+        options = data.draw(arguments(network)) | {"compact": False}
         convert(network, **options, example_input=images(), warns=False)
         assert list(network.state_dict()) == list(state) and set(network.parameters()) == parameters
         for key, value in network.state_dict().items():
@@ -177,6 +175,31 @@ class TestRestore:
             assert found.keys() == parameters.keys() and all(found[name] is parameters[name] for name in found)
             torch.testing.assert_close(output(network), expected, rtol=0, atol=0)
 
+    @few
+    @given(st.data())
+    def test_order_of_parameters(self, data):
+        """By which optimisers load their state: the compact parts stand where the weight stood."""
+        network = data.draw(networks(has_norms=True))
+        before = list(network.parameters())
+        convert(network, **data.draw(arguments(network)), example_input=images(), warns=False)
+        assert [each for each in network.parameters() if any(each is one for one in before)] == before
+        for module in network.modules():
+            if isinstance(module, CompactConv2d):
+                assert list(module._parameters) == ["base", "scale", "offset", "bias"]
+        restore(network)
+        assert all(ours is old for ours, old in zip(network.parameters(), before, strict=True))
+
+    @few
+    @given(st.data())
+    def test_of_a_part(self, data):
+        """Converting a part and restoring the whole, or the other way, leaves no trace in what both hold."""
+        part = data.draw(networks(has_norms=True))
+        whole, expected = nn.Sequential(part, nn.Linear(3, 2)), outline(part)
+        converted, restored = (whole, part) if data.draw(st.booleans()) else (part, whole)
+        convert(converted, **data.draw(arguments(part)), example_input=images(), warns=False)
+        restore(restored)
+        assert outline(part) == expected
+
 
 class TestDelta:
     @few
@@ -185,7 +208,7 @@ class TestDelta:
         """The delta of the model, and that of two states, lead from the base to the trained weights."""
         network = data.draw(networks(has_norms=True))
         base = copy.deepcopy(network.state_dict())
-        options = data.draw(arguments(network)) | {"freeze_rest": True, "norm_stats": "frozen"}
+        options = data.draw(arguments(network)) | {"freeze_rest": True}
         convert(network, **options, example_input=images(), warns=False)
         optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.01, weight_decay=1e-2)
         for _ in range(2):

@@ -258,6 +258,16 @@ class TestFilteredConv2d:
         expected = filtered_conv2d(x, leaf, **options).square().sum()
         torch.testing.assert_close((loss, grad), (expected, *torch.autograd.grad(expected, leaf)))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_straight_through_value(self, name, dtype):
+        """Is the convolution's to the bit, the bias included."""
+        inputs, options = make(name, dtype)
+        leaves = [each.requires_grad_() for each in inputs]
+        ours = filtered_conv2d(*leaves, straight_through=True, **options)
+        options.pop("radius", None)
+        torch.testing.assert_close(ours, conv2d(*leaves, **options), rtol=0, atol=0)
+
     @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
     def test_known_kernel_sum(self, backend):
         (x, weight, _), options = make("grouped-dilated")
@@ -336,6 +346,13 @@ class TestFilteredConv2d:
             ({"x": torch.ones(1, 2, 4, 4, device="meta")}, TypeError, "x is on meta and weight on cpu"),
             ({"x": torch.ones(2, 4)}, ValueError, r"x has shape \[2, 4\]"),
             ({"x": torch.ones(1, 3, 4, 4)}, ValueError, "x has 3 channels; weight .* with groups=1 takes 2"),
+            ({"stride": 1.5}, ValueError, "stride=1.5 must be an integer of at least 1, or a pair of them"),
+            ({"stride": (1, 2.0)}, ValueError, r"stride=\(1, 2.0\) must be an integer"),
+            ({"stride": True}, ValueError, "stride=True must be an integer"),
+            ({"padding": None}, ValueError, "padding=None must be an integer of at least 0, or a pair of them"),
+            ({"padding": 0.5}, ValueError, "padding=0.5 must be an integer of at least 0"),
+            ({"dilation": 1.0}, ValueError, "dilation=1.0 must be an integer of at least 1"),
+            ({"groups": 1.0}, ValueError, "groups=1.0 must be a positive integer"),
             ({"groups": 3}, ValueError, "groups=3 takes 6, and groups must divide the 2 outputs"),
             ({"bias": torch.ones(3)}, ValueError, r"bias has shape \[3\]; expected \[2\]"),
             ({"stride": 0}, ValueError, "stride=0 must be an integer of at least 1"),
@@ -376,6 +393,14 @@ class TestPieces:
         )  # fmt: skip
         ours = saved_input(x, weight.shape[-1], radius=radius, **options)
         torch.testing.assert_close(ours, reference.saved_input(x, axes))
+
+    @pytest.mark.parametrize("take", [lambda x: patch_mean(x, 2), lambda x: saved_input(x, 1), kernel_sum])
+    def test_errors(self, take, name):
+        (x, _, _), _ = make(name)
+        with pytest.raises(ValueError, match=r"has shape \[.*\]; .* takes \["):
+            take(x[0])
+        with pytest.raises(TypeError, match=r"is torch.int64; .* takes floating-point tensors"):
+            take(x.long())
 
     def test_kernel_sum(self, name):
         (_, weight, _), _ = make(name, torch.float64)

@@ -1,26 +1,39 @@
 """The layer: a convolution whose forward pass is exact and whose gradients are filtered (sec. 3)."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradfilter.compact import mark_compact
 from visionkernels.ops import Backend
-from visionkernels.ops.filtered_conv import Border, Radius, check_radius, filtered_conv2d, kernel_sum
+from visionkernels.ops.filtered_conv import Border, Radius, check_border, check_radius, filtered_conv2d, kernel_sum
 
-__all__ = ["CompactConv2d", "FilteredConv2d", "as_filtered", "is_plain_convolution"]
+__all__ = [
+    "BEFORE_CONVERSION",
+    "CompactConv2d",
+    "FilteredConv2d",
+    "as_exact",
+    "as_filtered",
+    "is_plain_convolution",
+    "pad_first",
+    "pads_to_same",
+    "timm_layer",
+]
+
+BEFORE_CONVERSION = "_before_conversion"
+"""The attribute of a module that tells what it was before `convert`."""
 
 
 class FilteredConv2d(nn.Conv2d):
     """`nn.Conv2d` with filtered gradients: parameters, state dict and forward pass are the same.
 
-    `radius`, `border`, `backend` and `exportable` (the op's `straight_through`) are those of
-    `visionkernels.ops.filtered_conv.filtered_conv2d`.
+    `radius`, `border`, `backend` and `exportable` (the op's `straight_through`, with its second derivatives) are those
+    of `visionkernels.ops.filtered_conv.filtered_conv2d`. Raises ValueError for a wrong radius or border.
     """
 
     radius: tuple[int, int]
@@ -30,16 +43,29 @@ class FilteredConv2d(nn.Conv2d):
     pads_to_same: bool = False  # as timm's Conv2dSame: any stride, the odd pixel at the bottom and right
 
     def __init__(self, *args: Any, radius: Radius = 2, border: Border = "plain", **kwargs: Any) -> None:
+        check_border(border)
         super().__init__(*args, **kwargs)
         self.radius, self.border = check_radius(radius), border
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2) -> "FilteredConv2d":
-        """Return a filtered layer that shares the parameters of `conv`."""
+    def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2, *, border: Border = "plain") -> "FilteredConv2d":
+        """Return a filtered layer that shares the parameters of `conv`, and nothing else.
+
+        Raises TypeError for a layer that does more than convolve with its weight (see `is_plain_convolution`), and
+        ValueError for a wrong radius or border.
+        """
+        if not is_plain_convolution(conv):
+            raise TypeError(
+                f"{type(conv).__name__} computes its weight anew, which a filtered layer would not; pass an nn.Conv2d "
+                "or timm's Conv2dSame with a weight of its own"
+            )
+        check_border(border)
         layer = nn.Conv2d.__new__(cls)
-        layer.__dict__.update(conv.__dict__)
-        layer._parameters = dict(conv._parameters)
-        layer.radius, layer.pads_to_same = check_radius(radius), isinstance(conv, Conv2dSame)
+        for name, value in conv.__dict__.items():
+            # hooks and the like are in containers; a layer has its own
+            layer.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
+        layer.__dict__.pop(BEFORE_CONVERSION, None)
+        layer.radius, layer.border, layer.pads_to_same = check_radius(radius), border, pads_to_same(conv)
         return layer
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
@@ -47,11 +73,7 @@ class FilteredConv2d(nn.Conv2d):
         return self._convolve(input, self.weight, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, kernel: Tensor | None) -> Tensor:
-        padding = cast(Any, self.padding)
-        if self.pads_to_same:
-            x, padding = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)), 0
-        elif self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        x, padding = pad_first(self, x)
         return filtered_conv2d(
             x, weight, self.bias, self.stride, padding, self.dilation, self.groups, self.radius,  # type: ignore[arg-type]
             border=self.border, kernel=kernel, straight_through=self.exportable, backend=self.backend,
@@ -64,16 +86,60 @@ class FilteredConv2d(nn.Conv2d):
 
 def is_plain_convolution(conv: nn.Conv2d) -> bool:
     """Tell whether `conv` convolves with its weight as it is, and nothing else: what `as_filtered` takes."""
-    return type(conv) in (nn.Conv2d, Conv2dSame, FilteredConv2d) and not nn.utils.parametrize.is_parametrized(conv)
+    # parametrizations change the class, older norms and pruning leave a plain tensor where the Parameter was
+    is_known = type(conv) in (nn.Conv2d, FilteredConv2d, timm_layer("Conv2dSame"))
+    return is_known and conv._parameters.get("weight") is not None
 
 
 def as_filtered(conv: nn.Conv2d, radius: Radius, *, border: Border = "plain", exportable: bool = False) -> None:
-    """Turn a plain convolution into a `FilteredConv2d` in place, so that whoever holds it holds the filtered one."""
-    values: dict[str, Any] = {"radius": check_radius(radius), "border": border, "exportable": exportable}
+    """Turn a plain convolution into a `FilteredConv2d` in place, so that whoever holds it holds the filtered one.
+
+    One that is filtered already keeps its class.
+    """
+    values = {"radius": check_radius(radius), "border": border, "exportable": exportable}
+    conv.__dict__.update(values, pads_to_same=pads_to_same(conv))
     if not isinstance(conv, FilteredConv2d):
-        values |= {"pads_to_same": isinstance(conv, Conv2dSame), "_unconverted_class": type(conv)}
         conv.__class__ = FilteredConv2d
-    conv.__dict__.update(values)
+
+
+def as_exact(conv: FilteredConv2d) -> None:
+    """Turn a filtered layer into the stock convolution of the same values, in place."""
+    if isinstance(conv, CompactConv2d):
+        conv.fold()
+    kind: type[nn.Module] = nn.Conv2d
+    if conv.pads_to_same:
+        from timm.layers import Conv2dSame
+
+        kind = Conv2dSame
+    conv.__class__ = kind  # type: ignore[assignment]
+
+
+def timm_layer(name: str) -> type[nn.Module] | None:
+    """Return a class of `timm.layers`, or None where that was not imported, so that no model holds a layer of it.
+
+    The import takes seconds, and most models do without.
+    """
+    return getattr(sys.modules.get("timm.layers"), name, None)
+
+
+def pad_first(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
+    """Return the input [..., height, width] with the padding that is not zeros or not given, and the padding left."""
+    if pads_to_same(conv):
+        sides: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides = [total // 2, total - total // 2, *sides]
+        return F.pad(x, sides), 0
+    if conv.padding_mode != "zeros":
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+    return x, conv.padding
+
+
+def pads_to_same(conv: nn.Conv2d) -> bool:
+    """Tell whether the layer pads as timm's Conv2dSame: as much as its map needs at its stride."""
+    return conv.pads_to_same if isinstance(conv, FilteredConv2d) else type(conv) is timm_layer("Conv2dSame")
 
 
 class _Compose(torch.autograd.Function):
@@ -104,22 +170,18 @@ class CompactConv2d(FilteredConv2d):
     scale: nn.Parameter
     offset: nn.Parameter
     base: Tensor
+    _kept: dict[str, tuple[Any, Any]]
 
     def __init__(self, *args: Any, radius: Radius = 2, **kwargs: Any) -> None:
         super().__init__(*args, radius=radius, **kwargs)
         self._split()
 
-    def _split(self) -> None:
-        """Part the weight in base, scale and offset."""
-        weight = self.weight
-        del self.weight
-        # the base is the very Parameter, frozen: what else holds it goes on with it when it is folded back
-        self.register_parameter("base", cast(nn.Parameter, weight.requires_grad_(False)))
-        self.scale = nn.Parameter(weight.new_ones(()))
-        self.offset = nn.Parameter(weight.new_zeros(weight.shape[:2]))
-        for parameter in (self.scale, self.offset):
-            mark_compact(parameter)
-        self._kept: dict[str, tuple[Any, Any]] = {}
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2, *, border: Border = "plain") -> "CompactConv2d":
+        """Return a compact layer whose base is the weight of `conv`, which is frozen by it."""
+        layer = cast(CompactConv2d, super().from_conv(conv, radius, border=border))
+        layer._split()
+        return layer
 
     @staticmethod
     def from_filtered(conv: nn.Conv2d) -> None:
@@ -127,15 +189,30 @@ class CompactConv2d(FilteredConv2d):
         conv.__class__ = CompactConv2d
         cast(CompactConv2d, conv)._split()
 
+    def _split(self) -> None:
+        """Part the weight in base, scale and offset."""
+        if self.border != "plain":
+            raise ValueError(f"border={self.border!r} is not exact for a compact layer; it takes 'plain'")
+        weight, is_trained = self.weight, self.weight.requires_grad
+        self._kept = {}
+        # the base is the very Parameter, frozen: what else holds it goes on with it when it is folded back
+        parts = {
+            "base": weight.requires_grad_(False),
+            "scale": nn.Parameter(weight.new_ones(()), is_trained),
+            "offset": nn.Parameter(weight.new_zeros(weight.shape[:2]), is_trained),
+        }
+        for name in ("scale", "offset"):
+            mark_compact(parts[name])
+        _replace_parameters(self, ("weight",), parts)
+
     def fold(self) -> None:
         """Become a plain `FilteredConv2d` again, with the trained weight in the original Parameter."""
         with torch.no_grad():
             weight = self.base.copy_(self._compose()[0])
-        for name in ("base", "scale", "offset"):
-            delattr(self, name)
+        weight.requires_grad_(self.offset.requires_grad)
+        _replace_parameters(self, ("base", "scale", "offset"), {"weight": cast(nn.Parameter, weight)})
         del self._kept
         self.__class__ = FilteredConv2d  # type: ignore[assignment]
-        self.weight = cast(nn.Parameter, weight.requires_grad_())
 
     @torch.no_grad()
     def _compose(self) -> tuple[Tensor, Tensor]:
@@ -157,3 +234,14 @@ class CompactConv2d(FilteredConv2d):
         """Convolve with scale * base + offset; the gradients that follow are filtered."""
         weight, kernel = self._keep("weight", self._compose, self.base, self.scale, self.offset)
         return self._convolve(input, _Compose.apply(self.scale, self.offset, weight), kernel)
+
+
+def _replace_parameters(module: nn.Module, old: Collection[str], new: Mapping[str, Tensor]) -> None:
+    """Put parameters in the place of others: optimisers load their state by the order of parameters."""
+    parameters = dict(module._parameters)
+    module._parameters.clear()
+    for name, parameter in parameters.items():
+        if name not in old:
+            module._parameters[name] = parameter
+        elif not new.keys() & module._parameters.keys():
+            module._parameters.update(cast(Mapping[str, nn.Parameter], new))

@@ -1,11 +1,12 @@
 """One line makes a model train its last convolutions with filtered gradients: `convert(model, last_n=4, radius=4)`."""
 
+import copy
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from tabulate import tabulate
 from torch import nn
@@ -14,13 +15,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from gradfilter import lean
 from gradfilter.compact import guard_optimizers
-from gradfilter.conv import CompactConv2d, as_filtered, is_plain_convolution
+from gradfilter.conv import (
+    BEFORE_CONVERSION,
+    CompactConv2d,
+    FilteredConv2d,
+    as_exact,
+    as_filtered,
+    is_plain_convolution,
+)
 from gradfilter.cost import layer_coverage
 from gradfilter.timing import wins_time
 from gradfilter.trace import Call, Trace, trace
 from visionkernels.ops.filtered_conv import Border, Radius, check_radius
 
-__all__ = ["ConversionReport", "LayerReport", "Objective", "Radii", "choose", "convert", "restore"]
+__all__ = ["ConversionReport", "LayerReport", "Objective", "Radii", "choose", "convert", "exact_twin", "restore"]
 
 Radii = Radius | None | Mapping[str, Radius | None]
 Objective = Literal["memory", "time"]
@@ -53,6 +61,8 @@ class ConversionReport:
     """Batch norms that keep to their running statistics in training mode too."""
     functional_activations: tuple[str, ...]
     """Activations called as functions, which stay as they are."""
+    checkpointed: tuple[str, ...] = ()
+    """Filtered convolutions in an activation checkpoint, which keeps little for backward anyway."""
 
     @property
     def filtered(self) -> tuple[str, ...]:
@@ -70,6 +80,7 @@ class ConversionReport:
         lines.append(f"{frozen} convolutions frozen, {len(self.lean_activations)} activations lean, ")
         lines[-1] += f"{len(self.frozen_norms)} norms on their running statistics"
         lines += [f"not lean, since called as a function: {each}" for each in self.functional_activations]
+        lines += [f"in an activation checkpoint: {each}" for each in self.checkpointed]
         return "\n".join(lines)
 
 
@@ -103,33 +114,40 @@ def convert(
     trained parameters keeps to its running statistics in training mode too. `lean_activations` makes ReLU, ReLU6 and
     dropout behind the first chosen layer keep one bit an element; "all" also hard-swish and SiLU, a byte each and so
     approximately. `compact` trains scale * weight + offset instead of the weight (see `CompactConv2d`). `exportable`
-    builds the gradients so that exported training graphs hold them. `example_input` is what the model takes (a
-    tensor, a tuple or a dict), needed where one image of the model's own size would not do, and by "time" for its
-    batch.
+    builds the gradients so that exported training graphs hold them (see `straight_through` of `filtered_conv2d`, on
+    second derivatives too). `example_input` is what the model takes (a tensor, a tuple or a dict), needed where one
+    image of the model's own size would not do, and by "time" for its batch. A layer that was a `FilteredConv2d` before
+    stays filtered if it is chosen, with its own radius for None.
 
-    A second call starts from the unconverted model. Warns where layers stay exact for their borders, and if nothing is
-    filtered; `warns=False` leaves that to the report. Raises ValueError for wrong arguments, with the count or the
-    nearest names.
+    A second call starts from the unconverted model. Warns where layers stay exact for their borders, if nothing is
+    filtered, and where filtered layers run in an activation checkpoint, which leaves filtering little memory to save;
+    seen are those of `torch.utils.checkpoint`, and timm's `grad_checkpointing` that calls it, unless the model enters
+    them in training mode only. `warns=False` leaves all of that to the report. Raises ValueError for wrong arguments,
+    with the count or the nearest names, and then leaves the model as it was.
     """
-    _check_choices(objective, lean_activations, train_norm, norm_stats)
+    _check_choices(objective, lean_activations, train_norm, norm_stats, border)
     if compact and border == "covered":
         raise ValueError("compact=True with border='covered' is not exact; choose one of the two")
-    restore(model)
     found = trace(model, example_input)
     chosen = choose(found, last_n, layers)
     radii = _radii(radius, chosen)
+    first_name, is_named = chosen[0].name, layers is not None
     plan = {
-        call.name: _decide(call, radii[call.name], layers is not None, objective, border, is_first=call is chosen[0])
+        call.name: _decide(
+            _unconverted(call), radii[call.name], is_named, objective, border, is_first=call.name == first_name
+        )
         for call in chosen
     }
-    model.__dict__["_unconverted_requires_grad"] = {name: p.requires_grad for name, p in model.named_parameters()}
+    # nothing below fails, so that a wrong call leaves the model as it was
+    restore(model)
+    _remember(model)
     first = found.order.index(chosen[0].name)
     if freeze_rest:
         _freeze_rest(model, found, chosen, first, train_norm)
     for call in chosen:
         if plan[call.name].status == "filtered":
             as_filtered(call.module, plan[call.name].radius or 1, border=border, exportable=exportable)
-            if compact and call.module.kernel_size != (1, 1):
+            if compact and call.module.kernel_size != (1, 1) and not isinstance(call.module, CompactConv2d):
                 CompactConv2d.from_filtered(call.module)
                 guard_optimizers()
     lean_names = _make_lean(model, found.order[first:], lean_activations)
@@ -137,6 +155,7 @@ def convert(
     report = ConversionReport(
         (*_report_layers(found, plan), *_other_convolutions(model)), lean_names, frozen,
         tuple(found.functions) if lean_activations else (),
+        tuple(name for name in found.checkpointed if name in plan and plan[name].status == "filtered"),
     )  # fmt: skip
     if warns:
         _warn(report)
@@ -144,26 +163,81 @@ def convert(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `convert`: stock classes, the same Parameters, and what was trainable before."""
+    """Undo `convert` in all of `model`: the classes, settings and Parameters of before, and what was trainable.
+
+    `model` may be the one that was converted, a part of it, or what it is a part of. Modules and parameters that were
+    put in since stay as they are.
+    """
     for module in model.modules():
-        if isinstance(module, CompactConv2d):
+        before: _Before | None = module.__dict__.pop(BEFORE_CONVERSION, None)
+        if before is None:
+            continue
+        if isinstance(module, CompactConv2d) and not issubclass(before.kind, CompactConv2d):
             module.fold()
-        original = module.__dict__.pop("_unconverted_class", None)
-        if original is not None:
-            module.__class__ = original
-            for name in ("radius", "border", "exportable", "pads_to_same"):
-                module.__dict__.pop(name, None)
-    parameters = dict(model.named_parameters())
-    for name, requires_grad in model.__dict__.pop("_unconverted_requires_grad", {}).items():
-        parameters[name].requires_grad_(requires_grad)
+        # another class is not convert's: FSDP and parametrizations change it as well
+        if isinstance(module, _TWINS):
+            module.__class__ = before.kind
+        for name in _SETTINGS if isinstance(module, nn.Conv2d) else ():
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before.settings)
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(before.is_trainable.get(name, parameter.requires_grad))
 
 
-def _check_choices(objective: object, lean_activations: object, train_norm: object, norm_stats: object) -> None:
+_SETTINGS = ("radius", "border", "exportable", "pads_to_same")
+_TWINS: tuple[type[nn.Module], ...] = (
+    FilteredConv2d,
+    *lean.EXACT.values(),
+    *lean.APPROXIMATE.values(),
+    lean.FrozenBatchNorm2d,
+)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What `convert` changes of one module."""
+
+    kind: type[nn.Module]
+    settings: dict[str, Any]
+    is_trainable: dict[str, bool]
+
+
+def _remember(model: nn.Module) -> None:
+    for module in model.modules():
+        settings = {name: value for name, value in vars(module).items() if name in _SETTINGS}
+        is_trainable = {name: each.requires_grad for name, each in module.named_parameters(recurse=False)}
+        is_convolution = isinstance(module, nn.Conv2d)
+        module.__dict__[BEFORE_CONVERSION] = _Before(type(module), settings if is_convolution else {}, is_trainable)
+
+
+def _unconverted(call: Call) -> Call:
+    """Return the call of a layer as it was before `convert`; one that was converted is copied."""
+    if BEFORE_CONVERSION not in call.module.__dict__:
+        return call
+    twin = copy.deepcopy(call.module)
+    restore(twin)
+    return replace(call, module=twin)
+
+
+def exact_twin(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` without filters, be they of `convert` or its own."""
+    twin = copy.deepcopy(model)
+    restore(twin)
+    for module in twin.modules():
+        if isinstance(module, FilteredConv2d):
+            as_exact(module)
+    return twin
+
+
+def _check_choices(
+    objective: object, lean_activations: object, train_norm: object, norm_stats: object, border: object
+) -> None:
     for name, value, allowed in (
-        ("objective", objective, ("memory", "time")),
+        ("objective", objective, get_args(Objective)),
         ("lean_activations", lean_activations, (True, False, "all")),
-        ("train_norm", train_norm, ("after", "none", "all")),
+        ("train_norm", train_norm, get_args(TrainNorm)),
         ("norm_stats", norm_stats, ("frozen", "update")),
+        ("border", border, get_args(Border)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
@@ -175,13 +249,17 @@ def choose(found: Trace, last_n: int | None, layers: Sequence[str] | None) -> li
     if not calls:
         raise ValueError("the model runs no nn.Conv2d; there is nothing to filter")
     if last_n is not None and layers is not None:
-        raise ValueError(f"last_n={last_n} and layers={list(layers)} exclude each other")
+        raise ValueError(f"last_n={last_n} and layers={layers} exclude each other")
     if last_n is not None:
-        if isinstance(last_n, bool) or not 1 <= last_n <= len(calls):
+        if not isinstance(last_n, int) or isinstance(last_n, bool):
+            raise ValueError(f"last_n={last_n!r} must be an integer in [1, {len(calls)}]")
+        if not 1 <= last_n <= len(calls):
             raise ValueError(f"last_n={last_n} must be in [1, {len(calls)}], the convolutions that the model runs")
         return calls[-last_n:]
     if layers is None:
         return calls
+    if not isinstance(layers, Collection) or not layers:
+        raise ValueError(f"layers={layers!r} names no convolution; give names or patterns, or None for all")
     names = _matches([call.name for call in calls], layers)
     return [call for call in calls if call.name in names]
 
@@ -190,6 +268,8 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """Return the names that match; a pattern without a match is an error that names the nearest."""
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{pattern!r} is no name or pattern of a convolution")
         hits = fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or list(names[:3])
@@ -214,6 +294,10 @@ def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] |
 def _decide(
     call: Call, radius: tuple[int, int] | None, is_named: bool, objective: Objective, border: Border, *, is_first: bool
 ) -> LayerReport:
+    if isinstance(call.module, FilteredConv2d):  # whoever built it wants it filtered
+        if border == "covered" and isinstance(call.module, CompactConv2d):
+            raise ValueError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
+        return LayerReport(call.name, "filtered", radius or call.module.radius)
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")
     if not is_plain_convolution(call.module):
@@ -239,8 +323,8 @@ def _freeze_rest(model: nn.Module, found: Trace, chosen: Sequence[Call], first: 
             trained.append(module)
     model.requires_grad_(False)
     for module in trained:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(not (isinstance(module, CompactConv2d) and name == "base"))
 
 
 def _make_lean(model: nn.Module, behind: Sequence[str], lean_activations: LeanActivations) -> tuple[str, ...]:
@@ -258,14 +342,13 @@ def _freeze_norms(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, _BatchNorm)
         and module.track_running_stats
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        and _swap_class(module, lean.FROZEN_NORMS)
+        and _swap_class(module, lean.frozen_norms())
     )
 
 
 def _swap_class(module: nn.Module, twins: Mapping[type[nn.Module], type[nn.Module]]) -> bool:
     twin = twins.get(type(module))
     if twin is not None:
-        module.__dict__["_unconverted_class"] = type(module)
         module.__class__ = twin
     return twin is not None
 
@@ -290,3 +373,9 @@ def _warn(report: ConversionReport) -> None:
     if not report.filtered:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in report.layers if layer.reason)
         warnings.warn(f"no convolution is filtered: {reasons}", stacklevel=3)
+    if report.checkpointed:
+        warnings.warn(
+            f"{len(report.checkpointed)} filtered convolutions run in an activation checkpoint (first: "
+            f"{report.checkpointed[0]}); it drops their inputs already, so both together save little memory",
+            stacklevel=3,
+        )

@@ -1,10 +1,10 @@
 """What the backward pass of a convolution costs, exact and filtered: operations and kept activations (sec. 3)."""
 
 from dataclasses import dataclass
-from typing import cast
 
+from gradfilter.conv import pads_to_same
 from gradfilter.trace import Call
-from visionkernels.ops.filtered_conv import Radius, check_radius, coverage, grid_size
+from visionkernels.ops.filtered_conv import Radius, check_radius, grid_size
 
 __all__ = ["LayerCost", "layer_cost", "layer_coverage"]
 
@@ -38,11 +38,19 @@ def layer_cost(call: Call, radius: Radius | None) -> LayerCost:
 
 
 def layer_coverage(call: Call) -> float:
-    """Return the share of (output, tap) pairs that read the map and not its padding."""
-    conv, (_, _, height, width) = call.module, call.input_size
-    padding = conv.padding
-    if isinstance(padding, str):
-        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        padding = (spans[0] // 2, spans[1] // 2) if padding == "same" else (0, 0)
-    pairs = cast(tuple[tuple[int, int], ...], (conv.kernel_size, conv.stride, padding, conv.dilation))
-    return coverage((height, width), *pairs)
+    """Return the share of (output, tap) pairs that read the map and not zeros beside it."""
+    conv = call.module
+    if conv.padding_mode != "zeros":
+        return 1.0
+    shares = []
+    for axis, (size, outputs) in enumerate(zip(call.input_size[2:], call.output_size[2:], strict=True)):
+        kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
+        if pads_to_same(conv) or conv.padding == "same":
+            before = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0) // 2
+        else:
+            before = 0 if isinstance(conv.padding, str) else conv.padding[axis]
+        reads = [
+            0 <= output * stride + tap * dilation - before < size for output in range(outputs) for tap in range(kernel)
+        ]
+        shares.append(sum(reads) / len(reads))
+    return shares[0] * shares[1]

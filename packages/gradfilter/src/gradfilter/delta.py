@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfilter.conv import CompactConv2d
+from gradfilter.lean import FrozenBatchNorm2d
 from visionkernels.checkpoints import CheckpointError, read_state, save_weights
 
 __all__ = ["apply_delta", "compute_delta", "read_delta", "save_delta", "trainable_delta"]
@@ -67,7 +68,7 @@ def _fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
 def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors of a converted model in the form of `compute_delta`, compact layers as they are.
 
-    The buffers of norms that were not frozen are among them.
+    The buffers of norms whose running statistics move in training are among them, whether the norm is trained or not.
     """
     delta: dict[str, Tensor] = {}
     compact = {name for name, module in model.named_modules() if isinstance(module, CompactConv2d)}
@@ -77,28 +78,36 @@ def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
             is_part = layer in compact and leaf in ("scale", "offset")
             delta[f"{layer}.weight.{leaf}" if is_part else name] = parameter.detach().clone()
     for name, module in model.named_modules():
-        if getattr(module, "track_running_stats", False) and any(p.requires_grad for p in module.parameters(False)):
+        if getattr(module, "track_running_stats", False) and not isinstance(module, FrozenBatchNorm2d):
             delta |= {f"{name}.{key}": value.detach().clone() for key, value in module.named_buffers(recurse=False)}
     return delta
 
 
 def apply_delta(base: State, delta: State) -> dict[str, Tensor]:
-    """Return the state dict that `delta` leads to from `base`. Raises CheckpointError if the names do not fit."""
+    """Return the state dict that `delta` leads to from `base`.
+
+    Raises CheckpointError if names or shapes do not fit, and for a scale or an offset without the other.
+    """
     tuned = dict(base)
     for name, value in delta.items():
-        kernel = name.removesuffix(_OFFSET)
-        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in base:
-            continue
-        if name.endswith(_OFFSET) and kernel in base and kernel + _SCALE in delta:
-            if value.shape != base[kernel].shape[:2]:
-                raise CheckpointError(f"{name} is {list(value.shape)}; the base's kernel is {list(base[kernel].shape)}")
-            scale, start = delta[kernel + _SCALE].double(), base[kernel].double()
-            tuned[kernel] = (scale * start + value.double()[:, :, None, None]).to(base[kernel].dtype)
-        elif name in base and value.shape == base[name].shape:
+        kernel = name.removesuffix(_SCALE).removesuffix(_OFFSET)
+        if name in base and value.shape == base[name].shape:
             tuned[name] = value
-        else:
+        elif name in base or kernel not in base:
             raise CheckpointError(f"the delta's {name} {list(value.shape)} fits no tensor of the base")
+        elif missing := [other for other in (kernel + _SCALE, kernel + _OFFSET) if other not in delta]:
+            raise CheckpointError(f"the delta has {name} without {missing[0]}")
+        else:
+            tuned[kernel] = _move(kernel, base[kernel], delta[kernel + _SCALE], delta[kernel + _OFFSET])
     return tuned
+
+
+def _move(name: str, start: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    if start.ndim != 4 or offset.shape != start.shape[:2]:
+        raise CheckpointError(f"{name}{_OFFSET} is {list(offset.shape)}; the base's kernel is {list(start.shape)}")
+    if scale.ndim:
+        raise CheckpointError(f"{name}{_SCALE} is {list(scale.shape)}; it must be one number, []")
+    return (scale.double() * start.double() + offset.double()[:, :, None, None]).to(start.dtype)
 
 
 def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool = False) -> None:

@@ -14,10 +14,18 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfilter.conv import FilteredConv2d, is_plain_convolution
-from gradfilter.conversion import choose, restore
+from gradfilter.conv import FilteredConv2d, is_plain_convolution, pad_first
+from gradfilter.conversion import choose, exact_twin
 from gradfilter.trace import call_model, trace
-from visionkernels.ops.filtered_conv import Border, Radius, check_radius, patch_mean, saved_input
+from visionkernels.ops.filtered_conv import (
+    Border,
+    Radius,
+    check_border,
+    check_radius,
+    pad_unevenly,
+    patch_mean,
+    saved_input,
+)
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "diagnose"]
 
@@ -82,14 +90,14 @@ def diagnose(
 
     Raises ValueError as `convert` does, and if the loss does not reach a layer.
     """
+    check_border(border)
     inputs, targets = batch
     filters = {
         name: (module.radius, module.border)
         for name, module in model.named_modules()
         if isinstance(module, FilteredConv2d) and (last_n is None and layers is None)
     }
-    twin = copy.deepcopy(model)
-    restore(twin)
+    twin = exact_twin(model)
     if not filters:
         chosen = choose(trace(twin, inputs), last_n, layers)
         filters = {call.name: (check_radius(radius), border) for call in chosen if is_plain_convolution(call.module)}
@@ -139,12 +147,12 @@ def _compare(
     x, grad = x.double(), grad.double()
     conv = copy.deepcopy(conv).double()
     exact_weight, exact_input = _gradients(conv, x, grad)
-    filtered = FilteredConv2d.from_conv(conv, radius)
-    filtered.border = border
-    weight, input_grad = _gradients(filtered, x, grad)
-    sampled, read = _samples(conv, x)
+    weight, input_grad = _gradients(FilteredConv2d.from_conv(conv, radius, border=border), x, grad)
+    x, padding = _pad(conv, x)
+    sampled, read = _samples(conv, x, padding)
     # [taps]
-    share = _samples(conv, torch.ones_like(x[:1, :1]))[1].mean((0, 1, 3)) if border == "covered" else x.new_ones(())
+    ones = torch.ones_like(x[:1, :1])
+    share = _samples(conv, ones, padding)[1].mean((0, 1, 3)) if border == "covered" else x.new_ones(())
     smooth_grad, smooth_samples = _smooth(grad, radius), _smooth(sampled, radius)
     across = (0, 2, 3)
     grad_norm, grad_rest = grad.square().sum(across).sqrt(), (grad - smooth_grad).square().sum(across).sqrt()
@@ -175,19 +183,19 @@ def _gradients(conv: nn.Conv2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
     return weight, input_grad
 
 
-def _samples(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def _pad(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return the input with the padding that the filter takes as pixels, and the zeros on both sides that are left."""
+    x, padding = pad_first(conv, x)
+    stride, dilation = cast(Any, conv.stride), cast(Any, conv.dilation)
+    return pad_unevenly(x, padding, conv.kernel_size, stride, dilation)
+
+
+def _samples(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return what the filter samples for each output [N, Ci, Ho, Wo], and what each tap reads [N, Ci, taps, Ho Wo]."""
-    padding = _padding(conv)
     geometry = {"stride": conv.stride, "padding": padding, "dilation": conv.dilation}
     sampled = saved_input(x, conv.kernel_size, radius=1, **geometry)  # type: ignore[arg-type]
     read = F.unfold(x, conv.kernel_size, **geometry)  # type: ignore[arg-type]
     return sampled, read.unflatten(1, (x.shape[1], -1))
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise ValueError(f"diagnose takes zero padding in numbers; {conv} pads otherwise")
-    return conv.padding
 
 
 def _smooth(x: Tensor, radius: tuple[int, int]) -> Tensor:

@@ -2,17 +2,19 @@
 
 A filtered convolution lets go of its input, but the ReLU before it keeps the same tensor as its output, and a norm
 keeps its own input. These layers keep one bit an element (ReLU, ReLU6, dropout: exact), a byte (hard-swish, SiLU:
-approximate), or a number a channel (batch norm with frozen statistics). Each is its stock class with another forward.
+approximate), or a number a channel (batch norm with frozen statistics). Each stands in for its stock class, whose
+attributes it takes over.
 """
 
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["APPROXIMATE", "EXACT", "FROZEN_NORMS", "FrozenBatchNorm2d", "pack_bits", "unpack_bits"]
+from gradfilter.conv import timm_layer
+
+__all__ = ["APPROXIMATE", "EXACT", "FrozenBatchNorm2d", "frozen_norms", "pack_bits", "unpack_bits"]
 
 # a multiplication gathers the bits of eight bytes of 0 or 1 in the highest byte, and another one spreads them again
 _GATHER = 0x0102040810204080
@@ -136,7 +138,7 @@ class LeanSiLU(nn.SiLU):
             return F.silu(input)
         x = input.detach()
         gate = torch.sigmoid(x)
-        return _Coded.apply(input, x * gate, gate * (1 + x * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
+        return _Coded.apply(input, F.silu(x), gate * (1 + x * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -147,12 +149,12 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return _frozen_norm(self, input)
 
 
-class FrozenBatchNormAct2d(BatchNormAct2d):
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     """timm's batch norm with its activation, by its running statistics."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the activation of the normed map."""
-        return self.act(self.drop(_frozen_norm(self, x)))  # type: ignore[no-any-return]
+        return self.act(self.drop(_frozen_norm(self, input)))  # type: ignore[no-any-return, operator]
 
 
 def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -175,7 +177,10 @@ EXACT: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: LeanDropout,
 }
 APPROXIMATE: dict[type[nn.Module], type[nn.Module]] = {nn.Hardswish: LeanHardswish, nn.SiLU: LeanSiLU}
-FROZEN_NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm2d: FrozenBatchNorm2d,
-    BatchNormAct2d: FrozenBatchNormAct2d,
-}
+
+
+def frozen_norms() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return what a batch norm becomes whose statistics are frozen, by its stock class."""
+    twins: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: FrozenBatchNorm2d}
+    with_activation = timm_layer("BatchNormAct2d")
+    return twins if with_activation is None else twins | {with_activation: FrozenBatchNormAct2d}

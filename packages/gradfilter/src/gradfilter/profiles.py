@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from gradfilter.conversion import choose, convert
+from gradfilter.conversion import choose, convert, exact_twin
 from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
@@ -133,6 +133,7 @@ def profile(
     if not radii:
         raise ValueError("radii is empty; give one or more, e.g. (2, 4, 7)")
     pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
+    model = exact_twin(model)
     chosen = choose(trace(model, example_input), last_n, layers)
     profiles = tuple(_profile_layer(call, pairs, measures_time, is_first=call is chosen[0]) for call in chosen)
     kept = _autograd_bytes(model, example_input, [call.name for call in chosen], pairs) if measures_memory else {}

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from functools import partial
 from statistics import quantiles
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from gradfilter.conv import FilteredConv2d
+from gradfilter.conv import FilteredConv2d, pads_to_same, timm_layer
 from gradfilter.trace import Call
 from visionkernels.ops.filtered_conv import Radius
 from visionkernels.profiling import Timing, compare
@@ -66,4 +66,6 @@ def _layer(conv: nn.Conv2d, radius: Radius | None) -> nn.Conv2d:
         conv.in_channels, conv.out_channels, bias=conv.bias is not None, device=weight.device, dtype=weight.dtype,
         **options,
     )  # fmt: skip
+    if pads_to_same(conv):
+        layer.__class__ = cast(type[nn.Conv2d], timm_layer("Conv2dSame"))  # of the same attributes
     return layer if radius is None else FilteredConv2d.from_conv(layer, radius)

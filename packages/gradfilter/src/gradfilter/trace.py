@@ -1,6 +1,7 @@
 """In which order a model's layers run, on which sizes, and which activations it calls as functions."""
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 __all__ = ["Call", "Trace", "call_model", "preserved_modes", "trace"]
@@ -47,6 +49,8 @@ class Trace:
     """The modules without children, in the order of their calls; one that is called twice stands twice."""
     functions: list[str] = field(default_factory=list)
     """Activations that a module calls as functions, as "module: function"."""
+    checkpointed: list[str] = field(default_factory=list)
+    """The convolutions that ran in an activation checkpoint at their first call."""
 
 
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
@@ -92,6 +96,8 @@ class _Recorder(TorchFunctionMode):
         self.found.order.append(name)
         if isinstance(module, nn.Conv2d) and is_first_call:
             self.found.convolutions.append(Call(name, module, _image_size(inputs[0]), _image_size(output)))
+            if _is_checkpointed():
+                self.found.checkpointed.append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ACTIVATION_FUNCTIONS:
@@ -102,6 +108,11 @@ class _Recorder(TorchFunctionMode):
             if not is_module and entry not in self.found.functions:
                 self.found.functions.append(entry)
         return func(*args, **(kwargs or {}))
+
+
+def _is_checkpointed() -> bool:
+    """Tell whether a function of `torch.utils.checkpoint` is among the callers, as in both of its variants."""
+    return any(frame.f_globals.get("__name__") == checkpoint.__name__ for frame, _ in traceback.walk_stack(None))
 
 
 def call_model(model: nn.Module, example_input: Any) -> Any:
