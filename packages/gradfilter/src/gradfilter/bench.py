@@ -148,7 +148,7 @@ def _objective_row(name: str, batch: int) -> BenchRow:
     calls = [call for call in trace(model, x).convolutions if call.name in filtered]
     ratios = {}
     for call in calls:
-        exact, ours = step_seconds(call, [None, 2], needs_input_gradient=call.name != "conv1", repeats=7)
+        exact, ours = step_seconds(call, [None, 2], needs_input_gradient=call.name != "conv1", repeats=15)
         ratios[call.name] = exact / ours
     slowest = min(ratios, key=ratios.__getitem__, default="none")
     return BenchRow(
