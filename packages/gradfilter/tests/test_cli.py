@@ -60,6 +60,7 @@ class TestProfile:
 
     def test_errors(self, capsys):
         assert "did you mean 'resnet18'" in fails(capsys, "profile", "resnet188")
+        run(capsys, "profile", "resnet18.a1_in1k", "--last-n", 1, "--input-size", 64, 64, "--radius", 2)
         assert "unknown torchvision model 'resnet188'" in fails(capsys, "profile", "torchvision:resnet188")
         assert "cannot be imported" in fails(capsys, "profile", "no_such_module:net")
         assert "gave a OrderedDict" in fails(capsys, "profile", "collections:OrderedDict")
@@ -74,8 +75,9 @@ class TestDiagnose:
         assert "layer4.1.conv2" in out and "bound" in out
         assert len(json.loads(report.read_text())["layers"]) == 2
 
-    def test_errors(self, capsys, tmp_path):
+    def test_errors(self, capsys, picture, tmp_path):
         assert "none.png is not a file" in fails(capsys, "diagnose", "resnet18", tmp_path / "none.png")
+        assert "takes 1 channels; pictures have 3" in fails(capsys, "diagnose", "tinyconv", picture)
         (tmp_path / "text.png").write_text("no picture")
         assert "text.png cannot be read" in fails(capsys, "diagnose", "resnet18", tmp_path / "text.png")
 

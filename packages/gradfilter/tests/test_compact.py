@@ -143,3 +143,26 @@ def test_other_optimisers_are_let_through(net, images):
         timm.optim.create_optimizer_v2(parameters, opt="adamw", weight_decay=0.1),
     ):
         check_optimizer(optimizer)
+
+
+def test_step_after_an_evaluation():
+    """What the layer keeps from a forward pass without autograd serves the next step."""
+    layer = CompactConv2d(3, 4, 3, padding=1)
+    optimizer, x = torch.optim.SGD(layer.parameters(), 0.1), torch.randn(2, 3, 6, 6)
+    layer(x).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        evaluated = layer(x)
+    optimizer.zero_grad()
+    out = layer(x)
+    torch.testing.assert_close(out, evaluated.clone(), rtol=0, atol=0)
+    out.sum().backward()
+    assert layer.offset.grad.abs().sum() > 0
+
+
+def test_layer_by_itself_is_guarded():
+    layer = CompactConv2d(3, 4, 3)
+    optimizer = torch.optim.Adam(layer.parameters(), weight_decay=0.1)
+    layer(torch.randn(1, 3, 6, 6)).sum().backward()
+    with pytest.raises(ValueError, match="use AdamW, SGD, or weight_decay=0"):
+        optimizer.step()

@@ -483,3 +483,25 @@ class TestRunsElsewhere:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             convert(net, last_n=2, example_input=images)
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+
+
+class TestExportable:
+    def test_is_not_lean_by_itself(self):
+        report = convert(small_net(), 2, last_n=2, example_input=torch.randn(2, 3, 16, 12), exportable=True)
+        assert report.lean_activations == ()
+
+    @pytest.mark.parametrize("other", [{"compact": True}, {"lean_activations": True}, {"lean_activations": "all"}])
+    def test_excludes_what_a_graph_would_lose(self, other):
+        with pytest.raises(ValueError, match="a graph would lose its gradients"):
+            convert(small_net(), 2, last_n=2, example_input=torch.randn(2, 3, 16, 12), exportable=True, **other)
+
+    def test_step_after_an_evaluation(self):
+        net, x = small_net(), torch.randn(2, 3, 16, 12)
+        convert(net, 3, last_n=2, example_input=x, exportable=True)
+        with torch.inference_mode():
+            net(x)
+        net(x).sum().backward()

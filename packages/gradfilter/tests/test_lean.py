@@ -110,3 +110,28 @@ class TestFrozenNorm:
         norm = lean.FrozenBatchNorm2d(6, affine=False)
         x = torch.randn(3, 6, 5, 4)
         torch.testing.assert_close(norm(x), nn.BatchNorm2d(6, affine=False).eval()(x))
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize(("stock", "ours", "bound"), CODED, ids=["hardswish", "silu"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_coded_slopes(self, stock, ours, bound, dtype):
+        """Every slope near that of the same input in float32, at the ends of the code too."""
+        x = torch.linspace(-8, 8, 4001).to(dtype).requires_grad_()
+        (grad,) = torch.autograd.grad(ours(x).float().sum(), x)
+        wide = x.detach().float().requires_grad_()
+        (expected,) = torch.autograd.grad(stock(wide).sum(), wide)
+        # the code, and the rounding of a slope near 1 to the type
+        torch.testing.assert_close(grad.float(), expected, rtol=0, atol=bound + torch.finfo(dtype).eps)
+
+    def test_frozen_norm(self):
+        """As near to float32 as the stock norm, where mean and shift nearly cancel."""
+        stock = nn.BatchNorm2d(4).eval()
+        stock.running_mean.copy_(torch.tensor([3.0, 10.0, -7.0, 1.3]))
+        stock.running_var.copy_(torch.tensor([0.03, 0.2, 0.5, 2.0]))
+        x = torch.randn(2, 4, 8, 8) * stock.running_var.sqrt()[:, None, None] + stock.running_mean[:, None, None]
+        x = x.bfloat16()
+        ours = lean.FrozenBatchNorm2d(4).eval()
+        ours.load_state_dict(stock.state_dict())
+        torch.testing.assert_close(ours(x), stock(x), rtol=0, atol=0.008 * 2)
+        assert ours(x).dtype == torch.bfloat16

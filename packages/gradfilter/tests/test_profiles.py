@@ -3,6 +3,7 @@
 from statistics import median
 
 import pytest
+import timm
 import torch
 import torchvision
 from timm.layers import create_conv2d, pad_same
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 import gradfilter
 from gradfilter.cost import layer_coverage
 from gradfilter.diagnosis import diagnose
-from gradfilter.profiles import profile
+from gradfilter.profiles import example_images, profile
 from gradfilter.timing import wins_time
 from gradfilter.trace import trace
 from visionkernels.profiling import Timing
@@ -51,7 +52,7 @@ class TestProfile:
         assert all(min(layer.predicted_seconds.values()) > 0 for layer in found.layers)
 
     def test_errors(self, net):
-        with pytest.raises(ValueError, match="radii is empty"):
+        with pytest.raises(ValueError, match=r"radii=\(\) must be one or more radii"):
             profile(net, last_n=1, radii=())
         with pytest.raises(ValueError, match=r"last_n=9 must be in \[1, 4\]"):
             profile(net, last_n=9)
@@ -201,3 +202,43 @@ def test_converted_model(compact):
     gradfilter.convert(model, 2, last_n=2, compact=compact, example_input=x, border="plain", warns=False)
     after = profile(model, x, last_n=2, radii=[2])
     assert (after.layers[0].saved_bytes, after.autograd_bytes) == (before.layers[0].saved_bytes, before.autograd_bytes)
+
+
+class TestStaysExact:
+    """What convert would leave exact is counted as exact, and said to be."""
+
+    def test_small_maps(self):
+        model = torchvision.models.resnet18(num_classes=5)
+        found = profile(model, torch.randn(2, 3, 32, 32), last_n=2, radii=[2])
+        for layer in found.layers:
+            assert "coverage 0.11" in layer.stays_exact
+            assert (layer.flops["2x2"], layer.saved_bytes["2x2"]) == (layer.flops["exact"], layer.saved_bytes["exact"])
+        assert "layer4.1.conv2 stays exact: gradient overestimated" in str(found)
+        plan = found.fit(memory_kib=1e6)
+        report = gradfilter.convert(
+            model, plan.radius, layers=plan.layers, example_input=torch.randn(2, 3, 32, 32), warns=False
+        )
+        assert report.filtered == ()
+
+    def test_named_layers_are_filtered(self):
+        model = torchvision.models.resnet18(num_classes=5)
+        (layer,) = profile(model, torch.randn(2, 3, 32, 32), layers=["layer4.1.conv2"], radii=[2]).layers
+        assert layer.stays_exact == "" and layer.flops["2x2"] < layer.flops["exact"]
+
+    def test_weights_computed_anew(self):
+        layers = profile(timm.create_model("resnetv2_50x1_bit"), torch.randn(1, 3, 64, 64), last_n=2, radii=[2],
+                         measures_memory=False).layers  # fmt: skip
+        assert "computes its weight anew" in layers[0].stays_exact
+
+    def test_training_mode_that_fails(self):
+        found = profile(torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), last_n=1, radii=[2])
+        assert found.autograd_bytes == {}
+        assert "training mode fails on this example: Expected more than 1 value per channel" in str(found)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="radii=2 must be one or more radii"):
+            profile(torchvision.models.resnet18(), radii=2)
+        with pytest.raises(ValueError, match=r"runs no nn\.Conv2d"):
+            example_images(nn.Identity(), 1)
+        with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+            example_images(torchvision.models.resnet18(), 0)

@@ -62,10 +62,11 @@ def arguments(network: nn.Sequential) -> st.SearchStrategy[dict[str, Any]]:
             "train_norm": st.sampled_from(["after", "none", "all"]),
             "norm_stats": st.sampled_from(["frozen", "update"]),
             "freeze_rest": st.booleans(),
-            "exportable": st.booleans(),
         }
     ).flatmap(
-        lambda chosen: st.sampled_from([{}, {"border": "covered"}, {"compact": True}]).map(lambda form: chosen | form)
+        lambda chosen: st.sampled_from(
+            [{}, {"border": "covered"}, {"compact": True}, {"exportable": True, "lean_activations": False}]
+        ).map(lambda form: chosen | form)
     )
 
 

@@ -2,6 +2,8 @@
 
 from gradfilter.conv import CompactConv2d, FilteredConv2d
 from gradfilter.conversion import ConversionReport, convert, restore
+from gradfilter.delta import apply_delta, trainable_delta
+from gradfilter.diagnosis import diagnose
 from gradfilter.profiles import Plan, Profile, profile
 from visionkernels.ops.filtered_conv import filtered_conv2d, kernel_sum, patch_mean, saved_input
 
@@ -11,11 +13,14 @@ __all__ = [
     "FilteredConv2d",
     "Plan",
     "Profile",
+    "apply_delta",
     "convert",
+    "diagnose",
     "filtered_conv2d",
     "kernel_sum",
     "patch_mean",
     "profile",
     "restore",
     "saved_input",
+    "trainable_delta",
 ]

@@ -29,12 +29,19 @@ def load_official(
         if prefix is None:
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith(without or ("\0",))}
+    state = {key: value for key, value in state.items() if not key.startswith(without)}
     if num_classes is None:
         load_strict(model, state, source=path)
         return
     own = model.state_dict()
     stems = {key.rpartition(".")[0] for key, value in state.items() if key in own and own[key].shape != value.shape}
-    if len(stems) > 1:
+    if stems - {_classifier(model)}:
         raise CheckpointError(f"{path} differs from the model in more than its classifier: {', '.join(sorted(stems))}")
     load_strict(model, state, source=path, keep=sorted(stems))
+
+
+def _classifier(model: nn.Module) -> str:
+    """Return the name of the last linear layer, or of the last convolution of a model without one."""
+    names = {kind: [name for name, module in model.named_modules() if isinstance(module, kind)]
+             for kind in (nn.Linear, nn.Conv2d)}  # fmt: skip
+    return (names[nn.Linear] or names[nn.Conv2d] or [""])[-1]

@@ -130,8 +130,8 @@ def profile(
     if memory_kib is not None or flops is not None:
         plan = found.fit(memory_kib=memory_kib, flops=flops)
         print(f"\nfits: {plan.saved_bytes / 1024:.1f} KiB, {plan.flops / 1e6:.2f} MFLOPs")
-        for name, (rows, columns) in plan.radius.items():
-            print(f"  {name}: radius {rows} x {columns}")
+        for name, pair in plan.radius.items():
+            print(f"  {name}: " + ("exact" if pair is None else f"radius {pair[0]} x {pair[1]}"))
     if json is not None:
         write_json(json, asdict(found) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
 
@@ -175,8 +175,10 @@ def diagnose(
     network = create_classifier(model, pretrained=pretrained)
     if checkpoint is not None:
         load_official(network, checkpoint)
-    size = tuple(example_images(network, 1, input_size).shape[-2:])
-    batch = read_batch(images, (size[0], size[1]))
+    _, channels, *size = example_images(network, 1, input_size).shape
+    if channels != 3:
+        raise ValueError(f"model {model} takes {channels} channels; pictures have 3")
+    batch = read_batch(images, (size[0], size[1]), network)
     with torch.no_grad():
         targets = network.eval()(batch).argmax(1)
     found = compare(network, (batch, targets), radius=radius, last_n=last_n)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfilter.compact import mark_compact
+from gradfilter.compact import guard_optimizers, mark_compact
 from visionkernels.ops import Backend
 from visionkernels.ops.filtered_conv import Border, Radius, check_border, check_radius, filtered_conv2d, kernel_sum
 
@@ -203,6 +203,7 @@ class CompactConv2d(FilteredConv2d):
         }
         for name in ("scale", "offset"):
             mark_compact(parts[name])
+        guard_optimizers()
         _replace_parameters(self, ("weight",), parts)
 
     def fold(self) -> None:
@@ -227,7 +228,8 @@ class CompactConv2d(FilteredConv2d):
             return compute()
         state = [(source._version, source.data_ptr()) for source in sources]
         if name not in self._kept or self._kept[name][0] != state:
-            self._kept[name] = (state, compute())
+            with torch.inference_mode(False):  # what an evaluation keeps, the next step saves for backward
+                self._kept[name] = (state, compute())
         return self._kept[name][1]
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:

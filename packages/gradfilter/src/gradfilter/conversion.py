@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gradfilter import lean
-from gradfilter.compact import guard_optimizers
 from gradfilter.conv import (
     BEFORE_CONVERSION,
     CompactConv2d,
@@ -28,11 +27,21 @@ from gradfilter.timing import wins_time
 from gradfilter.trace import Call, Trace, trace
 from visionkernels.ops.filtered_conv import Border, Radius, check_radius
 
-__all__ = ["ConversionReport", "LayerReport", "Objective", "Radii", "choose", "convert", "exact_twin", "restore"]
+__all__ = [
+    "ConversionReport",
+    "LayerReport",
+    "Objective",
+    "Radii",
+    "choose",
+    "convert",
+    "decide",
+    "exact_twin",
+    "restore",
+]
 
 Radii = Radius | None | Mapping[str, Radius | None]
 Objective = Literal["memory", "time"]
-LeanActivations = Literal["all"] | bool
+LeanActivations = Literal["all"] | bool | None
 TrainNorm = Literal["after", "none", "all"]
 
 MIN_COVERAGE = 0.5
@@ -92,7 +101,7 @@ def convert(
     layers: Sequence[str] | None = None,
     example_input: Any = None,
     objective: Objective = "memory",
-    lean_activations: LeanActivations = True,
+    lean_activations: LeanActivations = None,
     freeze_rest: bool = True,
     train_norm: TrainNorm = "after",
     norm_stats: Literal["frozen", "update"] = "frozen",
@@ -107,17 +116,19 @@ def convert(
     as "layer4.*"), or all. `radius` is one for all, or a dict of names and patterns; None leaves a layer exact. A
     chosen layer also stays exact, and is trained all the same, where its kind has no filter, where `objective="time"`
     measures that filtering it would lose time, and where most taps read padding (unless it is named, or
-    `border="covered"`). Parameters, state dict and forward pass stay as they are.
+    `border="covered"`). Parameters, state dict and forward pass stay as they are (with `compact` the state dict holds
+    base, scale and offset until `restore`).
 
     `freeze_rest` leaves trainable the chosen convolutions, the linear layers behind the first of them, and the affine
     parameters of norms by `train_norm`: those behind it, none, or all. With `norm_stats="frozen"` a batch norm without
     trained parameters keeps to its running statistics in training mode too. `lean_activations` makes ReLU, ReLU6 and
     dropout behind the first chosen layer keep one bit an element; "all" also hard-swish and SiLU, a byte each and so
-    approximately. `compact` trains scale * weight + offset instead of the weight (see `CompactConv2d`). `exportable`
-    builds the gradients so that exported training graphs hold them (see `straight_through` of `filtered_conv2d`, on
-    second derivatives too). `example_input` is what the model takes (a tensor, a tuple or a dict), needed where one
-    image of the model's own size would not do, and by "time" for its batch. A layer that was a `FilteredConv2d` before
-    stays filtered if it is chosen, with its own radius for None.
+    approximately; None is True unless `exportable`. `compact` trains scale * weight + offset instead of the weight (see
+    `CompactConv2d`). `exportable` builds the gradients so that exported training graphs hold them (see
+    `straight_through` of `filtered_conv2d`, on second derivatives too), which excludes the last two. `example_input` is
+    what the model takes (a tensor, a tuple or a dict), needed where one image of the model's own size would not do, and
+    by "time" for its batch. A layer that was a `FilteredConv2d` before stays filtered if it is chosen, with its own
+    radius for None.
 
     A second call starts from the unconverted model. Warns where layers stay exact for their borders, if nothing is
     filtered, and where filtered layers run in an activation checkpoint, which leaves filtering little memory to save;
@@ -128,12 +139,16 @@ def convert(
     _check_choices(objective, lean_activations, train_norm, norm_stats, border)
     if compact and border == "covered":
         raise ValueError("compact=True with border='covered' is not exact; choose one of the two")
+    if exportable and (compact or lean_activations):
+        other = "compact=True" if compact else f"lean_activations={lean_activations!r}"
+        raise ValueError(f"exportable=True with {other}: a graph would lose its gradients; choose one of the two")
+    lean_activations = not exportable if lean_activations is None else lean_activations
     found = trace(model, example_input)
     chosen = choose(found, last_n, layers)
     radii = _radii(radius, chosen)
     first_name, is_named = chosen[0].name, layers is not None
     plan = {
-        call.name: _decide(
+        call.name: decide(
             _unconverted(call), radii[call.name], is_named, objective, border, is_first=call.name == first_name
         )
         for call in chosen
@@ -149,7 +164,6 @@ def convert(
             as_filtered(call.module, plan[call.name].radius or 1, border=border, exportable=exportable)
             if compact and call.module.kernel_size != (1, 1) and not isinstance(call.module, CompactConv2d):
                 CompactConv2d.from_filtered(call.module)
-                guard_optimizers()
     lean_names = _make_lean(model, found.order[first:], lean_activations)
     frozen = _freeze_norms(model) if norm_stats == "frozen" else ()
     report = ConversionReport(
@@ -234,7 +248,7 @@ def _check_choices(
 ) -> None:
     for name, value, allowed in (
         ("objective", objective, get_args(Objective)),
-        ("lean_activations", lean_activations, (True, False, "all")),
+        ("lean_activations", True if lean_activations is None else lean_activations, (True, False, "all")),
         ("train_norm", train_norm, get_args(TrainNorm)),
         ("norm_stats", norm_stats, ("frozen", "update")),
         ("border", border, get_args(Border)),
@@ -291,13 +305,14 @@ def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] |
     return radii
 
 
-def _decide(
+def decide(
     call: Call, radius: tuple[int, int] | None, is_named: bool, objective: Objective, border: Border, *, is_first: bool
 ) -> LayerReport:
     if isinstance(call.module, FilteredConv2d):  # whoever built it wants it filtered
         if border == "covered" and isinstance(call.module, CompactConv2d):
             raise ValueError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
         return LayerReport(call.name, "filtered", radius or call.module.radius)
+    """Return whether `convert` filters a layer that was chosen, and if not why."""
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")
     if not is_plain_convolution(call.module):

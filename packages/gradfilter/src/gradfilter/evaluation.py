@@ -16,7 +16,7 @@ from gradfilter.picture_recipes import ClassificationRecipe, SegmentationRecipe
 from gradfilter.recipes import Recipe
 from gradfilter.training import load_segmenter
 from visionkernels import classification, segmentation
-from visionkernels.checkpoints import load_strict, read_state, stored_options
+from visionkernels.checkpoints import CheckpointError, load_strict, read_state, stored_options
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.recipes import PictureRecipe, SceneRecipe
 from visionkernels.pictures.scenes import open_scenes
@@ -71,10 +71,15 @@ def evaluate_checkpoint(
     A file of `gradfilter train` says what it holds; for plain weights, official ones too, `recipe` does. `data` is as
     for the training, and not needed for digits. Raises ValueError for missing data, CheckpointError for other files.
     """
-    if recipe is None and read_state(path).metadata.get("task") is None:
+    metadata = read_state(path).metadata
+    if recipe is None and metadata.get("model_name") == "tinyconv":
+        if data not in (None, "mnist5k"):
+            raise ValueError(f"--data {data} cannot be given: {path} was trained on digits, which come with it")
         return evaluate_digits(load_tinyconv(path).to(device), digits("test"))
+    if recipe is None and "task" not in metadata:
+        raise CheckpointError(f"{path} does not say what it holds; give --recipe NAME, whose network it is of")
     if data is None:
-        raise ValueError("--data is missing; give the folder that holds the validation pictures")
+        raise ValueError("--data is missing; give the folder that holds the validation pictures, or shapes")
     network = load_network(path) if recipe is None else _load_plain(path, recipe, data)
     model = network.model.to(device)
     if isinstance(network.pictures, SceneRecipe):

@@ -73,7 +73,9 @@ class _Coded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(((slope - low) * (255 / (high - low))).round_().to(torch.uint8))
+        # beyond its ends the code would start again from the other one
+        code = (slope - low) * (255 / (high - low))
+        ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8))
         ctx.low, ctx.step = low, (high - low) / 255
         return value
 
@@ -125,7 +127,8 @@ class LeanHardswish(nn.Hardswish):
         if not _needs_gradient(input):
             return F.hardswish(input)
         x = input.detach()
-        slope = torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype))
+        wide = x.float()
+        slope = torch.where(wide.abs() < 3, wide / 3 + 0.5, (wide > 0).float())
         return _Coded.apply(input, F.hardswish(x), slope, -0.5, 1.5)  # type: ignore[no-any-return]
 
 
@@ -137,8 +140,9 @@ class LeanSiLU(nn.SiLU):
         if not _needs_gradient(input):
             return F.silu(input)
         x = input.detach()
-        gate = torch.sigmoid(x)
-        return _Coded.apply(input, F.silu(x), gate * (1 + x * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
+        wide = x.float()
+        gate = torch.sigmoid(wide)
+        return _Coded.apply(input, F.silu(x), gate * (1 + wide * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -166,8 +170,9 @@ def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         shift = -norm.running_mean * scale
         if norm.affine:
             shift = shift + norm.bias
-    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    return x * scale[:, None, None] + shift[:, None, None]
+    # in half precision the two terms would cancel what the norm keeps
+    precise = torch.promote_types(x.dtype, scale.dtype)
+    return (x.to(precise) * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
 # what a stock class becomes

@@ -41,7 +41,7 @@ def create_classifier(name: str, *, num_classes: int | None = None, pretrained: 
         if pretrained:
             raise ValueError(f"pretrained=True is for timm and torchvision; {name} brings its own weights")
         return _call(family, rest, options)
-    check_known("model", name, timm.list_models())
+    check_known("model", name.partition(".")[0], timm.list_models())  # "resnet18.a1_in1k": which weights, timm knows
     return timm.create_model(name, pretrained=pretrained, **options)
 
 

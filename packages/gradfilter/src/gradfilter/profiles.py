@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from gradfilter.conversion import choose, convert, exact_twin
+from gradfilter.conversion import choose, convert, decide, exact_twin
 from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
@@ -40,6 +40,8 @@ class LayerProfile:
     """Of backward: operations at this machine's speed of products, and bytes at its speed of copies."""
     measured_seconds: dict[str, float] = field(default_factory=dict)
     """Of forward and backward, where asked for."""
+    stays_exact: str = ""
+    """Why `convert` would leave the layer exact; then its figures are those of "exact" for every radius."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Plan:
     """What fits a budget: arguments of `convert`, and what they come to."""
 
     layers: tuple[str, ...]
-    radius: dict[str, tuple[int, int]]
+    radius: dict[str, tuple[int, int] | None]
     saved_bytes: int
     flops: int
 
@@ -60,7 +62,9 @@ class Profile:
     radii: tuple[str, ...]
     autograd_bytes: dict[str, int]
     """Really kept for backward by all that runs, each storage once: "exact" is the stock model with these layers
-    trained, "2x2" filtered and with frozen norms, "2x2 lean" with lean activations too."""
+    trained, "2x2" filtered and with frozen norms, "2x2 lean" with lean activations too. Empty where not measured."""
+    not_measured: str = ""
+    """Why, where the model does not run in training mode on the example."""
 
     def total(self, name: str, cost: str) -> float:
         """Return the sum of a field of the layers ("saved_bytes", "flops", ...), for a radius or "exact"."""
@@ -87,7 +91,10 @@ class Profile:
         for index in reversed(chosen):
             # the last layers get the finest filters: what they lose, all layers before them lose too
             chosen[index] = next(name for name in self.radii if self._fits(chosen | {index: name}, budget))
-        names = {self.layers[index].name: _as_pair(name) for index, name in chosen.items()}
+        names = {
+            self.layers[index].name: None if self.layers[index].stays_exact else _as_pair(name)
+            for index, name in chosen.items()
+        }
         return Plan(
             tuple(names), names, *(sum(self._costs(chosen, cost)) for cost in ("saved_bytes", "flops"))
         )  # fmt: skip
@@ -111,7 +118,9 @@ class Profile:
         sums = ["total", *(unit * self.total(name, cost) for cost, unit in figures.values() for name in names)]
         grid = tabulate([*rows, sums], headers, tablefmt="simple", floatfmt=".2f")
         kept = ", ".join(f"{name} {count / 1024:.1f}" for name, count in self.autograd_bytes.items())
-        return f"{grid}\n\nreally kept for backward, KiB: {kept}"
+        notes = [f"{layer.name} stays exact: {layer.stays_exact}" for layer in self.layers if layer.stays_exact]
+        notes.append(f"really kept for backward, KiB: {kept or self.not_measured or 'not measured'}")
+        return f"{grid}\n\n" + "\n".join(notes)
 
 
 def profile(
@@ -130,23 +139,34 @@ def profile(
     `measures_time` runs each layer for some milliseconds, `measures_memory` the whole model once for each figure of
     `autograd_bytes`. The model does not change. Raises ValueError as `convert` does.
     """
-    if not radii:
-        raise ValueError("radii is empty; give one or more, e.g. (2, 4, 7)")
+    if not isinstance(radii, Sequence) or not radii:
+        raise ValueError(f"radii={radii!r} must be one or more radii, e.g. (2, 4, 7)")
     pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
     model = exact_twin(model)
     chosen = choose(trace(model, example_input), last_n, layers)
-    profiles = tuple(_profile_layer(call, pairs, measures_time, is_first=call is chosen[0]) for call in chosen)
-    kept = _autograd_bytes(model, example_input, [call.name for call in chosen], pairs) if measures_memory else {}
-    return Profile(profiles, tuple(map(_as_name, pairs)), kept)
+    profiles = tuple(
+        _profile_layer(call, pairs, measures_time, is_named=layers is not None, is_first=call is chosen[0])
+        for call in chosen
+    )
+    kept, reason = {}, ""
+    if measures_memory:
+        filtered = [layer.name for layer in profiles if not layer.stays_exact]
+        try:
+            kept = _autograd_bytes(model, example_input, [call.name for call in chosen], filtered, pairs)
+        except (ValueError, RuntimeError) as error:  # a norm of one value a channel, a head that needs larger images
+            reason = f"not measured, since training mode fails on this example: {str(error).partition(chr(10))[0]}"
+    return Profile(profiles, tuple(map(_as_name, pairs)), kept, reason)
 
 
 def _profile_layer(
-    call: Call, radii: Sequence[tuple[int, int]], measures_time: bool, *, is_first: bool
+    call: Call, radii: Sequence[tuple[int, int]], measures_time: bool, *, is_named: bool, is_first: bool
 ) -> LayerProfile:
     names = (EXACT, *map(_as_name, radii))
-    costs = dict(zip(names, (layer_cost(call, radius) for radius in (None, *radii)), strict=True))
+    reason = decide(call, radii[0], is_named, "memory", "plain", is_first=is_first).reason
+    tried = [None, *(None if reason else radius for radius in radii)]
+    costs = dict(zip(names, (layer_cost(call, radius) for radius in tried), strict=True))
     size = call.module.weight.element_size()
-    seconds = step_seconds(call, [None, *radii], needs_input_gradient=not is_first) if measures_time else []
+    seconds = step_seconds(call, tried, needs_input_gradient=not is_first) if measures_time else []
     return LayerProfile(
         name=call.name,
         input_size=call.input_size,
@@ -157,6 +177,7 @@ def _profile_layer(
         flops={name: cost.flops for name, cost in costs.items()},
         predicted_seconds={name: _predict(call, cost, size) for name, cost in costs.items()},
         measured_seconds=dict(zip(names, seconds, strict=False)),
+        stays_exact=reason,
     )
 
 
@@ -178,7 +199,11 @@ def _machine_speed() -> tuple[float, float]:
 
 
 def _autograd_bytes(
-    model: nn.Module, example_input: Any, layers: Sequence[str], radii: Sequence[tuple[int, int]]
+    model: nn.Module,
+    example_input: Any,
+    layers: Sequence[str],
+    filtered: Sequence[str],
+    radii: Sequence[tuple[int, int]],
 ) -> dict[str, int]:
     if example_input is None:
         size = trace(model).convolutions[0].input_size
@@ -186,8 +211,9 @@ def _autograd_bytes(
     kept = {EXACT: _kept(model, example_input, layers, {"*": None}, norm_stats="update", lean_activations=False)}
     for radius in radii:
         for lean, name in ((False, ""), (True, " lean")):
+            by_layer = {layer: radius if layer in filtered else None for layer in layers}
             kept[_as_name(radius) + name] = _kept(
-                model, example_input, layers, radius, norm_stats="frozen", lean_activations=lean
+                model, example_input, layers, by_layer, norm_stats="frozen", lean_activations=lean
             )
     return kept
 
@@ -210,5 +236,7 @@ def _as_pair(name: str) -> tuple[int, int]:
 
 def example_images(model: nn.Module, batch: int, size: tuple[int, int] | None = None) -> Tensor:
     """Return a random batch of images of `size` (rows, columns), by default of the model's own."""
-    _, channels, *own = trace(model).convolutions[0].input_size
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be at least 1")
+    (_, channels, *own), *_ = [call.input_size for call in choose(trace(model), None, None)]
     return torch.randn(batch, channels, *(size or own))

@@ -1,6 +1,7 @@
 """The paper's tables as data: memory to the digit, what cannot be measured here and why, and digits that learn."""
 
 import atexit
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -222,10 +223,10 @@ def _segmentations(label: str) -> list[dict[str, float]]:
     for seed in range(_SHAPES_SEEDS):
         pretraining = replace(recipe.pretraining, seed=seed)
         seeded = replace(recipe, fit=replace(recipe.fit, seed=seed), pretraining=pretraining)
-        run = _folder() / f"{label}-{seed}"
-        start = _folder() / f"head-{seed}" / "pretraining" / "weights.safetensors"
-        result = train_segmenter(seeded, None, run, checkpoint=start if start.is_file() else None)
-        found.append(dict(result.metrics))
+        run, first = _folder() / f"{label}-{seed}" / "pretraining", _folder() / f"head-{seed}" / "pretraining"
+        if first.is_dir() and run != first:
+            shutil.copytree(first, run)
+        found.append(dict(train_segmenter(seeded, None, run.parent).metrics))
     return found
 
 

@@ -110,8 +110,8 @@ def train_segmenter(
     It starts from `checkpoint`, weights of the whole model or of its encoder alone; with `pretrained` from an encoder
     with published weights; or from the recipe's own pre-training in `run_dir`/pretraining, of all layers. `data` is as
     for `visionkernels.pictures.scenes.open_scenes`. `run_dir/weights.safetensors` holds plain weights and opens with
-    `gradfilter.evaluation.load_network`. Metrics are those of `visionkernels.segmentation`, and `miou_before` of what
-    it started from. Errors as for `train_classifier`, and ImportError without `gradfilter[dense]`.
+    `gradfilter.evaluation.load_network`. Metrics are those of `visionkernels.segmentation`, after a pre-training also
+    `miou_before` of what it left. Errors as for `train_classifier`, and ImportError without `gradfilter[dense]`.
     """
     _require_extras()
     data = data_of(recipe, data)
@@ -119,15 +119,16 @@ def train_segmenter(
         _check_start(recipe.name, checkpoint, pretrained)
     torch.manual_seed(recipe.fit.seed)
     model = create_segmenter(recipe.head, recipe.encoder, num_classes=recipe.num_classes, pretrained=pretrained)
+    before: dict[str, float] = {}
     if checkpoint is not None:
         load_segmenter(model, checkpoint, num_classes=recipe.num_classes)
     elif recipe.pretraining is not None and recipe.pretraining_scene is not None:
         first = replace(recipe, fit=recipe.pretraining, scene=recipe.pretraining_scene)
         trained = _fit_segmenter(model, first, data, Path(run_dir) / "pretraining", {}, {})
         load_strict(model, read_state(trained.weights).state, source=trained.weights)
-    before = _segmenter_metrics(model, _scenes(recipe, data, "validation"), recipe)["miou"]
+        before["miou_before"] = _segmenter_metrics(model, _scenes(recipe, data, "validation"), recipe)["miou"]
     prepare(model, recipe.filter, torch.zeros(1, 3, recipe.scene.crop, recipe.scene.crop))
-    result = _fit_segmenter(model, recipe, data, run_dir, _details(recipe, checkpoint), {"miou_before": before})
+    result = _fit_segmenter(model, recipe, data, run_dir, _details(recipe, checkpoint), before)
     store_plain(result, model)
     return result
 

@@ -242,7 +242,8 @@ def _fits_one_matrix(axes: Axes) -> bool:
 def _matrix(axes: tuple[Axis, ...], dtype: torch.dtype, kind: Literal["mean", "sum"], factor: float = 1.0) -> Tensor:
     """Return `factor` times the matrix [cells, pixels] of one axis, or of both: their Kronecker product."""
     parts = [(cell_means if kind == "mean" else cell_sums)(axis) for axis in axes]
-    return torch.from_numpy(factor * (parts[0] if len(parts) == 1 else np.kron(*parts))).to(dtype)
+    with torch.inference_mode(False):  # kept for calls that save it for backward
+        return torch.from_numpy(factor * (parts[0] if len(parts) == 1 else np.kron(*parts))).to(dtype)
 
 
 def _counts(axis: Axis) -> list[int]:
