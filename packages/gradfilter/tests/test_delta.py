@@ -101,3 +101,9 @@ def test_errors(net, images, tmp_path):
     torch.save(base, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="is no file of `gradfilter delta save`"):
         read_delta(tmp_path / "weights.pth", base)
+
+
+def test_types_must_agree():
+    base = {"weight": torch.ones(2, 2)}
+    with pytest.raises(CheckpointError, match=r"weight is torch\.float32 in the base and torch\.float16 in the tuned"):
+        compute_delta(base, {"weight": torch.ones(2, 2, dtype=torch.float16)})

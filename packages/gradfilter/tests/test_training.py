@@ -231,6 +231,8 @@ class TestSegmenter:
         recipe = replace(segmenter_recipe(), pretraining=None, pretraining_scene=None)
         with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not neither"):
             train_segmenter(recipe, None, tmp_path)
+        with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not both"):
+            train_segmenter(segmenter_recipe(), None, tmp_path, checkpoint="weights.pth", pretrained=True)
         with pytest.raises(ValueError, match="has no data of its own"):
             train_segmenter(replace(recipe, data=None), None, tmp_path, pretrained=True)
 

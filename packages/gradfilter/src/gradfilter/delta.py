@@ -31,7 +31,7 @@ def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
 
     A tensor that did not change is left out. For a kernel `x` of more than one tap that moved as filtered training
     moves it there are `x.scale` [] and `x.offset` [out_channels, in_channels / groups]; any other changed tensor
-    stands whole under its own name. Raises CheckpointError for other names or shapes.
+    stands whole under its own name. Raises CheckpointError for other names, shapes or types.
     """
     if set(base) != set(tuned):
         strange = sorted(set(base) ^ set(tuned))
@@ -43,6 +43,8 @@ def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned weights"
             )
+        if before.dtype != after.dtype:
+            raise CheckpointError(f"{name} is {before.dtype} in the base and {after.dtype} in the tuned weights")
         if torch.equal(before, after):
             continue
         form = _fit(before, after)

@@ -115,7 +115,7 @@ def train_segmenter(
     """
     _require_extras()
     data = data_of(recipe, data)
-    if recipe.pretraining is None:
+    if recipe.pretraining is None or (checkpoint is not None and pretrained):
         _check_start(recipe.name, checkpoint, pretrained)
     torch.manual_seed(recipe.fit.seed)
     model = create_segmenter(recipe.head, recipe.encoder, num_classes=recipe.num_classes, pretrained=pretrained)
