@@ -60,6 +60,8 @@ def test_unknown_names():
         find_recipe("plan")
     with pytest.raises(ValueError, match=r"^unknown model 'net7'; did you mean 'net97' or .*\? there are 99$"):
         check_known("model", "net7", [f"net{number}" for number in range(60, 159)])
+    with pytest.raises(ValueError, match=r"there are 99; `demo info` lists them$"):
+        check_known("model", "x", [f"net{number}" for number in range(99)], listing="`demo info` lists them")
     with pytest.raises(ValueError, match=r"^unknown model 'x'; known: net$"):
         check_known("model", "x", ["net"])
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -112,11 +113,21 @@ class TestTrain:
         assert "other.pth" in fails(capsys, "eval", "--checkpoint", tmp_path / "other.pth")
         digits = ("train", "tinyconv_mnist5k_last4_r2", "--out", tmp_path / "run")
         assert "--data, --pretrained cannot be given" in fails(capsys, *digits, "--data", "x", "--pretrained")
+        assert "; `gradfilter info` tells their names" in fails(capsys, "train", "foo", "--out", tmp_path)
         pictures = ("train", "resnet18_in1k_last4_r2", "--out", tmp_path / "run")
         assert "give --data FOLDER" in fails(capsys, *pictures, "--pretrained")
         assert "give --checkpoint FILE or --pretrained" in fails(capsys, *pictures, "--data", tmp_path)
         missing = tmp_path / "nowhere"
         assert f"{missing} does not exist" in fails(capsys, *pictures, "--data", missing, "--pretrained")
+
+    def test_no_network(self, capsys, tmp_path, picture, monkeypatch):
+        def refuse(*_, **__):
+            raise URLError("no route to host")
+
+        monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        error = fails(capsys, "diagnose", "torchvision:resnet18", picture, "--pretrained")
+        assert "published weights of torchvision:resnet18 cannot be fetched: no route to host" in error
 
     def test_pictures(self, capsys, tmp_path):
         """From official weights, by a recipe of the paper on a folder, to weights that tell their network."""

@@ -30,19 +30,22 @@ def check_choice(argument: str, value: object, choices: object) -> None:
     check(value in allowed, argument, value, f"one of {', '.join(map(repr, allowed))}")
 
 
-def check_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raise ValueError for a `name` that is not `known`, with the nearest, and with all where they are few."""
+def check_known(what: str, name: str, known: Collection[str], *, listing: str = "") -> None:
+    """Raise ValueError for a `name` that is not `known`, with the nearest, and with all where they are few.
+
+    `listing` says where many are listed.
+    """
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1 if len(known) <= 50 else 3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    listed = f"known: {', '.join(known)}" if len(known) <= 50 else f"there are {len(known)}"
+    listed = f"known: {', '.join(known)}" if len(known) <= 50 else f"there are {len(known)}{listing and '; '}{listing}"
     raise ValueError(f"unknown {what} {name!r}; {hint}{listed}")
 
 
-def find(name: str, recipes: Mapping[str, Recipe]) -> Recipe:
-    """Return the recipe of this name; ValueError names the nearest one and all."""
-    check_known("recipe", name, recipes)
+def find(name: str, recipes: Mapping[str, Recipe], *, listing: str = "") -> Recipe:
+    """Return the recipe of this name; ValueError names the nearest one and, where they are few, all."""
+    check_known("recipe", name, recipes, listing=listing)
     return recipes[name]
 
 

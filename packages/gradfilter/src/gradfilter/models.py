@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from typing import Any, cast
+from urllib.error import URLError
 
 import timm
 import torchvision
@@ -33,7 +34,10 @@ def create_classifier(name: str, *, num_classes: int | None = None, pretrained: 
     if family == "torchvision":
         known = torchvision.models.list_models(module=torchvision.models)
         check_known("torchvision model", rest, known)
-        model = torchvision.models.get_model(rest, weights="DEFAULT" if pretrained else None)
+        try:
+            model = torchvision.models.get_model(rest, weights="DEFAULT" if pretrained else None)
+        except URLError as error:
+            raise ValueError(f"the published weights of {name} cannot be fetched: {error.reason}") from error
         if num_classes is not None:
             _replace_classifier(model, num_classes)
         return model

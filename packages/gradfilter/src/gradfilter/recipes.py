@@ -91,7 +91,7 @@ def all_recipes() -> dict[str, Recipe]:
 
 def find_recipe(name: str) -> Recipe:
     """Return the recipe of this name; ValueError names the nearest ones."""
-    return find(name, all_recipes())
+    return find(name, all_recipes(), listing="`gradfilter info` tells their names")
 
 
 def read_recipe(path: str | Path) -> Recipe:
