@@ -242,3 +242,14 @@ class TestStaysExact:
             example_images(nn.Identity(), 1)
         with pytest.raises(ValueError, match="batch=0 must be at least 1"):
             example_images(torchvision.models.resnet18(), 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "share"),
+    [(1, {"padding": 1}, 1 / 9), (2, {"padding": 1}, 4 / 9), (3, {"padding": 1}, 0.605), (7, {"padding": 1}, 0.819),
+     (64, {"padding": 36, "dilation": 36}, 0.391), (7, {"padding": "same"}, 0.819), (9, {}, 1.0),
+     (2, {"padding": 1, "padding_mode": "replicate"}, 1.0)],
+)  # fmt: skip
+def test_coverage(size, options, share):
+    (call,) = trace(nn.Sequential(nn.Conv2d(2, 3, 3, **options)), torch.empty(1, 2, size, size)).convolutions
+    assert layer_coverage(call) == pytest.approx(share, abs=5e-4)

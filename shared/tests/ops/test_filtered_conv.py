@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from visionkernels.ops.filtered_conv import (
-    coverage,
     eager,
     filtered_conv2d,
     kernel_sum,
@@ -405,16 +404,6 @@ class TestPieces:
     def test_kernel_sum(self, name):
         (_, weight, _), _ = make(name, torch.float64)
         torch.testing.assert_close(kernel_sum(weight), weight.sum((2, 3)))
-
-
-class TestCoverage:
-    @pytest.mark.parametrize(
-        ("size", "options", "share"),
-        [(1, {"padding": 1}, 1 / 9), (2, {"padding": 1}, 4 / 9), (3, {"padding": 1}, 0.605), (7, {"padding": 1}, 0.819),
-         (64, {"padding": 36, "dilation": 36}, 0.391), (9, {}, 1.0)],
-    )  # fmt: skip
-    def test_values(self, size, options, share):
-        assert coverage((size, size), 3, **options) == pytest.approx(share, abs=5e-4)
 
 
 def test_module_copies():

@@ -125,13 +125,9 @@ def timm_layer(name: str) -> type[nn.Module] | None:
 def pad_first(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
     """Return the input [..., height, width] with the padding that is not zeros or not given, and the padding left."""
     if pads_to_same(conv):
-        sides: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True
-        ):
-            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            sides = [total // 2, total - total // 2, *sides]
-        return F.pad(x, sides), 0
+        from timm.layers import pad_same  # loaded already, with the layer itself
+
+        return pad_same(x, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), 0
     if conv.padding_mode != "zeros":
         return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
     return x, conv.padding

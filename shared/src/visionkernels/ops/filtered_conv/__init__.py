@@ -18,7 +18,6 @@ __all__ = [
     "Radius",
     "check_border",
     "check_radius",
-    "coverage",
     "filtered_conv2d",
     "grid_size",
     "kernel_sum",
@@ -143,23 +142,6 @@ def kernel_sum(
     """
     _check_axes("weight", weight, "kernel_sum", "[out_channels, in_channels, height, width]")
     return eager.kernel_sum(weight)
-
-
-def coverage(
-    size: tuple[int, int],
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-) -> float:
-    """Return the share of (output, tap) pairs that read the map of `size` (rows, columns) and not its padding.
-
-    The filtered gradients count all pairs alike: at a coverage of 0.5 they are about twice too large.
-    """
-    pairs = (_pair(stride, "stride"), _pair(padding, "padding", 0), _pair(dilation, "dilation"))
-    axes = _axes(size, _pair(kernel_size, "kernel_size"), *pairs, (1, 1))
-    rows, columns = (sum(axis.coverage) / len(axis.coverage) for axis in axes)
-    return rows * columns
 
 
 def grid_size(size: tuple[int, int], radius: Radius) -> tuple[int, int]:
