@@ -53,6 +53,11 @@ class TestProfile:
         assert found["plan"]["saved_bytes"] <= 90 * 1024
         assert "exists; pass --overwrite" in fails(capsys, "profile", "resnet18", "--json", report)
 
+    def test_trained_norms(self, capsys):
+        options = ("profile", "torchvision:resnet18", "--last-n", 4, "--radius", 2, "--train-norm")
+        assert "exact 1014.0, exact lean 509.2, 2x2 832.0, 2x2 lean 131.2" in run(capsys, *options, "none")
+        assert "exact 1014.0, exact lean 925.2, 2x2 832.0, 2x2 lean 547.2" in run(capsys, *options, "after")
+
     def test_size_and_batch(self, capsys):
         out = run(
             capsys, "profile", "resnet18", "--last-n", 1, "--input-size", 64, 96, "--batch-size", 2, "--radius", 2
@@ -75,6 +80,22 @@ class TestDiagnose:
         out = run(capsys, "diagnose", "resnet18", picture, "--last-n", 2, "--input-size", 64, 64, "--json", report)
         assert "layer4.1.conv2" in out and "bound" in out
         assert len(json.loads(report.read_text())["layers"]) == 2
+
+    def test_zero_gradients(self, capsys, picture):
+        """timm starts the last norm of a block at zero; torchvision does not."""
+        options = (picture, "--last-n", 2, "--input-size", 64, 64, "--num-classes", 7)
+        out = run(capsys, "diagnose", "resnet18", *options)
+        assert "the gradient is zero in layer4.1.conv1, layer4.1.conv2: as behind a norm" in out
+        assert "gradient is zero" not in run(capsys, "diagnose", "torchvision:resnet18", *options)
+
+    def test_number_of_classes(self, capsys, picture, tmp_path):
+        """That of a checkpoint, and another one."""
+        torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "weights.pth")
+        options = ("diagnose", "torchvision:resnet18", picture, "--checkpoint", tmp_path / "weights.pth")
+        options = (*options, "--last-n", 1, "--input-size", 64, 64)
+        assert "fc" in fails(capsys, *options)
+        for num_classes in (5, 3):
+            assert "layer4.1.conv2" in run(capsys, *options, "--num-classes", num_classes)
 
     def test_errors(self, capsys, picture, tmp_path):
         assert "none.png is not a file" in fails(capsys, "diagnose", "resnet18", tmp_path / "none.png")
@@ -109,6 +130,9 @@ class TestTrain:
     def test_errors(self, capsys, tmp_path):
         assert "unknown recipe 'resnet'" in fails(capsys, "train", "resnet", "--out", tmp_path)
         assert "none.safetensors" in fails(capsys, "eval", "--checkpoint", tmp_path / "none.safetensors")
+        for flag, least in (("batch-size", 1), ("workers", 0)):
+            options = ("eval", "--checkpoint", tmp_path / "none.safetensors", f"--{flag}={least - 1}")
+            assert f"{flag.replace('-', '_')}={least - 1} must be at least {least}" in fails(capsys, *options)
         torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
         assert "other.pth" in fails(capsys, "eval", "--checkpoint", tmp_path / "other.pth")
         digits = ("train", "tinyconv_mnist5k_last4_r2", "--out", tmp_path / "run")
@@ -177,6 +201,12 @@ class TestModels:
         assert create_classifier("torchvision:mobilenet_v2", num_classes=7)(x).shape == (2, 7)
         assert create_classifier("resnet18", num_classes=7)(x).shape == (2, 7)
         assert create_classifier("tinyconv")(x[:, :1, :28, :28]).shape == (2, 10)
+
+    @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
+    def test_classes_of_torchvision(self, name):
+        """Whether the classifier is linear or a convolution of one tap."""
+        model = create_classifier(f"torchvision:{name}", num_classes=7).eval()
+        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
     @pytest.mark.parametrize("head", ["pspnet", "deeplabv3", "upernet", "fcn"])
     def test_segmenters(self, head):
@@ -261,3 +291,15 @@ def test_bench_rows():
     assert (
         rows["memory-resnet18-last4-r2-frozen-norms"].ratio < rows["memory-resnet18-last4-r2-lean-frozen-norms"].ratio
     )
+
+
+def test_delta_of_other_classes(capsys, tmp_path):
+    """A file for a task of five classes, and one for no task at all."""
+    names = {"base": 10, "tuned": 5}
+    for name, num_classes in names.items():
+        torch.save(TinyConv(num_classes, widths=(4, 8, 12)).state_dict(), tmp_path / f"{name}.pth")
+    base, task, out = tmp_path / "base.pth", tmp_path / "task.safetensors", tmp_path / "out.safetensors"
+    for tuned in (tmp_path / "tuned.pth", base):
+        run(capsys, "delta", "save", base, tuned, task, "--overwrite")
+        run(capsys, "delta", "apply", base, task, out, "--overwrite")
+        torch.testing.assert_close(read_state(out).state, read_state(tuned).state)

@@ -8,17 +8,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradfilter import CompactConv2d, convert, restore
+from gradfilter import CompactConv2d, compact, convert, restore
 from gradfilter.compact import check_optimizer
 
+# large enough to see the weights move in 20 steps
+RATES = {"RMSpropTF": 0.05, "SGD": 0.05, "SGDW": 0.05, "ASGD": 0.05, "Adagrad": 0.01, "Adadelta": 10.0}
+
+
+def known(name, decay):
+    """Make an optimiser of the allow-list."""
+    kind = getattr(timm.optim if not hasattr(torch.optim, name) else torch.optim, name)
+    options = {} if name == "Rprop" else {"weight_decay": decay}
+    return lambda p: kind(p, lr=RATES.get(name, 1e-3), **options)
+
+
 OPTIMIZERS = {
+    **{f"{name} with decay": known(name, 0.01) for name in sorted(compact._WITH_ANY_DECAY)},
+    **{name: known(name, 0) for name in sorted(compact._WITHOUT_COUPLED_DECAY)},
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "decoupled": lambda p: timm.optim.create_optimizer_v2(p, opt="adoptw", lr=1e-3, weight_decay=0.1),
+    "cautious": lambda p: timm.optim.create_optimizer_v2(p, opt="cadamw", lr=1e-3, weight_decay=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
 }
 
 
@@ -37,8 +48,8 @@ def test_equals_ordinary_training(net, images, name):
     net, images = net.double().eval(), images.double()
     start = copy.deepcopy(net.state_dict())
     twin = copy.deepcopy(net)
-    for model, compact in ((net, False), (twin, True)):
-        convert(model, last_n=3, example_input=images, compact=compact)
+    for model, is_compact in ((net, False), (twin, True)):
+        convert(model, last_n=3, example_input=images, compact=is_compact)
         optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
         train(model, images, optimizer)
         restore(model)
@@ -166,3 +177,71 @@ def test_layer_by_itself_is_guarded():
     layer(torch.randn(1, 3, 6, 6)).sum().backward()
     with pytest.raises(ValueError, match="use AdamW, SGD, or weight_decay=0"):
         optimizer.step()
+
+
+class TestGuard:
+    def optimizer(self, kind=torch.optim.Adam, **options):
+        layer = CompactConv2d(3, 4, 3)
+        layer(torch.randn(1, 3, 6, 6)).sum().backward()
+        return kind(layer.parameters(), **options)
+
+    def test_decay_that_comes_later(self):
+        optimizer = self.optimizer()
+        optimizer.step()
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        with pytest.raises(ValueError, match=r"Adam with weight_decay=0.1 does not keep a compact layer in its form"):
+            optimizer.step()
+
+    def test_group_that_comes_later(self):
+        optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))])
+        optimizer.step()
+        optimizer.add_param_group({**self.optimizer().param_groups[0], "weight_decay": 0.1})
+        with pytest.raises(ValueError, match=r"Adam with weight_decay=0.1"):
+            optimizer.step()
+
+    @pytest.mark.parametrize(
+        "name", ["adafactor", "adafactorbv", "adamp", "lamb", "lars", "mars", "muon", "novograd", "sgdp"]
+    )
+    def test_whole_tensors(self, name):
+        """Norms, projections and products of what is one offset for many taps are other than the weight's."""
+        optimizer = self.optimizer(lambda p: timm.optim.create_optimizer_v2([*p], opt=name, lr=0.1))
+        with pytest.raises(ValueError, match=f"{type(optimizer).__name__} does not move each element .*compact=False"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("name", ["LBFGS", "Adafactor"])
+    def test_whole_tensors_of_torch(self, name):
+        with pytest.raises(ValueError, match=f"{name} does not move each element"):
+            self.optimizer(getattr(torch.optim, name)).step(lambda: torch.zeros(()))
+
+    def test_without_compact_layers(self):
+        """Any optimiser, at any decay, in silence."""
+        for parameters in (nn.Linear(2, 2).parameters(), nn.Conv2d(3, 4, 3).parameters()):
+            timm.optim.create_optimizer_v2([*parameters], opt="lamb").step()
+
+    def test_unknown(self):
+        """Said once, also of one that calls itself like a known one."""
+        optimizer = self.optimizer(type("SGD", (torch.optim.SGD,), {"__module__": "mine"}), lr=0.1)
+        with pytest.warns(UserWarning, match="mine.SGD is not known to train a compact layer") as caught:
+            optimizer.step()
+        optimizer.step()
+        assert len(caught) == 1
+
+    def test_copies_are_guarded(self):
+        layer = copy.deepcopy(CompactConv2d(3, 4, 3))
+        layer(torch.randn(1, 3, 6, 6)).sum().backward()
+        with pytest.raises(ValueError, match="use AdamW, SGD, or weight_decay=0"):
+            torch.optim.Adam(layer.parameters(), weight_decay=0.1).step()
+
+
+@pytest.mark.parametrize("name", ["scale", "offset"])
+def test_writes_past_autograd(name):
+    """Averages and fused optimisers write to `.data`, which no version counts."""
+    layer, x = CompactConv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
+    layer(x)
+    getattr(layer, name).data.add_(0.5)
+    expected = F.conv2d(x, layer.scale * layer.base + layer.offset[:, :, None, None], layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    grad = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0]
+    twin = copy.deepcopy(layer)
+    twin.fold()
+    torch.testing.assert_close(torch.autograd.grad(twin(x).sum(), x)[0], grad)

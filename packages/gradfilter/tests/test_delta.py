@@ -12,7 +12,7 @@ from gradfilter.delta import apply_delta, compute_delta, read_delta, save_delta,
 from visionkernels.checkpoints import CheckpointError
 
 
-def tune(net, images, **options):
+def tune(net, images, targets=(0, 1, 2, 3), **options):
     """Return the state dicts before and after training the last two convolutions, and the converted model."""
     base = copy.deepcopy(net.state_dict())
     convert(net, last_n=2, example_input=images, **options)
@@ -21,7 +21,7 @@ def tune(net, images, **options):
     )
     for _ in range(5):
         optimizer.zero_grad()
-        F.cross_entropy(net(images), torch.arange(4)).backward()
+        F.cross_entropy(net(images), torch.tensor(targets)).backward()
         optimizer.step()
     twin = copy.deepcopy(net)
     restore(twin)
@@ -85,8 +85,12 @@ def test_errors(net, images, tmp_path):
     delta_part = {"scale": torch.ones(()), "offset": torch.ones(16, 12)}
     with pytest.raises(CheckpointError, match=r"differ in 1 names; the first is extra"):
         compute_delta(base, tuned | {"extra": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"head.bias is \[5\] in the base and \[4\]"):
-        compute_delta(base, tuned | {"head.bias": torch.ones(4)})
+    with pytest.raises(CheckpointError, match=r"head.bias is \[5\] in the base and \[5, 1\]"):
+        compute_delta(base, tuned | {"head.bias": torch.ones(5, 1)})
+    with pytest.raises(CheckpointError, match=r"head.weight is \[5, 16\] in the base and \[5, 8\]"):
+        compute_delta(base, tuned | {"head.weight": torch.ones(5, 8)})
+    with pytest.raises(CheckpointError, match=r"the delta's head.weight \[5, 8\] fits no tensor of the base"):
+        apply_delta(base, {"head.weight": torch.ones(5, 8)})
     with pytest.raises(CheckpointError, match=r"the delta's other \[1\] fits no tensor of the base"):
         apply_delta(base, {"other": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"last.weight.offset is \[3, 3\]; the base's kernel is \[16, 12, 3, 3\]"):
@@ -107,3 +111,33 @@ def test_types_must_agree():
     base = {"weight": torch.ones(2, 2)}
     with pytest.raises(CheckpointError, match=r"weight is torch\.float32 in the base and torch\.float16 in the tuned"):
         compute_delta(base, {"weight": torch.ones(2, 2, dtype=torch.float16)})
+
+
+def test_other_classes(net, images, tmp_path):
+    """A new classifier stands whole, and the base is still told from others."""
+    base = copy.deepcopy(net.state_dict())
+    net.head = nn.Linear(16, 3)
+    _, tuned, model = tune(net, images, targets=[0, 1, 2, 0])
+    for delta in (compute_delta(base, tuned), trainable_delta(model)):
+        assert delta["head.weight"].shape == (3, 16) and delta["head.bias"].shape == (3,)
+        torch.testing.assert_close(apply_delta(base, delta), dict(tuned))
+    save_delta(tmp_path / "task.safetensors", base, compute_delta(base, tuned))
+    again = apply_delta(base, read_delta(tmp_path / "task.safetensors", base))
+    torch.testing.assert_close(again, dict(tuned))
+    for other in ({"head.bias": base["head.bias"] + 1}, {"head.weight": torch.zeros(4, 16)}):
+        with pytest.raises(CheckpointError, match="made from other base weights"):
+            read_delta(tmp_path / "task.safetensors", base | other)
+    content = (tmp_path / "task.safetensors").read_bytes()
+    for length in (4, 100, len(content) - 1):
+        (tmp_path / "part.safetensors").write_bytes(content[:length])
+        with pytest.raises(CheckpointError):
+            read_delta(tmp_path / "part.safetensors", base)
+
+
+def test_nothing_changed(net, tmp_path):
+    """A file all the same, which leads to the base."""
+    base = net.state_dict()
+    assert compute_delta(base, base) == {}
+    save_delta(tmp_path / "task.safetensors", base, {})
+    torch.testing.assert_close(apply_delta(base, read_delta(tmp_path / "task.safetensors", base)), dict(base))
+    assert (tmp_path / "task.safetensors").stat().st_size < 1000

@@ -106,6 +106,15 @@ class TestFrozenNorm:
         x = torch.randn(3, 6, 5, 4, requires_grad=True)
         assert saved_activation_bytes(lambda: norm(x)) == 4 * 6
 
+    @pytest.mark.parametrize("axes", [(), (7,), (3, 4, 5)], ids=str)
+    def test_other_axes(self, axes):
+        """What a synchronised norm takes besides images."""
+        norm, x = nn.SyncBatchNorm(6).eval().requires_grad_(False), torch.randn(4, 6, *axes)
+        norm.running_mean.normal_()
+        expected = norm(x)
+        norm.__class__ = lean.frozen_norms()[nn.SyncBatchNorm]
+        torch.testing.assert_close(norm(x), expected)
+
     def test_without_affine(self):
         norm = lean.FrozenBatchNorm2d(6, affine=False)
         x = torch.randn(3, 6, 5, 4)

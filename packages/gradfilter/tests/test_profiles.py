@@ -1,5 +1,6 @@
 """What a layer costs, what fits a budget, and how near filtered gradients are."""
 
+import copy
 from statistics import median
 
 import pytest
@@ -16,7 +17,7 @@ from gradfilter.diagnosis import diagnose
 from gradfilter.profiles import example_images, profile
 from gradfilter.timing import wins_time
 from gradfilter.trace import trace
-from visionkernels.profiling import Timing
+from visionkernels.profiling import Timing, saved_activation_bytes
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,61 @@ class TestProfile:
         one, four = (profile(net, torch.empty(n, 3, 16, 12), last_n=2, measures_memory=False) for n in (1, 4))
         assert four.total("exact", "saved_bytes") == 4 * one.total("exact", "saved_bytes")
 
-    def test_autograd_bytes(self, net, images):
-        found = profile(net, images, last_n=2, radii=[2])
-        assert list(found.autograd_bytes) == ["exact", "2x2", "2x2 lean"]
-        exact, filtered, lean = found.autograd_bytes.values()
-        assert exact > filtered > lean > 0
+    @pytest.mark.parametrize("train_norm", ["none", "after", "all"])
+    def test_autograd_bytes(self, net, images, train_norm):
+        """The filters make one column another, and what is lean the other way: that, and nothing else."""
+        found = profile(net, images, last_n=2, radii=[2], train_norm=train_norm).autograd_bytes
+        expected = {}
+        for name, radius in (("exact", None), ("2x2", 2)):
+            for suffix, is_lean, statistics in (("", False, "update"), (" lean", True, "frozen")):
+                twin = copy.deepcopy(net).train()
+                gradfilter.convert(twin, radius, last_n=2, example_input=images, train_norm=train_norm, warns=False,
+                                   norm_stats=statistics, lean_activations=is_lean)  # fmt: skip
+                expected[name + suffix] = saved_activation_bytes(lambda twin=twin: twin(images))
+        assert list(found) == ["exact", "exact lean", "2x2", "2x2 lean"] and found == expected
+        assert found["exact"] > found["2x2"] > found["2x2 lean"]
         assert type(net.last) is nn.Conv2d and net.last.weight.requires_grad
+
+    def test_trained_norms_keep_more(self, net, images):
+        kept = {norms: profile(net, images, last_n=2, radii=[2], train_norm=norms).autograd_bytes["2x2 lean"]
+                for norms in ("none", "after", "all")}  # fmt: skip
+        assert kept["none"] < kept["after"] < kept["all"]
+        with pytest.raises(ValueError, match="train_norm='before' must be one of 'after', 'none', 'all'"):
+            profile(net, images, train_norm="before")
+
+    def test_shared_head(self):
+        """A layer that runs on maps of several sizes costs what it costs on each."""
+        torch.manual_seed(0)
+        head = nn.Conv2d(4, 4, 3, padding=1)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), head, nn.MaxPool2d(2), head)
+        options = {"radii": [2, 4], "measures_memory": False, "measures_time": True}
+        found = profile(model, torch.randn(2, 3, 16, 12), last_n=1, **options)
+        (shared,) = found.layers
+        single = [profile(nn.Sequential(head), torch.randn(2, 4, *size), **options).layers[0]
+                  for size in ((16, 12), (8, 6))]  # fmt: skip
+        assert (shared.num_calls, single[0].num_calls) == (2, 1)
+        for cost in ("saved_bytes", "flops"):
+            for name in ("exact", "2x2", "4x4"):
+                assert getattr(shared, cost)[name] == sum(getattr(each, cost)[name] for each in single)
+        assert shared.predicted_seconds["exact"] == pytest.approx(
+            sum(each.predicted_seconds["exact"] for each in single)
+        )
+        assert shared.input_size == (2, 4, 16, 12) and set(shared.measured_seconds) == {"exact", "2x2", "4x4"}
+        assert "1 runs 2 times; its figures are sums" in str(found)
+
+    def test_measures_each_call(self, monkeypatch):
+        """A later call of the first layer has a trained one before it, so it makes the gradient of its input."""
+        calls = []
+
+        def seconds(call, radii, *, needs_input_gradient):
+            calls.append((call.input_size[2], needs_input_gradient))
+            return [float(call.input_size[2])] * len(radii)
+
+        monkeypatch.setattr("gradfilter.profiles.step_seconds", seconds)
+        head = nn.Conv2d(3, 3, 3, padding=1)
+        (layer,) = profile(nn.Sequential(head, nn.MaxPool2d(2), head), torch.empty(1, 3, 16, 16), radii=[2],
+                           measures_memory=False, measures_time=True).layers  # fmt: skip
+        assert calls == [(16, False), (8, True)] and layer.measured_seconds == {"exact": 24, "2x2": 24}
 
     def test_measured_time(self, net, images):
         found = profile(net, images, last_n=2, radii=[2], measures_time=True, measures_memory=False)

@@ -95,6 +95,7 @@ def profile(
     input_size: tuple[int, int] | None = None,
     batch_size: int = 1,
     time: bool = False,
+    train_norm: Literal["none", "after", "all"] = "none",
     memory_kib: float | None = None,
     flops: float | None = None,
     json: Path | None = None,
@@ -110,6 +111,7 @@ def profile(
         input_size: height and width in pixels; default: the model's own
         batch_size: images a step
         time: also measure forward and backward of each layer here
+        train_norm: norms trained as well: none, those from the first chosen convolution on (after), or all
         memory_kib: show which layers and radii fit this many KiB of kept inputs
         flops: the same for operations of backward
         json: write the figures here as well
@@ -123,7 +125,7 @@ def profile(
     network = create_classifier(model)
     found = measure(
         network, example_images(network, batch_size, input_size), last_n=last_n, layers=layers or None, radii=radius,
-        measures_time=time,
+        measures_time=time, train_norm=train_norm,
     )  # fmt: skip
     print(found)
     plan = None
@@ -144,6 +146,7 @@ def diagnose(
     radius: int = 2,
     pretrained: bool = False,
     checkpoint: Path | None = None,
+    num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
     json: Path | None = None,
     overwrite: bool = False,
@@ -157,6 +160,7 @@ def diagnose(
         radius: outputs a side of a patch
         pretrained: published weights of timm or torchvision
         checkpoint: weights of the model
+        num_classes: outputs of the model; a classifier of another size in the checkpoint is left out
         input_size: height and width in pixels; default: the model's own
         json: write the figures here as well
         overwrite: replace an existing output
@@ -172,9 +176,9 @@ def diagnose(
     if not images:
         raise ValueError("IMAGE is missing; give one or more picture files")
     refuse_existing(json, overwrite)
-    network = create_classifier(model, pretrained=pretrained)
+    network = create_classifier(model, num_classes=num_classes, pretrained=pretrained)
     if checkpoint is not None:
-        load_official(network, checkpoint)
+        load_official(network, checkpoint, num_classes=num_classes)
     _, channels, *size = example_images(network, 1, input_size).shape
     if channels != 3:
         raise ValueError(f"model {model} takes {channels} channels; pictures have 3")

@@ -1,14 +1,31 @@
 """Which optimisers train a compact layer as they would have trained the weight itself."""
 
+import warnings
 import weakref
 
 import torch
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 __all__ = ["check_optimizer", "guard_optimizers", "mark_compact"]
 
-_checked: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+# Classes of torch.optim and timm.optim whose steps were compared with those of ordinary training. These decay the
+# weight linearly, or beside its gradient; the next ones square a gradient that coupled decay makes the weight part of.
+_WITH_ANY_DECAY = {
+    "ASGD", "AdamW", "AdamWLegacy", "Adan", "LaProp", "Lion", "NAdamW", "Rprop", "SGD", "SGDW",
+}  # fmt: skip
+_WITHOUT_COUPLED_DECAY = {
+    "AdaBelief", "Adadelta", "Adagrad", "Adam", "Adamax", "Adopt", "MADGRAD", "NAdam", "NAdamLegacy", "RAdam",
+    "RMSprop", "RMSpropTF",
+}  # fmt: skip
+# of any package, in lower case: their steps depend on a norm or a product over the elements of a tensor
+_REFUSED = {
+    "adafactor", "adafactorbigvision", "adamp", "adamuon", "distributedshampoo", "fusedlamb", "fusednovograd", "kron",
+    "lamb", "larc", "lars", "lbfgs", "mars", "muon", "novograd", "nvnovograd", "sgdp", "shampoo", "soap",
+}  # fmt: skip
+_DECOUPLED = ("decoupled_weight_decay", "decoupled_decay", "decoupled")
+
+_warned: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 _is_guarding = False
 
 
@@ -18,32 +35,49 @@ def mark_compact(parameter: torch.Tensor) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise ValueError if `optimizer` couples weight decay into a second moment and holds a compact layer.
+    """Raise ValueError if `optimizer` holds a compact layer and would not train it as it does the weight itself.
 
-    The decay of SGD acts on the weight linearly, that of AdamW directly: both move scale * base + offset within its
-    form. Adam, RMSprop or Adagrad with `weight_decay` square a gradient that the weight is part of.
+    That takes a step of each element by its own gradient alone (Lamb or Muon look at the whole tensor), and weight
+    decay that is linear, as SGD's, or decoupled, as AdamW's. Adam, RMSprop or Adagrad with `weight_decay` square a
+    gradient that the weight is part of. Warns once of an optimiser that is not known, which trains all the same.
     """
-    # timm and apex name theirs differently, so anything else is judged by what it is told
-    if isinstance(optimizer, SGD | AdamW):
+    kind = type(optimizer)
+    is_known = kind.__module__.startswith(("torch.optim", "timm.optim"))
+    if is_known and kind.__name__ in _WITH_ANY_DECAY:
         return
-    for group in optimizer.param_groups:
-        is_coupled = group.get("weight_decay", 0) != 0 and not group.get("decoupled_weight_decay", False)
-        if is_coupled and any(getattr(parameter, "is_compact", False) for parameter in group["params"]):
+    if is_known and kind.__name__ in _WITHOUT_COUPLED_DECAY:
+        for group in optimizer.param_groups:
+            if _is_coupled(group) and _holds_compact(group):
+                raise ValueError(
+                    f"{kind.__name__} with weight_decay={group['weight_decay']} does not keep a compact layer in its "
+                    "form; use AdamW, SGD, or weight_decay=0"
+                )
+        return
+    if optimizer not in _warned and any(map(_holds_compact, optimizer.param_groups)):
+        if kind.__name__.lower() in _REFUSED:
             raise ValueError(
-                f"{type(optimizer).__name__} with weight_decay={group['weight_decay']} does not keep a compact layer "
-                "in its form; use AdamW, SGD, or weight_decay=0"
+                f"{kind.__name__} does not move each element of a tensor by its own gradient alone, so a compact layer "
+                "would be trained otherwise than its weight; use AdamW or SGD, or convert with compact=False"
             )
+        _warned.add(optimizer)
+        warnings.warn(
+            f"{kind.__module__}.{kind.__name__} is not known to train a compact layer as it would its weight: that "
+            "takes element-wise steps, and weight decay that is decoupled or linear; AdamW and SGD do",
+            stacklevel=2,
+        )
+
+
+def _is_coupled(group: dict[str, object]) -> bool:
+    return group.get("weight_decay", 0) != 0 and not any(group.get(name, False) for name in _DECOUPLED)
+
+
+def _holds_compact(group: dict[str, list[torch.Tensor]]) -> bool:
+    return any(getattr(parameter, "is_compact", False) for parameter in group["params"])
 
 
 def guard_optimizers() -> None:
-    """From now on check every optimiser at its first step."""
+    """From now on check every optimiser before each of its steps, for groups and their decay may change."""
     global _is_guarding
     if not _is_guarding:
-        register_optimizer_step_pre_hook(_check_once)
+        register_optimizer_step_pre_hook(lambda optimizer, *_: check_optimizer(optimizer))
         _is_guarding = True
-
-
-def _check_once(optimizer: Optimizer, *_: object) -> None:
-    if optimizer not in _checked:
-        check_optimizer(optimizer)
-        _checked.add(optimizer)

@@ -1,7 +1,7 @@
 """The layer: a convolution whose forward pass is exact and whose gradients are filtered (sec. 3)."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -160,13 +160,15 @@ class CompactConv2d(FilteredConv2d):
     gradient and the optimiser's state. `scale` starts at 1 and takes up weight decay. `offset.grad` holds the gradient
     of one tap, not the sum over taps, so that stock optimisers do what they would have done to the weight: SGD
     (momentum, Nesterov, decay), Adam without decay, AdamW, RMSprop, Adagrad. Adam with coupled decay is not
-    equivalent: see `gradfilter.compact.check_optimizer`. A gradient norm counts `offset` once instead of Kh Kw times.
+    equivalent, nor are optimisers that look at a whole tensor: see `gradfilter.compact.check_optimizer`, which runs
+    before each step. A gradient norm counts `offset` once instead of Kh Kw times. The weight is composed at each call;
+    `base` is taken to change only where autograd sees it, as by loading a state dict, and not through `.data`.
     """
 
     scale: nn.Parameter
     offset: nn.Parameter
     base: Tensor
-    _kept: dict[str, tuple[Any, Any]]
+    _kept_sum: tuple[Any, Tensor] | None
 
     def __init__(self, *args: Any, radius: Radius = 2, **kwargs: Any) -> None:
         super().__init__(*args, radius=radius, **kwargs)
@@ -190,17 +192,24 @@ class CompactConv2d(FilteredConv2d):
         if self.border != "plain":
             raise ValueError(f"border={self.border!r} is not exact for a compact layer; it takes 'plain'")
         weight, is_trained = self.weight, self.weight.requires_grad
-        self._kept = {}
+        self._kept_sum = None
         # the base is the very Parameter, frozen: what else holds it goes on with it when it is folded back
         parts = {
             "base": weight.requires_grad_(False),
             "scale": nn.Parameter(weight.new_ones(()), is_trained),
             "offset": nn.Parameter(weight.new_zeros(weight.shape[:2]), is_trained),
         }
-        for name in ("scale", "offset"):
-            mark_compact(parts[name])
-        guard_optimizers()
         _replace_parameters(self, ("weight",), parts)
+        self._guard()
+
+    def _guard(self) -> None:
+        for parameter in (self.scale, self.offset):
+            mark_compact(parameter)
+        guard_optimizers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard()  # a copied Parameter has lost its mark
 
     def fold(self) -> None:
         """Become a plain `FilteredConv2d` again, with the trained weight in the original Parameter."""
@@ -208,29 +217,28 @@ class CompactConv2d(FilteredConv2d):
             weight = self.base.copy_(self._compose()[0])
         weight.requires_grad_(self.offset.requires_grad)
         _replace_parameters(self, ("base", "scale", "offset"), {"weight": cast(nn.Parameter, weight)})
-        del self._kept
+        del self._kept_sum
         self.__class__ = FilteredConv2d  # type: ignore[assignment]
 
     @torch.no_grad()
     def _compose(self) -> tuple[Tensor, Tensor]:
         """Return the weight and its sum over the taps."""
-        base_sum = self._keep("base_sum", lambda: kernel_sum(self.base), self.base)
         weight = torch.addcmul(self.offset[:, :, None, None], self.base, self.scale)
-        return weight, base_sum * self.scale + self.kernel_size[0] * self.kernel_size[1] * self.offset
+        return weight, self._base_sum() * self.scale + self.kernel_size[0] * self.kernel_size[1] * self.offset
 
-    def _keep(self, name: str, compute: Callable[[], Any], *sources: Tensor) -> Any:
-        """Return what `compute` gave last, unless a source has changed since."""
+    def _base_sum(self) -> Tensor:
+        """Return the sum of the base over its taps, anew where the base has changed."""
         if torch.compiler.is_compiling():
-            return compute()
-        state = [(source._version, source.data_ptr()) for source in sources]
-        if name not in self._kept or self._kept[name][0] != state:
+            return kernel_sum(self.base)
+        state = (self.base._version, self.base.data_ptr())
+        if self._kept_sum is None or self._kept_sum[0] != state:
             with torch.inference_mode(False):  # what an evaluation keeps, the next step saves for backward
-                self._kept[name] = (state, compute())
-        return self._kept[name][1]
+                self._kept_sum = (state, kernel_sum(self.base))
+        return self._kept_sum[1]
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
         """Convolve with scale * base + offset; the gradients that follow are filtered."""
-        weight, kernel = self._keep("weight", self._compose, self.base, self.scale, self.offset)
+        weight, kernel = self._compose()
         return self._convolve(input, _Compose.apply(self.scale, self.offset, weight), kernel)
 
 

@@ -4,7 +4,7 @@ import copy
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -32,6 +32,7 @@ __all__ = [
     "LayerReport",
     "Objective",
     "Radii",
+    "TrainNorm",
     "choose",
     "convert",
     "decide",
@@ -72,6 +73,8 @@ class ConversionReport:
     """Activations called as functions, which stay as they are."""
     checkpointed: tuple[str, ...] = ()
     """Filtered convolutions in an activation checkpoint, which keeps little for backward anyway."""
+    moving_norms: tuple[str, ...] = ()
+    """Batch norms without trained parameters that `norm_stats="frozen"` could not freeze, as "module: class"."""
 
     @property
     def filtered(self) -> tuple[str, ...]:
@@ -90,6 +93,7 @@ class ConversionReport:
         lines[-1] += f"{len(self.frozen_norms)} norms on their running statistics"
         lines += [f"not lean, since called as a function: {each}" for each in self.functional_activations]
         lines += [f"in an activation checkpoint: {each}" for each in self.checkpointed]
+        lines += [f"statistics not frozen, since of another class: {each}" for each in self.moving_norms]
         return "\n".join(lines)
 
 
@@ -121,7 +125,8 @@ def convert(
 
     `freeze_rest` leaves trainable the chosen convolutions, the linear layers behind the first of them, and the affine
     parameters of norms by `train_norm`: those behind it, none, or all. With `norm_stats="frozen"` a batch norm without
-    trained parameters keeps to its running statistics in training mode too. `lean_activations` makes ReLU, ReLU6 and
+    trained parameters keeps to its running statistics in training mode too (those of torch for images, synchronised
+    ones and timm's; the report lists others). `lean_activations` makes ReLU, ReLU6 and
     dropout behind the first chosen layer keep one bit an element; "all" also hard-swish and SiLU, a byte each and so
     approximately; None is True unless `exportable`. `compact` trains scale * weight + offset instead of the weight (see
     `CompactConv2d`). `exportable` builds the gradients so that exported training graphs hold them (see
@@ -170,6 +175,7 @@ def convert(
         (*_report_layers(found, plan), *_other_convolutions(model)), lean_names, frozen,
         tuple(found.functions) if lean_activations else (),
         tuple(name for name in found.checkpointed if name in plan and plan[name].status == "filtered"),
+        _moving_norms(model) if norm_stats == "frozen" else (),
     )  # fmt: skip
     if warns:
         _warn(report)
@@ -308,11 +314,11 @@ def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] |
 def decide(
     call: Call, radius: tuple[int, int] | None, is_named: bool, objective: Objective, border: Border, *, is_first: bool
 ) -> LayerReport:
+    """Return whether `convert` filters a layer that was chosen, and if not why."""
     if isinstance(call.module, FilteredConv2d):  # whoever built it wants it filtered
         if border == "covered" and isinstance(call.module, CompactConv2d):
             raise ValueError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
         return LayerReport(call.name, "filtered", radius or call.module.radius)
-    """Return whether `convert` filters a layer that was chosen, and if not why."""
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")
     if not is_plain_convolution(call.module):
@@ -351,14 +357,23 @@ def _make_lean(model: nn.Module, behind: Sequence[str], lean_activations: LeanAc
 
 
 def _freeze_norms(model: nn.Module) -> tuple[str, ...]:
+    twins = lean.frozen_norms()
+    return tuple(name for name, module in _untrained_norms(model) if _swap_class(module, twins))
+
+
+def _moving_norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.track_running_stats
-        and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        and _swap_class(module, lean.frozen_norms())
+        f"{name}: {type(module).__name__}"
+        for name, module in _untrained_norms(model)
+        if not isinstance(module, lean.FrozenBatchNorm2d)
     )
+
+
+def _untrained_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not is_trained:
+            yield name, module
 
 
 def _swap_class(module: nn.Module, twins: Mapping[type[nn.Module], type[nn.Module]]) -> bool:

@@ -31,7 +31,9 @@ def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
 
     A tensor that did not change is left out. For a kernel `x` of more than one tap that moved as filtered training
     moves it there are `x.scale` [] and `x.offset` [out_channels, in_channels / groups]; any other changed tensor
-    stands whole under its own name. Raises CheckpointError for other names, shapes or types.
+    stands whole under its own name, also where it has another number of outputs (the first axis), as a classifier of
+    other classes. Raises CheckpointError for other shapes and types, and for names that only one of the two has: that
+    is another network, which no base leads to.
     """
     if set(base) != set(tuned):
         strange = sorted(set(base) ^ set(tuned))
@@ -39,7 +41,7 @@ def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
     delta: dict[str, Tensor] = {}
     for name, before in base.items():
         after = tuned[name]
-        if before.shape != after.shape:
+        if not _differs_in_outputs_alone(before, after):
             raise CheckpointError(
                 f"{name} is {list(before.shape)} in the base and {list(after.shape)} in the tuned weights"
             )
@@ -52,9 +54,13 @@ def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
     return delta
 
 
+def _differs_in_outputs_alone(before: Tensor, after: Tensor) -> bool:
+    return before.ndim == after.ndim and before.shape[1:] == after.shape[1:]
+
+
 def _fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return scale and offset by least squares, None for what does not fit the form."""
-    if before.ndim != 4 or before.shape[2:].numel() == 1:
+    if before.ndim != 4 or before.shape[2:].numel() == 1 or before.shape != after.shape:
         return None
     start, end = before.double(), after.double()
     centred = start - start.mean((2, 3), keepdim=True)
@@ -86,14 +92,14 @@ def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
 
 
 def apply_delta(base: State, delta: State) -> dict[str, Tensor]:
-    """Return the state dict that `delta` leads to from `base`.
+    """Return the state dict that `delta` leads to from `base`; an empty one leads to the base itself.
 
     Raises CheckpointError if names or shapes do not fit, and for a scale or an offset without the other.
     """
     tuned = dict(base)
     for name, value in delta.items():
         kernel = name.removesuffix(_SCALE).removesuffix(_OFFSET)
-        if name in base and value.shape == base[name].shape:
+        if name in base and _differs_in_outputs_alone(base[name], value):
             tuned[name] = value
         elif name in base or kernel not in base:
             raise CheckpointError(f"the delta's {name} {list(value.shape)} fits no tensor of the base")
@@ -113,7 +119,13 @@ def _move(name: str, start: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool = False) -> None:
-    """Write a delta as safetensors, with a digest of the tensors of the base that it changes."""
+    """Write a delta as safetensors, with a digest of the tensors of the base that it changes.
+
+    Where nothing changed the file holds the base's smallest tensor: a weights file has to hold one.
+    """
+    if not delta:
+        smallest = min(base, key=lambda name: base[name].numel())
+        delta = {smallest: base[smallest]}
     metadata = {"format": FORMAT, "base": _digest(base, delta)}
     save_weights(path, delta, metadata=metadata, overwrite=overwrite)
 

@@ -60,7 +60,15 @@ class Diagnosis:
         rows = [
             [layer.name, "x".join(map(str, layer.radius)), *list(vars(layer).values())[2:]] for layer in self.layers
         ]
-        return tabulate(rows, headers, tablefmt="simple", floatfmt=".3f", missingval="-")
+        grid = tabulate(rows, headers, tablefmt="simple", floatfmt=".3f", missingval="-")
+        # the energy is a share of the gradient's own
+        lost = [layer.name for layer in self.layers if layer.gradient_energy is None]
+        if not lost:
+            return grid
+        return (
+            f"{grid}\n\nthe gradient is zero in {', '.join(lost)}: as behind a norm whose scale starts at zero "
+            "(zero_init_last); diagnose trained weights"
+        )
 
 
 def diagnose(

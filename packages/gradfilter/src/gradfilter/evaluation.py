@@ -69,8 +69,12 @@ def evaluate_checkpoint(
     """Return the metrics of a weights file on the validation data.
 
     A file of `gradfilter train` says what it holds; for plain weights, official ones too, `recipe` does. `data` is as
-    for the training, and not needed for digits. Raises ValueError for missing data, CheckpointError for other files.
+    for the training, and not needed for digits. Raises ValueError for missing data, a `batch_size` below 1 or
+    `workers` below 0, CheckpointError for other files.
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     metadata = read_state(path).metadata
     if recipe is None and metadata.get("model_name") == "tinyconv":
         if data not in (None, "mnist5k"):

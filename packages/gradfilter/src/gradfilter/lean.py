@@ -162,6 +162,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 
 def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Norm x [batch, channels, ...], which has any axes where the norm was a SyncBatchNorm."""
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -172,7 +173,8 @@ def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
             shift = shift + norm.bias
     # in half precision the two terms would cancel what the norm keeps
     precise = torch.promote_types(x.dtype, scale.dtype)
-    return (x.to(precise) * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+    scale, shift = (each.view(-1, *[1] * (x.ndim - 2)) for each in (scale, shift))
+    return (x.to(precise) * scale + shift).to(x.dtype)
 
 
 # what a stock class becomes
@@ -186,6 +188,7 @@ APPROXIMATE: dict[type[nn.Module], type[nn.Module]] = {nn.Hardswish: LeanHardswi
 
 def frozen_norms() -> dict[type[nn.Module], type[nn.Module]]:
     """Return what a batch norm becomes whose statistics are frozen, by its stock class."""
-    twins: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: FrozenBatchNorm2d}
+    # by running statistics there is nothing left to share between processes
+    twins: dict[type[nn.Module], type[nn.Module]] = dict.fromkeys((nn.BatchNorm2d, nn.SyncBatchNorm), FrozenBatchNorm2d)
     with_activation = timm_layer("BatchNormAct2d")
     return twins if with_activation is None else twins | {with_activation: FrozenBatchNormAct2d}

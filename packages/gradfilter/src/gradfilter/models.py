@@ -106,12 +106,15 @@ class TinyConv(nn.Module):
 
 
 def _replace_classifier(model: nn.Module, num_classes: int) -> None:
-    """Give a torchvision model a last Linear or 1x1 convolution with as many outputs."""
-    name, last = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    if last.out_features == num_classes:
-        return
-    parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], nn.Linear(last.in_features, num_classes))
+    """Give a torchvision model as many outputs: in its last linear layer, or SqueezeNet in its last 1x1 convolution."""
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = {kind: [(name, each) for name, each in model.named_modules() if isinstance(each, kind)] for kind in kinds}
+    name, last = (layers[nn.Linear] or layers[nn.Conv2d])[-1]
+    if isinstance(last, nn.Linear):
+        if last.out_features != num_classes:
+            model.set_submodule(name, nn.Linear(last.in_features, num_classes))
+    elif last.out_channels != num_classes:
+        model.set_submodule(name, nn.Conv2d(last.in_channels, num_classes, 1))
 
 
 def _call(module: str, name: str, options: dict[str, Any]) -> nn.Module:

@@ -4,13 +4,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from gradfilter.conversion import choose, convert, decide, exact_twin
+from gradfilter.conversion import Radii, TrainNorm, choose, convert, decide, exact_twin
 from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
@@ -24,7 +24,10 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One convolution, for the batch of the profile. Dictionaries go by "exact", and radii such as "2x2"."""
+    """One convolution, for the batch of the profile. Dictionaries go by "exact", and radii such as "2x2".
+
+    Where it runs several times in a forward pass, sizes and coverage are those of its first call, and costs are summed.
+    """
 
     name: str
     input_size: tuple[int, ...]
@@ -42,6 +45,8 @@ class LayerProfile:
     """Of forward and backward, where asked for."""
     stays_exact: str = ""
     """Why `convert` would leave the layer exact; then its figures are those of "exact" for every radius."""
+    num_calls: int = 1
+    """How often it runs in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Profile:
     radii: tuple[str, ...]
     autograd_bytes: dict[str, int]
     """Really kept for backward by all that runs, each storage once: "exact" is the stock model with these layers
-    trained, "2x2" filtered and with frozen norms, "2x2 lean" with lean activations too. Empty where not measured."""
+    trained, norms in training mode, "2x2" differs from it by the filters alone. " lean" adds lean activations and
+    frozen statistics of norms that are not trained, to "exact lean" and "2x2 lean". Empty where not measured."""
     not_measured: str = ""
     """Why, where the model does not run in training mode on the example."""
 
@@ -119,6 +125,11 @@ class Profile:
         grid = tabulate([*rows, sums], headers, tablefmt="simple", floatfmt=".2f")
         kept = ", ".join(f"{name} {count / 1024:.1f}" for name, count in self.autograd_bytes.items())
         notes = [f"{layer.name} stays exact: {layer.stays_exact}" for layer in self.layers if layer.stays_exact]
+        notes += [
+            f"{layer.name} runs {layer.num_calls} times; its figures are sums"
+            for layer in self.layers
+            if layer.num_calls > 1
+        ]
         notes.append(f"really kept for backward, KiB: {kept or self.not_measured or 'not measured'}")
         return f"{grid}\n\n" + "\n".join(notes)
 
@@ -132,53 +143,73 @@ def profile(
     radii: Sequence[Radius] = (2, 4, 7),
     measures_time: bool = False,
     measures_memory: bool = True,
+    train_norm: TrainNorm = "none",
 ) -> Profile:
     """Return what the backward pass of the chosen convolutions costs, exact and for each radius.
 
     `last_n`, `layers` and `example_input` are as for `gradfilter.convert`; the example's batch is what is counted.
-    `measures_time` runs each layer for some milliseconds, `measures_memory` the whole model once for each figure of
-    `autograd_bytes`. The model does not change. Raises ValueError as `convert` does.
+    `measures_time` runs each call of a layer for some milliseconds, `measures_memory` the whole model once for each
+    figure of `autograd_bytes`, for which `train_norm` is as for `convert`: "none" by default, so that convolutions are
+    all that is trained but the linear layers. The model does not change. Raises ValueError as `convert` does.
     """
+    if train_norm not in get_args(TrainNorm):
+        raise ValueError(f"train_norm={train_norm!r} must be one of {', '.join(map(repr, get_args(TrainNorm)))}")
     if not isinstance(radii, Sequence) or not radii:
         raise ValueError(f"radii={radii!r} must be one or more radii, e.g. (2, 4, 7)")
     pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
     model = exact_twin(model)
-    chosen = choose(trace(model, example_input), last_n, layers)
+    found = trace(model, example_input)
+    chosen = choose(found, last_n, layers)
     profiles = tuple(
-        _profile_layer(call, pairs, measures_time, is_named=layers is not None, is_first=call is chosen[0])
+        _profile_layer(
+            [each for each in found.calls if each.name == call.name],
+            pairs, measures_time, is_named=layers is not None, is_first=call.name == chosen[0].name,
+        )
         for call in chosen
-    )
+    )  # fmt: skip
     kept, reason = {}, ""
     if measures_memory:
         filtered = [layer.name for layer in profiles if not layer.stays_exact]
         try:
-            kept = _autograd_bytes(model, example_input, [call.name for call in chosen], filtered, pairs)
+            kept = _autograd_bytes(model, example_input, [call.name for call in chosen], filtered, pairs, train_norm)
         except (ValueError, RuntimeError) as error:  # a norm of one value a channel, a head that needs larger images
             reason = f"not measured, since training mode fails on this example: {str(error).partition(chr(10))[0]}"
     return Profile(profiles, tuple(map(_as_name, pairs)), kept, reason)
 
 
 def _profile_layer(
-    call: Call, radii: Sequence[tuple[int, int]], measures_time: bool, *, is_named: bool, is_first: bool
+    calls: Sequence[Call], radii: Sequence[tuple[int, int]], measures_time: bool, *, is_named: bool, is_first: bool
 ) -> LayerProfile:
+    call = calls[0]
     names = (EXACT, *map(_as_name, radii))
     reason = decide(call, radii[0], is_named, "memory", "plain", is_first=is_first).reason
     tried = [None, *(None if reason else radius for radius in radii)]
-    costs = dict(zip(names, (layer_cost(call, radius) for radius in tried), strict=True))
     size = call.module.weight.element_size()
-    seconds = step_seconds(call, tried, needs_input_gradient=not is_first) if measures_time else []
+    costs = {
+        name: [(each, layer_cost(each, radius)) for each in calls] for name, radius in zip(names, tried, strict=True)
+    }
     return LayerProfile(
         name=call.name,
         input_size=call.input_size,
         output_size=call.output_size,
         kernel_size=call.module.kernel_size,
         coverage=layer_coverage(call),
-        saved_bytes={name: cost.saved_elements * size for name, cost in costs.items()},
-        flops={name: cost.flops for name, cost in costs.items()},
-        predicted_seconds={name: _predict(call, cost, size) for name, cost in costs.items()},
-        measured_seconds=dict(zip(names, seconds, strict=False)),
+        saved_bytes={name: sum(cost.saved_elements * size for _, cost in each) for name, each in costs.items()},
+        flops={name: sum(cost.flops for _, cost in each) for name, each in costs.items()},
+        predicted_seconds={name: sum(_predict(*pair, size) for pair in each) for name, each in costs.items()},
+        measured_seconds=_measure(calls, dict(zip(names, tried, strict=True)), is_first) if measures_time else {},
         stays_exact=reason,
+        num_calls=len(calls),
     )
+
+
+def _measure(calls: Sequence[Call], radii: dict[str, Radius | None], is_first: bool) -> dict[str, float]:
+    # what runs before the first call is frozen, but a later call of that layer has the earlier one before it
+    steps = [
+        step_seconds(call, list(radii.values()), needs_input_gradient=index > 0 or not is_first)
+        for index, call in enumerate(calls)
+    ]
+    return dict(zip(radii, map(sum, zip(*steps, strict=True)), strict=True))
 
 
 def _predict(call: Call, cost: LayerCost, element_size: int) -> float:
@@ -204,24 +235,25 @@ def _autograd_bytes(
     layers: Sequence[str],
     filtered: Sequence[str],
     radii: Sequence[tuple[int, int]],
+    train_norm: TrainNorm,
 ) -> dict[str, int]:
     if example_input is None:
         size = trace(model).convolutions[0].input_size
         example_input = torch.randn(size, dtype=next(model.parameters()).dtype)
-    kept = {EXACT: _kept(model, example_input, layers, {"*": None}, norm_stats="update", lean_activations=False)}
-    for radius in radii:
-        for lean, name in ((False, ""), (True, " lean")):
-            by_layer = {layer: radius if layer in filtered else None for layer in layers}
-            kept[_as_name(radius) + name] = _kept(
-                model, example_input, layers, by_layer, norm_stats="frozen", lean_activations=lean
-            )
+    kept = {}
+    for name, radius in ((EXACT, None), *((_as_name(radius), radius) for radius in radii)):
+        by_layer = {layer: radius if layer in filtered else None for layer in layers}
+        options = {"layers": layers, "train_norm": train_norm}
+        kept[name] = _kept(model, example_input, by_layer, norm_stats="update", lean_activations=False, **options)
+        kept[f"{name} lean"] = _kept(
+            model, example_input, by_layer, norm_stats="frozen", lean_activations=True, **options
+        )
     return kept
 
 
-def _kept(model: nn.Module, example_input: Any, layers: Sequence[str], radius: Any, **options: Any) -> int:
+def _kept(model: nn.Module, example_input: Any, radius: Radii, **options: Any) -> int:
     twin = copy.deepcopy(model).train()
-    # only the chosen weights are trained, so that the figures differ by what is filtered alone
-    convert(twin, radius, layers=layers, example_input=example_input, train_norm="none", **options, warns=False)
+    convert(twin, radius, example_input=example_input, **options, warns=False)
     return saved_activation_bytes(lambda: call_model(twin, example_input))
 
 

@@ -5,6 +5,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -43,8 +45,8 @@ class Call:
 class Trace:
     """What one forward pass met."""
 
-    convolutions: list[Call] = field(default_factory=list)
-    """The `nn.Conv2d` layers, in the order of their first call."""
+    calls: list[Call] = field(default_factory=list)
+    """Every call of an `nn.Conv2d`, in order; a layer that runs twice stands twice."""
     order: list[str] = field(default_factory=list)
     """The modules without children, in the order of their calls; one that is called twice stands twice."""
     functions: list[str] = field(default_factory=list)
@@ -52,17 +54,28 @@ class Trace:
     checkpointed: list[str] = field(default_factory=list)
     """The convolutions that ran in an activation checkpoint at their first call."""
 
+    @property
+    def convolutions(self) -> list[Call]:
+        """The first call of each `nn.Conv2d`, in order."""
+        first: dict[str, Call] = {}
+        for call in self.calls:
+            first.setdefault(call.name, call)
+        return list(first.values())
+
 
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of `model` once on the meta device, and return what it met; the model itself does not change.
 
     `example_input` is a tensor, or a tuple or dict of the model's arguments; by default one image of the size that
-    the model names in `pretrained_cfg`, or of 224 x 224 pixels. Raises ValueError if it does not run so.
+    the model names in `pretrained_cfg`, or of 224 x 224 pixels. Functions that were registered as forward hooks do not
+    run; forward pre-hooks do, since spectral norm makes its weight there. Raises ValueError if the model does not run
+    so.
     """
     if any(map(nn.parameter.is_lazy, model.parameters())):
         raise ValueError(f"{type(model).__name__} has lazy parameters; run it once before converting it")
     device = torch.device("meta")
     twin = copy.deepcopy(model).to(device).eval()
+    _remove_forward_hooks(twin)
     arguments, keywords = _arguments(_default_input(model) if example_input is None else example_input)
     arguments, keywords = tree_map_only(Tensor, lambda each: each.to(device), (arguments, keywords))
     recorder = _Recorder(twin, dict(model.named_modules()))
@@ -74,6 +87,19 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{type(model).__name__} does not run on {given} ({reason}); pass example_input") from error
     return recorder.found
+
+
+def _remove_forward_hooks(twin: nn.Module) -> None:
+    """Take the hooks out that a copy shares with its model: they would note a pass that never was.
+
+    Methods were copied with their objects, and stay: timm gathers features by them.
+    """
+    for module in twin.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            while isinstance(hook, partial):
+                hook = hook.func
+            if isinstance(hook, FunctionType | BuiltinFunctionType):
+                del module._forward_hooks[key]
 
 
 class _Recorder(TorchFunctionMode):
@@ -94,9 +120,9 @@ class _Recorder(TorchFunctionMode):
             return
         is_first_call = name not in self.found.order
         self.found.order.append(name)
-        if isinstance(module, nn.Conv2d) and is_first_call:
-            self.found.convolutions.append(Call(name, module, _image_size(inputs[0]), _image_size(output)))
-            if _is_checkpointed():
+        if isinstance(module, nn.Conv2d):
+            self.found.calls.append(Call(name, module, _image_size(inputs[0]), _image_size(output)))
+            if is_first_call and _is_checkpointed():
                 self.found.checkpointed.append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
