@@ -34,6 +34,12 @@ class TestEvaluate:
             top1=60, top5=100, loss=pytest.approx(loss, rel=1e-6), majority_top1=60, num_pictures=5
         )
 
+    @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": -1}])
+    def test_bad_loading(self, wrong):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+            evaluate(Constant([0.0, 1.0, 2.0]), self.pictures([0, 1]), **wrong)
+
     def test_unknown_class(self):
         with pytest.raises(ValueError, match="the data has class 3, the model 3 classes"):
             evaluate(Constant([0.0, 1.0, 2.0]), self.pictures([0, 3]))

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["refuse_existing", "replace_file", "sync", "write_json"]
+__all__ = ["CorruptFileError", "refuse_existing", "replace_file", "sync", "write_json"]
+
+
+class CorruptFileError(ValueError):
+    """A file is damaged, truncated, or none of the format that is asked for."""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torchvision.models.detection import MaskRCNN
 from biformer.checkpoint import load_model
 from visionkernels.checkpoints import read_state, stored_options
 from visionkernels.classification import evaluate as evaluate_classifier
+from visionkernels.evaluation import check_loading
 from visionkernels.pictures.labelled import open_pictures
 
 __all__ = ["evaluate_checkpoint"]
@@ -23,8 +24,9 @@ def evaluate_checkpoint(
 
     A classifier has those of `visionkernels.classification.Evaluation`, a segmentation model those of
     `visionkernels.segmentation.evaluate`, a detector those of `biformer.detection.evaluate`. `data` is as for the
-    training; `batch_size` is a classifier's.
+    training; `batch_size` is a classifier's. Raises ValueError for numbers below 1, or of `workers` below 0.
     """
+    check_loading(workers, batch_size)
     match read_state(checkpoint).metadata.get("task"):
         case "segmentation":
             return _evaluate_segmentation(checkpoint, data, device, workers)

@@ -17,6 +17,7 @@ from gradfilter.recipes import Recipe
 from gradfilter.training import load_segmenter
 from visionkernels import classification, segmentation
 from visionkernels.checkpoints import CheckpointError, load_strict, read_state, stored_options
+from visionkernels.evaluation import check_loading
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.recipes import PictureRecipe, SceneRecipe
 from visionkernels.pictures.scenes import open_scenes
@@ -72,9 +73,7 @@ def evaluate_checkpoint(
     for the training, and not needed for digits. Raises ValueError for missing data, a `batch_size` below 1 or
     `workers` below 0, CheckpointError for other files.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    check_loading(workers, batch_size)
     metadata = read_state(path).metadata
     if recipe is None and metadata.get("model_name") == "tinyconv":
         if data not in (None, "mnist5k"):

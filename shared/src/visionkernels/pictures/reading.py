@@ -7,10 +7,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from visionkernels.files import CorruptFileError
+
 __all__ = ["CorruptPictureError", "read_picture"]
 
 
-class CorruptPictureError(ValueError):
+class CorruptPictureError(CorruptFileError):
     """A file that is no readable picture."""
 
     def __init__(self, message: str) -> None:
