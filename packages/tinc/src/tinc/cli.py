@@ -1,0 +1,421 @@
+"""The command `tinc`: what each sub-command reads, calls and prints."""
+
+import importlib.metadata
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from visionkernels.cli import print_metrics, report_bench, run
+from visionkernels.files import refuse_existing, write_json
+
+__all__ = ["main"]
+
+DISTRIBUTION = "tinc-vision"
+VERSION = importlib.metadata.version(DISTRIBUTION)
+
+Ratios = Annotated[tuple[float, ...], arg(metavar="R [R ...]")]
+
+
+def compress(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    ratio: float | None = None,
+    bytes: int | None = None,
+    bpv: float | None = None,
+    psnr: float | None = None,
+    max_error: float | None = None,
+    lossless: bool = False,
+    preset: Literal["fast", "balanced", "best"] = "balanced",
+    layers: Literal["auto", "tree", "residual", "both"] = "auto",
+    nan: Literal["raise", "fill"] = "raise",
+    channel_axis: int | None = None,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Compress a volume, a picture or a series of volumes into a .tinc file, to one target.
+
+    Ctrl-C ends the search with the best that is there; a second one ends the command.
+
+    Args:
+        source: .tif, .npy, .nii, .nii.gz, .zarr or .png
+        out: the .tinc to write
+        ratio: bytes of the samples / bytes of the file
+        bytes: of the file, at most
+        bpv: bits a sample, at most
+        psnr: in dB, at least; over the range of an integer type, over the volume's own for float32
+        max_error: by which no sample moves more
+        lossless: keep every sample
+        preset: fast has no tree; balanced and best train one, and keep it where it helps
+        layers: tree or residual layer alone, or both, instead of the best of them
+        nan: raise an error for samples that are not finite, or fill them with the mean
+        channel_axis: axis of the channels; default: what the source says
+        max_seconds: end the training of the tree then
+        seed: of the training
+        overwrite: replace an existing output
+    """
+    from tinc.compression import compress as to_file
+    from tinc.volumes import read_volume
+
+    refuse_existing(out, overwrite)
+    volume = read_volume(source)
+    axis = volume.channel_axis if channel_axis is None else channel_axis
+    with _progress() as callback:
+        file = to_file(
+            volume.array, ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless,
+            preset=preset, layers=layers, nan=nan, channel_axis=axis, max_seconds=max_seconds, seed=seed,
+            metadata=volume.metadata, callback=callback,
+        )  # fmt: skip
+    file.save(out, overwrite=overwrite)
+    quality = _quality(volume.array, file)
+    print(f"{out}: {file.nbytes} bytes, ratio {file.ratio:.2f}, {8 * file.nbytes / file.size:.3f} bits a sample")
+    print_metrics(quality)
+
+
+def decompress(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    region: str | None = None,
+    level: int = 0,
+    partial: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Decode a .tinc file, or a part of it.
+
+    Args:
+        source: the .tinc file
+        out: .tif, .npy, .nii, .nii.gz, .zarr or .png
+        region: a range for each axis, such as 0:8,40:56,40:56; an empty end is the volume's
+        level: halve each axis so many times
+        partial: take a file that was cut off, and decode what is there
+        overwrite: replace an existing output
+    """
+    from tinc.file import open_file
+    from tinc.volumes import write_volume
+
+    refuse_existing(out, overwrite)
+    file = open_file(source, partial=partial)
+    array = file.decode(None if region is None else _parse_region(region, file.ndim), level=level)
+    axis = file.info()["channel_axis"]
+    write_volume(out, array, metadata=file.metadata, channel_axis=axis, overwrite=overwrite)
+    print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
+
+
+def info(source: Positional[Path | None] = None, *, json: Path | None = None, overwrite: bool = False) -> None:
+    """Print what a .tinc file holds; without a file, the version and the official configurations.
+
+    Args:
+        source: the .tinc file
+        json: write it here as well
+        overwrite: replace an existing output
+    """
+    if source is None:
+        from tinc.recipes import RECIPES
+
+        print(f"{DISTRIBUTION} {VERSION}")
+        print("official configurations for `tinc train`:")
+        for name, recipe in RECIPES.items():
+            levels = ", ".join(
+                f"{level.ratio} {level.layers} {level.activation} {level.allocation}" for level in recipe.levels
+            )
+            print(f"  {name}: {levels}")
+        return
+    from tinc.file import open_file
+
+    refuse_existing(json, overwrite)
+    found = open_file(source).info()
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {each}" for key, each in value.items())
+        print(
+            f"{name.replace('_', ' ')}: {value:.4g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' ')}: {value}"
+        )
+    if json is not None:
+        write_json(json, found, overwrite=overwrite)
+
+
+def evaluate(
+    original: Positional[Path],
+    compressed: Positional[Path | None] = None,
+    *,
+    checkpoint: Path | None = None,
+    threshold: tuple[float, ...] = (),
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Compare a .tinc file, or an official folder of weights, with the volume that it stands for.
+
+    Args:
+        original: the volume
+        compressed: the .tinc file
+        checkpoint: an official folder (models/0-0-0-0/0-W, ...) instead
+        threshold: also accuracy, IoU and precision of the volumes cut at these samples
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    import numpy as np
+
+    from tinc import metrics
+    from tinc.file import open_file
+    from tinc.volumes import read_volume
+
+    if (compressed is None) == (checkpoint is None):
+        raise ValueError("give the .tinc file, or --checkpoint FOLDER, and not both")
+    refuse_existing(json, overwrite)
+    volume = read_volume(original)
+    if compressed is not None:
+        file = open_file(compressed)
+        decoded, size = file.decode(), file.nbytes
+    else:
+        assert checkpoint is not None
+        decoded, size = _decode_official(checkpoint, original, volume.array.shape)
+    reference = np.asarray(volume.array)
+    found = _compare(reference, decoded, volume.channel_axis)
+    found |= {"ratio": reference.nbytes / size, "bits_per_sample": 8 * size / reference.size}
+    for cut in threshold:
+        for name, measure in (("accuracy", metrics.accuracy), ("iou", metrics.iou), ("precision", metrics.precision)):
+            found[f"{name}_{cut:g}"] = measure(reference, decoded, threshold=cut)
+    print_metrics(found)
+    if json is not None:
+        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        write_json(json, {"original": str(original), **finite}, overwrite=overwrite)
+
+
+def train(
+    recipe: Positional[str] = "default",
+    *,
+    data: Path,
+    out: Path,
+    config: Path | None = None,
+    ratio: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    device: Literal["auto", "cpu"] = "auto",
+    precision: Literal["no", "bf16"] = "no",
+) -> None:
+    """Run the official procedure on one volume; the same command goes on where a run stopped.
+
+    Args:
+        recipe: default, multi0, multi1 or multi2
+        data: the volume, .tif or .npy
+        out: folder of the run; it gets the official folders best/ and last/
+        config: an official YAML file instead of a recipe
+        ratio: bytes of the input file / bytes of the parameters as float32
+        epochs: passes over a leaf's points
+        batch_size: points a step, over all leaves
+        device: auto or cpu
+        precision: bf16 computes the tree in bfloat16
+    """
+    from dataclasses import replace
+
+    from tinc.official.training import train as fit
+    from tinc.recipes import find_recipe, read_yaml
+
+    chosen = find_recipe(recipe) if config is None else read_yaml(config)
+    changes: dict[str, Any] = {"ratio": ratio, "epochs": epochs, "batch_size": batch_size}
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
+    result = fit(chosen, data, out, device=device, precision=precision)
+    if os.environ.get("RANK", "0") == "0":
+        print_metrics({"psnr": result.psnr, "ssim": result.ssim, "best_psnr": result.best_psnr, "ratio": result.ratio})
+        print(f"weights: {result.last}")
+
+
+def sweep(
+    config: Positional[Path],
+    *,
+    data: Path,
+    out: Path,
+    jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+) -> None:
+    """Run the official procedure for every combination of a YAML file with Static and Dynamic options.
+
+    Args:
+        config: the YAML file (PRODUCT: every combination, CONCAT: one after the other)
+        data: the volume
+        out: folder with a run for each combination, and results.jsonl
+        jobs: processes; -1: one a core
+        backend: processes of this machine, or a Ray or Dask cluster
+    """
+    from tinc.official.sweep import run_sweep
+
+    for name, result in run_sweep(config, data, out, jobs=jobs, backend=backend):
+        print(f"{name}: PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.3f}, ratio {result['ratio']:.1f}")
+
+
+def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bool = False) -> None:
+    """Write an official tree as ONNX: indices of a leaf's points to the values of all leaves.
+
+    Args:
+        checkpoint: the official folder
+        data: the volume that it stands for
+        out: the .onnx to write
+        overwrite: replace an existing output
+    """
+    from tinc.official.export import export_onnx
+    from tinc.official.folder import load_official
+
+    refuse_existing(out, overwrite)
+    export_onnx(load_official(checkpoint, volume=data).model, out, overwrite=overwrite)
+    print(out)
+
+
+def reproduce(
+    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
+) -> int:
+    """Measure the tables: what this machine can, and for the rest what it would take.
+
+    Args:
+        full: also the cells that take more than minutes
+        json: write the tables here as well
+        figures_dir: draw the figures into this folder
+        overwrite: replace existing outputs
+    """
+    from tinc.tables import figures, tables
+    from visionkernels.tables import reproduce as measure
+
+    return measure(
+        DISTRIBUTION, tables(), figures(), full=full, json=json, figures_dir=figures_dir, overwrite=overwrite
+    )
+
+
+def bench(
+    source: Positional[Path | None] = None,
+    *,
+    ratios: Ratios = (16, 64, 128, 256),
+    against: tuple[Literal["hevc", "jpeg2k", "sperr", "sz3", "zfp"], ...] = ("hevc", "jpeg2k", "sperr", "sz3"),
+    preset: Literal["fast", "balanced", "best"] = "balanced",
+    full: bool = False,
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Compress a volume beside other codecs; without a volume, time decoding and training beside plain ones.
+
+    Args:
+        source: the volume
+        ratios: bytes of the samples / bytes of the file
+        against: other codecs, at the same bytes
+        preset: of tinc
+        full: without a volume: also two threads, and more repeats
+        json: write the rows here as well
+        overwrite: replace an existing output
+    """
+    if source is None:
+        from tinc.bench import measure
+
+        report_bench(measure(full=full), json=json, overwrite=overwrite)
+        return
+    from tinc.rivals import compare, rivalry_table
+
+    refuse_existing(json, overwrite)
+    rows = []
+    for row in compare(source, ratios, against, preset=preset):
+        print(f"{row['codec']} at {row['asked']:g}x: {row['psnr']:.2f} dB", file=sys.stderr)
+        rows.append(row)
+    print(rivalry_table(rows))
+    if json is not None:
+        write_json(json, rows, overwrite=overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
+    commands: dict[str, Any] = {
+        "compress": compress,
+        "decompress": decompress,
+        "info": info,
+        "eval": evaluate,
+        "train": train,
+        "sweep": sweep,
+        "export": export,
+        "reproduce": reproduce,
+        "bench": bench,
+    }
+    return run(
+        "tinc",
+        commands,
+        description="Compress volumes into small files that are read like arrays, with TINC (CVPR 2023) inside.",
+        version=VERSION,
+        argv=argv,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Show stages and quality on stderr; the first Ctrl-C asks to finish, the second one interrupts."""
+    from tqdm import tqdm
+
+    bar = tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False)
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def callback(stage: str, quality: float) -> None:
+        bar.set_description_str(stage if math.isnan(quality) else f"{stage}: {quality:.2f} dB")
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield callback
+    finally:
+        signal.signal(signal.SIGINT, before)
+        bar.close()
+
+
+def _quality(array: Any, file: Any) -> dict[str, float]:
+    import numpy as np
+
+    return _compare(np.asarray(array), file.decode(), file.info()["channel_axis"])
+
+
+def _compare(original: Any, decoded: Any, channel_axis: int | None) -> dict[str, float]:
+    import numpy as np
+
+    from tinc import metrics
+
+    if original.shape != decoded.shape:
+        raise ValueError(f"the volumes have shapes {original.shape} and {decoded.shape}")
+    largest = float(np.abs(original.astype(np.float64) - decoded).max())
+    return {
+        "psnr": metrics.psnr(original, decoded),
+        "psnr_values": metrics.psnr(original, decoded, data_range="values"),
+        "ssim": metrics.ssim(original, decoded, channel_axis=channel_axis),
+        "largest_error": largest,
+    }
+
+
+def _decode_official(checkpoint: Path, original: Path, shape: tuple[int, ...]) -> tuple[Any, int]:
+    from tinc.official import decode, load_official
+
+    loaded = load_official(checkpoint, volume=original)
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    decoded = decode(loaded.model, loaded.side_info)
+    # the official form has an axis of channels always
+    return decoded.reshape(shape) if decoded.size == math.prod(shape) else decoded, size
+
+
+def _parse_region(text: str, axes: int) -> tuple[slice, ...]:
+    parts = []
+    for part in text.split(","):
+        ends = part.split(":")
+        if len(ends) != 2 or not all(end.strip().isdigit() or not end.strip() for end in ends):
+            raise ValueError(f"--region {text} must give a range for each axis, such as 0:8,40:56,40:56")
+        parts.append(slice(*(int(end) if end.strip() else None for end in ends)))
+    if len(parts) != axes:
+        raise ValueError(f"--region {text} has {len(parts)} ranges; the array has {axes} axes")
+    return tuple(parts)

@@ -1,0 +1,140 @@
+"""The exact layer: samples on a grid of allowed error, or their very values, coded without loss.
+
+Errors are bounded by choosing the grid: integers k * (2 e + 1) are at most e away from any integer, reals 2 e k from
+any real. The grid's numbers are then coded exactly, in boxes with a stream of their own. Without error, an array that
+uses few of the values in its range is coded by their ranks, and floating-point numbers by their bits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinc.entropy import BitReader, BitWriter
+from tinc.errors import TincFormatError
+from tinc.interpolation import MAX_BITS, IntegerCoder
+
+__all__ = ["BitsGrid", "Grid", "PaletteGrid", "StepGrid", "choose_grid", "decode_box", "encode_box"]
+
+_SIGN = np.int32(-(1 << 31))
+
+
+@dataclass(frozen=True)
+class StepGrid:
+    """Samples are offset + step * k."""
+
+    dtype: str
+    step: float
+    """Integral for integers."""
+    offset: float = 0.0
+
+    def numbers(self, samples: np.ndarray) -> np.ndarray:
+        """Return k for each sample, as int64."""
+        if self.dtype == "float32":
+            return np.rint((samples.astype(np.float64) - self.offset) / self.step).astype(np.int64)
+        half, step = int(self.step) // 2, int(self.step)
+        return (samples.astype(np.int64) - int(self.offset) + half) // step
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the samples of numbers."""
+        if self.dtype == "float32":
+            return (numbers * self.step + self.offset).astype(np.float32)
+        limits = np.iinfo(self.dtype)
+        values = numbers * int(self.step) + int(self.offset)
+        return values.clip(limits.min, limits.max).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class PaletteGrid:
+    """Samples are `values[k]`, which rise."""
+
+    dtype: str
+    values: np.ndarray
+
+    def numbers(self, samples: np.ndarray) -> np.ndarray:
+        """Return k for each sample, of the next value where there is none."""
+        found = np.searchsorted(self.values, samples.astype(np.int64))
+        return np.minimum(found, len(self.values) - 1).astype(np.int64)
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the samples of numbers. Raises TincFormatError for one that has no value."""
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self.values):
+            raise TincFormatError("an exact section is damaged: it names values that its palette lacks")
+        return self.values[numbers].astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class BitsGrid:
+    """float32 samples by their bits, in the order of their values; k and k + 1 are neighbours."""
+
+    dtype: str = "float32"
+
+    def numbers(self, samples: np.ndarray) -> np.ndarray:
+        """Return k for each sample."""
+        bits = np.ascontiguousarray(samples, dtype=np.float32).view(np.int32)
+        return np.where(bits < 0, (_SIGN - bits).astype(np.int64), bits.astype(np.int64))
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the samples of numbers."""
+        bits = numbers.astype(np.int32)
+        return np.where(numbers < 0, _SIGN - bits, bits).astype(np.int32).view(np.float32)
+
+
+Grid = StepGrid | PaletteGrid | BitsGrid
+
+
+def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
+    """Return the coarsest grid on which no sample moves by more than `max_error`.
+
+    Where float32 itself is too coarse for the bound, samples are kept exactly.
+    """
+    dtype = samples.dtype.name
+    if dtype == "float32":
+        return _real_grid(samples, max_error)
+    step = 2 * int(max_error) + 1
+    if step == 1:
+        values = np.unique(samples).astype(np.int64)
+        reach = int(values[-1] - values[0]) + 1
+        # a palette costs some bits a value, and saves the bits of the gaps in every sample
+        if 12 * len(values) < samples.size * math.log2(reach / len(values)):
+            return PaletteGrid(dtype, values)
+    return StepGrid(dtype, step)
+
+
+def _real_grid(samples: np.ndarray, max_error: float) -> Grid:
+    largest = float(np.abs(samples).max())
+    # half a unit in the last place is lost when a sample is rounded to float32
+    slack = 2.0**-24 * (largest + max_error) + 2.0**-149
+    if max_error <= 4 * slack or 2 * largest / max_error >= 1 << (MAX_BITS - 2):
+        return BitsGrid()
+    grid = StepGrid(samples.dtype.name, 2 * (max_error - 2 * slack), float(samples.flat[0]))
+    worst = np.abs(grid.samples(grid.numbers(samples)).astype(np.float64) - samples).max()
+    return grid if worst <= max_error else BitsGrid()
+
+
+def encode_box(numbers: np.ndarray) -> bytes:
+    """Return the stream of a box of grid numbers [channels, ...]."""
+    writer = BitWriter()
+    IntegerCoder().write(writer, numbers)
+    return writer.finish()
+
+
+def decode_box(stream: bytes, shape: Sequence[int]) -> np.ndarray:
+    """Return the grid numbers of a stream."""
+    return IntegerCoder().read(BitReader(stream), tuple(shape))
+
+
+def encode_palette(values: np.ndarray) -> bytes:
+    """Return the stream of a palette: its steps."""
+    writer = BitWriter()
+    IntegerCoder().write(writer, np.diff(values, prepend=0)[None])
+    return writer.finish()
+
+
+def decode_palette(stream: bytes, count: int) -> np.ndarray:
+    """Return the values of a palette. Raises TincFormatError if they do not rise."""
+    steps = IntegerCoder().read(BitReader(stream), (1, count))[0]
+    if (steps[1:] <= 0).any():
+        raise TincFormatError("the palette is damaged")
+    return np.cumsum(steps)

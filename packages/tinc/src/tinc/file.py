@@ -1,0 +1,449 @@
+"""An open `.tinc` file: an array that is decoded where it is looked at."""
+
+import json
+import math
+import mmap
+import operator
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinc.container import unpack
+from tinc.entropy import BitReader
+from tinc.errors import TincFormatError
+from tinc.exact import BitsGrid, Grid, PaletteGrid, StepGrid, decode_box, decode_palette
+from tinc.residual import Blocks, decode_tile, restore_region
+from tinc.tree import Layer, QuantizedTree, read_constants, read_weights
+from visionkernels.files import replace_file
+
+__all__ = ["TincFile", "decompress", "open_file"]
+
+Region = tuple[slice, ...]
+_CACHED_TILES = 64
+
+
+class _Tile(NamedTuple):
+    """Levels of the residual layer with their mask, or numbers of the exact layer."""
+
+    values: np.ndarray
+    mask: np.ndarray | None = None
+
+
+class TincFile:
+    """A compressed array. `file[z0:z1, y0:y1, x0:x1]` decodes that part alone, to the same values as all of it."""
+
+    def __init__(self, content: bytes | mmap.mmap, *, name: str = "the file", partial: bool = False) -> None:
+        """Raises TincFormatError for anything but a whole `.tinc` file.
+
+        `partial` takes the beginning of one: parts whose streams are missing decode to what the tree says.
+        """
+        self._content, self.name, self.partial = memoryview(content), name, partial
+        self._contents, self._directory = unpack(self._content, partial=partial)
+        self._tiles: OrderedDict[int, _Tile] = OrderedDict()
+        self._keeps_all = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the samples."""
+        return np.dtype(self._contents.format.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the array, channels included."""
+        return self._with_channels(self._contents.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Samples of the array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self._content)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the array / bytes of the file."""
+        return self.size * self.dtype.itemsize / self.nbytes
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Boxes that are best decoded at once, by axis."""
+        blocks = self._blocks
+        if blocks is None:
+            return self.shape
+        sizes = [min(b * t, n) for b, t, n in zip(blocks.block, blocks.tile, blocks.extent, strict=True)]
+        return self._with_channels(tuple(sizes[1:]))
+
+    @property
+    def levels(self) -> int:
+        """Coarser volumes that `decode(level=...)` gives: each halves the axes."""
+        residual = self._contents.residual
+        blocks = () if residual is None else residual.blocks.block[1:]
+        halvings = [
+            min(block, 1 << (size - 1).bit_length()) for block, size in zip(blocks, self._contents.shape, strict=False)
+        ]
+        return min(halvings, default=1 << max(max(self._contents.shape) - 1, 1).bit_length()).bit_length() - 1
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the writer noted: spacing, units, its version."""
+        try:
+            return dict(json.loads(self._contents.metadata)) if self._contents.metadata else {}
+        except (ValueError, TypeError) as error:
+            raise TincFormatError(f"{self.name}: its metadata is damaged") from error
+
+    def __repr__(self) -> str:
+        return f"TincFile({self.shape}, {self.dtype}, {self.nbytes} bytes, ratio {self.ratio:.1f})"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a compressed array cannot be had without a copy")
+        return self.decode().astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Index as NumPy does with integers, slices and ... (no lists, masks or None)."""
+        region, inner = _as_region(key, self.shape)
+        return self.decode(region)[inner]
+
+    def decode(self, region: Region | None = None, *, level: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """Return a region of the array, by default all of it.
+
+        `region` has a slice for each axis, with steps of 1. With `level` above 0 each axis but the channels' is halved
+        so many times, values are means of the voxels of a cell, and the region counts cells. `out` receives the values,
+        if given. Raises IndexError for a region that is not inside, ValueError for a level that the file does not
+        have, TincFormatError for damaged streams.
+        """
+        if not 0 <= level <= self.levels:
+            raise ValueError(f"level={level} must be in [0, {self.levels}]")
+        step = 1 << level
+        sizes = self._with_channels(tuple(-(-size // step) for size in self._contents.shape))
+        inner = self._channels_first(_check_region(region, sizes))
+        if any(part.stop == part.start for part in inner):
+            shape = [part.stop - part.start for part in inner]
+            samples = np.zeros(shape, dtype=self.dtype)
+        elif self._contents.exact is not None:
+            samples = self._decode_exact(inner, step)
+        else:
+            samples = self._contents.format.to_samples(self._decode_working(inner, step))
+        samples = self._channels_last(samples)
+        if out is None:
+            return samples
+        if out.shape != samples.shape or out.dtype != samples.dtype:
+            raise ValueError(f"out is {out.dtype} {out.shape}; the region is {samples.dtype} {samples.shape}")
+        out[...] = samples
+        return out
+
+    def resample(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the volume at another number of voxels an axis, channels excluded, as float32.
+
+        The coarsest level that is at least as fine is interpolated linearly between voxel centres.
+        """
+        import torch
+        from torch.nn import functional as F
+
+        spatial = self._contents.shape
+        if len(shape) != len(spatial) or min(shape) < 1:
+            raise ValueError(f"shape={shape} must give {len(spatial)} sizes of at least 1")
+        if len(spatial) > 3:
+            raise ValueError(f"an array of {len(spatial)} axes cannot be resampled; resample its volumes one by one")
+        level = 0
+        while level < self.levels and all(-(-n >> (level + 1)) >= m for n, m in zip(spatial, shape, strict=True)):
+            level += 1
+        values = self._first(self.decode(level=level)).astype(np.float32)
+        mode = {2: "bilinear", 3: "trilinear"}[len(spatial)]
+        scaled = F.interpolate(torch.from_numpy(values)[None], size=shape, mode=mode, align_corners=False)[0].numpy()
+        return self._channels_last(scaled)
+
+    def load(self) -> "TincFile":
+        """Decode all streams into memory, so that what follows is arithmetic alone; returns the file itself."""
+        self._keeps_all = True
+        self._tree  # noqa: B018
+        for tile in range(0 if self._blocks is None else self._blocks.num_tiles):
+            self._tile(tile)
+        return self
+
+    def verify(self) -> None:
+        """Decode every stream. Raises TincFormatError if one is damaged."""
+        self._tree  # noqa: B018
+        if self._contents.exact is not None:
+            self._grid  # noqa: B018
+        for tile in range(0 if self._blocks is None else self._blocks.num_tiles):
+            self._tile(tile)
+
+    def info(self) -> dict[str, Any]:
+        """Return what the file holds, as JSON values."""
+        contents, sizes = self._contents, np.diff(self._directory.offsets).tolist()
+        info: dict[str, Any] = {
+            "shape": list(self.shape), "dtype": self.dtype.name, "channel_axis": contents.channel_axis,
+            "bytes": self.nbytes, "ratio": self.ratio, "bits_per_sample": 8 * self.nbytes / max(self.size, 1),
+            "levels": self.levels, "chunks": list(self.chunks), "header_bytes": self._directory.offsets[0],
+        }  # fmt: skip
+        if contents.tree is not None:
+            shape = contents.tree.shape
+            info["tree"] = {
+                "bytes": sizes[0], "leaves": shape.num_leaves, "active_leaves": len(shape.nodes[-1]),
+                "splits": shape.splits, "widths": shape.widths, "weights": shape.num_weights,
+            }  # fmt: skip
+        rest = sum(sizes[contents.tree is not None :])
+        if contents.residual is not None:
+            blocks = contents.residual.blocks
+            step = contents.residual.quantizer.step * 2.0**contents.format.exponent
+            info["residual"] = {"bytes": rest, "block": blocks.block[1:], "tiles": blocks.num_tiles, "step": step}
+        if contents.exact is not None:
+            info["exact"] = {"bytes": rest, "grid": contents.exact.kind, "step": contents.exact.step}
+        if self.metadata:
+            info["metadata"] = self.metadata
+        return info
+
+    def tobytes(self) -> bytes:
+        """Return the bytes of the file."""
+        return bytes(self._content)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the file, whole or not at all. Raises FileExistsError."""
+        with replace_file(path, overwrite=overwrite) as temporary:
+            temporary.write_bytes(self._content)
+
+    @property
+    def _blocks(self) -> Blocks | None:
+        if self._contents.exact is not None:
+            return None if self._contents.exact.palette_size == 1 else self._contents.exact.blocks
+        return None if self._contents.residual is None else self._contents.residual.blocks
+
+    @cached_property
+    def _tree(self) -> QuantizedTree | None:
+        section = self._contents.tree
+        if section is None:
+            return None
+        reader = BitReader(self._stream(0))
+        weights = read_weights(reader, section.shape, section.spreads)
+        constants = read_constants(reader, section.shape)
+        layers = map(Layer, weights, section.multipliers, section.shifts)
+        return QuantizedTree(section.shape, tuple(layers), constants)
+
+    @cached_property
+    def _grid(self) -> Grid:
+        exact = self._contents.exact
+        assert exact is not None
+        dtype = self._contents.format.dtype
+        if exact.kind == "bits":
+            return BitsGrid()
+        if exact.kind == "step":
+            return StepGrid(dtype, exact.step, exact.offset)
+        stream = self._stream(int(self._contents.tree is not None))
+        return PaletteGrid(dtype, decode_palette(stream, exact.palette_size))
+
+    def _stream(self, number: int) -> bytes:
+        try:
+            return self._directory.stream(self._content, number)
+        except TincFormatError as error:
+            raise TincFormatError(f"{self.name}: {error}") from error
+
+    def _tile(self, tile: int) -> _Tile | None:
+        """Return what a tile's stream holds; None where a partial file lacks it."""
+        if tile in self._tiles:
+            self._tiles.move_to_end(tile)
+            return self._tiles[tile]
+        contents = self._contents
+        palette = contents.exact is not None and contents.exact.kind == "palette"
+        number = (contents.tree is not None) + palette + tile
+        if self.partial and self._directory.offsets[number + 1] > len(self._content):
+            return None
+        stream, blocks = self._stream(number), self._blocks
+        assert blocks is not None
+        if contents.residual is not None:
+            found = _Tile(*decode_tile(blocks, tile, stream, has_mask=contents.residual.background is not None))
+        else:
+            found = _Tile(decode_box(stream, [part.stop - part.start for part in blocks.box(tile)]))
+        self._tiles[tile] = found
+        if len(self._tiles) > _CACHED_TILES and not self._keeps_all:
+            self._tiles.popitem(last=False)
+        return found
+
+    def _decode_working(self, region: Region, step: int) -> np.ndarray:
+        sizes = [part.stop - part.start for part in region]
+        tree = self._tree
+        working = np.zeros(sizes, dtype=np.int64) if tree is None else tree.decode(region[1:], step=step)[region[0]]
+        residual = self._contents.residual
+        if residual is None:
+            return working
+        blocks = residual.blocks
+        steps = (1, *[step] * (len(region) - 1))
+        voxels = _times(region, steps, blocks.extent)
+        for tile in blocks.touching(voxels):
+            found = self._tile(tile)
+            if found is None:
+                continue
+            values, place = restore_region(blocks, residual.quantizer, tile, found.values, region, steps)
+            working[place] += values
+            if found.mask is not None:
+                assert residual.background is not None
+                inside = self._mask_of(tile, found.mask, place, region, steps)
+                working[place] = _blend(working[place], residual.background, inside, steps)
+        return working
+
+    def _mask_of(
+        self, tile: int, mask: np.ndarray, place: Region, region: Region, steps: tuple[int, ...]
+    ) -> np.ndarray:
+        """Return the part of a tile's mask that lies at `place` in the region, in voxels."""
+        assert self._blocks is not None
+        cells = [slice(a.start + b.start, a.stop + b.start) for a, b in zip(place, region, strict=True)]
+        voxels = _times(tuple(cells), steps, self._blocks.extent)
+        box = self._blocks.box(tile)
+        return mask[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(voxels, box, strict=True))]
+
+    def _decode_exact(self, region: Region, step: int) -> np.ndarray:
+        if step > 1:
+            return self._mean_of_cells(region, step)
+        grid = self._grid
+        tree = self._tree
+        if tree is None:
+            numbers = np.zeros([part.stop - part.start for part in region], dtype=np.int64)
+        else:
+            guess = self._contents.format.to_samples(tree.decode(region[1:])[region[0]])
+            numbers = grid.numbers(guess)
+        blocks = self._blocks
+        for tile in () if blocks is None else blocks.touching(region):
+            found = self._tile(tile)
+            if found is not None:
+                assert blocks is not None
+                box = blocks.box(tile)
+                low = [max(a.start, b.start) for a, b in zip(region, box, strict=True)]
+                high = [min(a.stop, b.stop) for a, b in zip(region, box, strict=True)]
+                inside = tuple(slice(a - b.start, c - b.start) for a, c, b in zip(low, high, box, strict=True))
+                place = tuple(slice(a - r.start, c - r.start) for a, c, r in zip(low, high, region, strict=True))
+                numbers[place] += found.values[inside]
+        return grid.samples(numbers)
+
+    def _mean_of_cells(self, region: Region, step: int) -> np.ndarray:
+        """Average exact voxels; their coding has no coarser volume to offer."""
+        steps = (1, *[step] * (len(region) - 1))
+        fine = _times(region, steps, (self._contents.channels, *self._contents.shape))
+        values = self._decode_exact(fine, 1).astype(np.float64)
+        means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
+        return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
+
+    def _with_channels(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        axis = self._contents.channel_axis
+        return sizes if axis is None else (*sizes[:axis], self._contents.channels, *sizes[axis:])
+
+    def _channels_first(self, region: Region) -> Region:
+        axis = self._contents.channel_axis
+        if axis is None:
+            return (slice(0, 1), *region)
+        return (region[axis], *region[:axis], *region[axis + 1 :])
+
+    def _channels_last(self, samples: np.ndarray) -> np.ndarray:
+        """Put the channels, first inside, where the array has them."""
+        axis = self._contents.channel_axis
+        return samples[0] if axis is None else np.moveaxis(samples, 0, axis)
+
+    def _first(self, samples: np.ndarray) -> np.ndarray:
+        axis = self._contents.channel_axis
+        return samples[None] if axis is None else np.moveaxis(samples, axis, 0)
+
+
+def open_file(source: str | Path | bytes, *, partial: bool = False) -> TincFile:
+    """Open a `.tinc` file by its path or its bytes; a file is read as it is decoded.
+
+    Raises FileNotFoundError, and TincFormatError for anything but a whole `.tinc` file (`partial`: or its beginning).
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return TincFile(bytes(source), partial=partial)
+    path = Path(source)
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise TincFormatError(f"{path} is empty")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return TincFile(content, name=str(path), partial=partial)
+    except TincFormatError as error:
+        raise TincFormatError(f"{path}: {error}") from error
+
+
+def decompress(source: str | Path | bytes) -> np.ndarray:
+    """Return the whole array of a `.tinc` file; see `open_file`."""
+    return open_file(source).decode()
+
+
+def _times(region: Region, steps: tuple[int, ...], ends: tuple[int, ...]) -> Region:
+    """Return the voxels of a region of cells."""
+    return tuple(
+        slice(part.start * step, min(part.stop * step, end))
+        for part, step, end in zip(region, steps, ends, strict=True)
+    )
+
+
+def _sum_cells(values: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
+    for axis, step in enumerate(steps):
+        if step > 1:
+            values = np.add.reduceat(values, np.arange(0, values.shape[axis], step), axis=axis)
+    return values
+
+
+def _blend(working: np.ndarray, background: int, inside: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
+    """Return the background outside of the mask; a cell is as much of it as it has voxels outside, rounded half up."""
+    if max(steps) == 1:
+        return np.where(inside, working, background)
+    share, count = (
+        _sum_cells(each, steps) for each in (inside.astype(np.int64), np.ones(inside.shape, dtype=np.int64))
+    )
+    return (working * share + background * (count - share) + (count >> 1)) // count
+
+
+def _check_region(region: Region | None, sizes: tuple[int, ...]) -> Region:
+    if region is None:
+        return tuple(slice(0, size) for size in sizes)
+    if len(region) != len(sizes):
+        raise IndexError(f"the region has {len(region)} axes, the array {len(sizes)}")
+    checked = []
+    for axis, (part, size) in enumerate(zip(region, sizes, strict=True)):
+        start = 0 if part.start is None else part.start
+        stop = size if part.stop is None else part.stop
+        if part.step not in (None, 1) or not 0 <= start <= stop <= size:
+            raise IndexError(f"the region's {start}:{stop} is not inside axis {axis} of size {size}")
+        checked.append(slice(int(start), int(stop)))
+    return tuple(checked)
+
+
+def _as_region(key: Any, shape: tuple[int, ...]) -> tuple[Region, tuple[Any, ...]]:
+    """Return the box that an index touches, and the index within it."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if sum(each is Ellipsis for each in keys) > 1:
+        raise IndexError("an index can have one ellipsis only")
+    if Ellipsis in [each if each is Ellipsis else None for each in keys]:
+        place = next(i for i, each in enumerate(keys) if each is Ellipsis)
+        keys[place : place + 1] = [slice(None)] * (len(shape) - len(keys) + 1)
+    if len(keys) > len(shape):
+        raise IndexError(f"{len(keys)} indices for an array of {len(shape)} axes")
+    keys += [slice(None)] * (len(shape) - len(keys))
+    parts = [_axis_region(each, size, axis) for axis, (each, size) in enumerate(zip(keys, shape, strict=True))]
+    return tuple(region for region, _ in parts), tuple(inner for _, inner in parts)
+
+
+def _axis_region(key: Any, size: int, axis: int) -> tuple[slice, Any]:
+    if isinstance(key, slice):
+        touched = range(*key.indices(size))
+        if not touched:
+            return slice(0, 0), slice(None)
+        low, high = min(touched[0], touched[-1]), max(touched[0], touched[-1])
+        inner = slice(None, None, touched.step)
+        return slice(low, high + 1), inner
+    try:
+        place = range(size)[operator.index(key)]
+    except IndexError:
+        raise IndexError(f"index {key} is not inside axis {axis} of size {size}") from None
+    return slice(place, place + 1), 0

@@ -1,0 +1,314 @@
+"""The official configurations by name, the official YAML files, and their grids of variations."""
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tinc.activations import check_activation
+from visionkernels.extras import require
+from visionkernels.recipes import check, check_choice, find
+
+__all__ = [
+    "MAX_LEVELS",
+    "RECIPES",
+    "Allocation",
+    "Compat",
+    "Level",
+    "LossWeight",
+    "OfficialRecipe",
+    "Scheduler",
+    "expand_grid",
+    "find_recipe",
+    "from_options",
+    "levels_from_options",
+    "read_yaml",
+    "to_options",
+]
+
+_log = logging.getLogger(__name__)
+
+Allocation = Literal["equal", "aoi", "var"]
+Compat = Literal["official", "none"]
+OptimizerName = Literal["Adamax", "Adam", "SGD"]
+SchedulerName = Literal["MultiStepLR", "StepLR", "CyclicLR", "none"]
+
+_ROOT_KEY = "CompressFramwork"  # as the files spell it
+_MAX_YAML_BYTES = 1 << 20
+MAX_LEVELS = 7
+"""Of a tree; the deepest then has 262144 leaves."""
+_MAX_GRID = 10_000
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the tree: every node of it owns a segment of `layers` linear layers."""
+
+    ratio: float
+    """Share of the parameters, of one node relative to one node of another level."""
+    layers: int
+    activation: str = "Sine"
+    """"Sine", "ReLU", "LeakyReLU" with its slope (as "LeakyReLU0.1"), "Sigmoid" or "Tanh"."""
+    allocation: Allocation = "equal"
+    """How the level's parameters go to its nodes: evenly, by voxels above zero, or by variance. The root ignores it."""
+
+    def __post_init__(self) -> None:
+        check(self.ratio > 0, "ratio", self.ratio, "above 0")
+        check(self.layers >= 1, "layers", self.layers, "at least 1")
+        check_activation(self.activation)
+        check_choice("allocation", self.allocation, Allocation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeight:
+    """Squared errors of targets in [low, high] count `scale` times; in units of the normalised range."""
+
+    low: float = 2001
+    high: float = 65535
+    scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(self.scale >= 0, "scale", self.scale, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """A learning rate scheduler of torch, stepped with every update, and its arguments."""
+
+    name: SchedulerName = "MultiStepLR"
+    arguments: tuple[tuple[str, Any], ...] = (("milestones", (20_000, 50_000)), ("gamma", 0.2))
+
+    def __post_init__(self) -> None:
+        check_choice("scheduler", self.name, SchedulerName)
+        check(self.name != "none" or not self.arguments, "arguments", self.arguments, "empty for scheduler 'none'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialRecipe:
+    """One volume, one tree, one training; the defaults are those of the official files."""
+
+    name: str
+    levels: tuple[Level, ...]
+    ratio: float = 64.0
+    """Bytes of the input file / bytes of the weights as float32."""
+    w0: float = 30.0
+    """Frequency of the first sine of a segment of two or more layers."""
+    normal_min: float = 0.0
+    normal_max: float = 100.0
+    """The range that voxels are scaled to."""
+    output: int = 1
+    """Channels."""
+    batch_size: int = 262_144
+    """Points of an update, over all leaves."""
+    epochs: int = 10_000
+    """Passes over the voxels of a leaf, in number."""
+    optimizer: OptimizerName = "Adamax"
+    lr: float = 1e-3
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    weight: LossWeight = field(default_factory=LossWeight)
+    eval_batch_size: int = 262_144
+    """Points of a leaf that are evaluated at once."""
+    eval_epochs: int = 1000
+    """Epochs between evaluations."""
+    seed: int = 42
+    compat: Compat = "official"
+    """"none" mends what the official code gets wrong: variance shared over a level, an unreachable ratio refused, any
+    batch size, sampling without replacement, rounding to nearest."""
+
+    def __post_init__(self) -> None:
+        check(1 <= len(self.levels) <= MAX_LEVELS, "levels", self.levels, f"1 to {MAX_LEVELS} levels")
+        last = self.levels[-1].layers
+        check(last >= 2, "levels[-1].layers", last, "at least 2: a leaf of one layer has no width to choose")
+        check(self.ratio > 0, "ratio", self.ratio, "above 0")
+        check(self.normal_min < self.normal_max, "normal_min, normal_max", (self.normal_min, self.normal_max), "rising")
+        for name in ("output", "batch_size", "epochs", "eval_batch_size", "eval_epochs"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_choice("optimizer", self.optimizer, OptimizerName)
+        check(self.lr > 0, "lr", self.lr, "above 0")
+        check(self.seed >= 0, "seed", self.seed, "at least 0")
+        check_choice("compat", self.compat, Compat)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        OfficialRecipe(name="default", levels=(Level(1.0, 2), Level(0.8, 2), Level(1.5, 3, allocation="aoi"))),
+        OfficialRecipe(name="multi0", levels=(Level(1.0, 5),)),
+        OfficialRecipe(name="multi1", levels=(Level(1.0, 2), Level(1.0, 3))),
+        OfficialRecipe(name="multi2", levels=(Level(1.0, 2), Level(1.0, 2), Level(1.5, 3))),
+    )
+}
+"""The configurations of the official repository: one tree for a single task, three for the comparison of depths."""
+
+
+def find_recipe(name: str) -> OfficialRecipe:
+    """Return the recipe of this name; ValueError names the nearest one and all."""
+    return find(name, RECIPES)
+
+
+def read_yaml(path: str | Path) -> OfficialRecipe:
+    """Return the recipe of an official single-task YAML file, under the file's name.
+
+    Device, logging and the volume's path are left out. Raises FileNotFoundError, ImportError without pyyaml, and
+    ValueError for a file that is no such YAML.
+    """
+    options = _load(path)
+    if _ROOT_KEY not in options:
+        raise ValueError(f"{path} has no {_ROOT_KEY!r}; a grid with Static and Dynamic goes through expand_grid")
+    return from_options(options, name=Path(path).stem)
+
+
+def expand_grid(path: str | Path) -> list[OfficialRecipe]:
+    """Return the recipes of an official multi-task YAML file: `Static` options, varied by each choice of `Dynamic`.
+
+    In `Dynamic`, PRODUCT stands over what is combined, each with each, and CONCAT over what is taken one after the
+    other; a list of options elsewhere gives one choice an entry. Errors as for `read_yaml`.
+    """
+    options = _load(path)
+    if not isinstance(options.get("Static"), Mapping):
+        raise ValueError(f"{path} has no 'Static' options; a single task goes through read_yaml")
+    static, stem = options["Static"], Path(path).stem
+    choices = _choices(options.get("Dynamic") or {})
+    return [from_options(_merge(static, choice), name=f"{stem}_{number}") for number, choice in enumerate(choices)]
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration {path} is not a file")
+    size = path.stat().st_size
+    if size > _MAX_YAML_BYTES:
+        raise ValueError(f"configuration {path} has {size} bytes; at most {_MAX_YAML_BYTES} are read")
+    yaml = require("yaml", "tinc-vision[official]")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path} is no YAML: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"configuration {path} holds a {type(options).__name__}; it must be a table of options")
+    return options
+
+
+def _choices(tree: Any) -> list[dict[str, Any]]:
+    """Return the tables that a tree of PRODUCT and CONCAT stands for."""
+    if isinstance(tree, Sequence) and not isinstance(tree, str):
+        return [choice for branch in tree for choice in _choices(branch)]
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"Dynamic holds {tree!r}; it must be tables of options under PRODUCT and CONCAT")
+    factors: list[list[dict[str, Any]]] = []
+    for key, branch in tree.items():
+        branches = list(branch.values()) if isinstance(branch, Mapping) else branch
+        match key:
+            case "CONCAT":
+                factors.append([choice for each in branches for choice in _choices(each)])
+            case "PRODUCT":
+                factors += [_choices(each) for each in branches]
+            case _:
+                factors.append([{key: value} for value in _values(branch)])
+    size = 1
+    for factor in factors:
+        size *= len(factor)
+    check(size <= _MAX_GRID, "Dynamic", f"{size} combinations", f"at most {_MAX_GRID}")
+    merged = []
+    for combination in itertools.product(*factors):
+        choice: dict[str, Any] = {}
+        for part in combination:
+            choice = _merge(choice, part)
+        merged.append(choice)
+    return merged
+
+
+def _values(branch: Any) -> list[Any]:
+    """Return the values of an option; a table that holds a grid further down gives one value a choice."""
+    return list(_choices(branch)) if isinstance(branch, Mapping) else [branch]
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def from_options(options: Mapping[str, Any], *, name: str) -> OfficialRecipe:
+    """Return the recipe of the official options, as nested tables; what is absent keeps its default.
+
+    Unknown words for the allocation count as "equal", with a note in the log, as in the official code.
+    """
+    try:
+        work = options.get(_ROOT_KEY, options)
+        train, evaluation = work.get("Train", {}), work.get("Eval", {})
+        network, preprocess = work["Network"], work.get("Preprocess", {})
+        values: dict[str, Any] = {
+            "levels": levels_from_options(network["level_info"]),
+            "ratio": work.get("Ratio"),
+            "w0": network.get("w0"),
+            "output": network.get("output"),
+            "normal_min": preprocess.get("normal_min"),
+            "normal_max": preprocess.get("normal_max"),
+            "batch_size": train.get("batch_size"),
+            "epochs": train.get("epochs"),
+            "optimizer": train.get("optimizer", {}).get("type"),
+            "lr": train.get("optimizer", {}).get("lr"),
+            "scheduler": _scheduler(train.get("lr_scheduler")),
+            "weight": _weight(train.get("weight")),
+            "eval_batch_size": evaluation.get("batch_size"),
+            "eval_epochs": evaluation.get("epochs"),
+            "seed": options.get("Reproduc", {}).get("seed"),
+        }
+        check(network.get("input", 3) == 3, "Network.input", network.get("input"), "3, the axes of an octree")
+        return OfficialRecipe(name=name, **{key: value for key, value in values.items() if value is not None})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the options of {name} are not the official ones: {type(error).__name__} {error}") from error
+
+
+def levels_from_options(level_info: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
+    """Return the levels of the official list of [ratio, layers, activation, allocation]."""
+    levels = []
+    for number, (ratio, layers, *words) in enumerate(level_info):
+        activation = words[0] if words else "Sine"
+        allocation: Any = words[1] if len(words) > 1 else "equal"
+        if allocation not in ("equal", "aoi", "var"):
+            _log.warning("level %d: allocation %r is unknown and counts as 'equal'", number, allocation)
+            allocation = "equal"
+        levels.append(Level(ratio, layers, activation, allocation))
+    return tuple(levels)
+
+
+def _scheduler(options: Mapping[str, Any] | None) -> Scheduler | None:
+    if options is None:
+        return None
+    rest = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key != "name"}
+    return Scheduler(name=options["name"], arguments=() if options["name"] == "none" else tuple(rest.items()))
+
+
+def _weight(values: Sequence[float] | None) -> LossWeight | None:
+    return None if values is None else LossWeight(low=values[0], high=values[1], scale=values[2])
+
+
+def to_options(recipe: OfficialRecipe) -> dict[str, Any]:
+    """Return the official options of a recipe, the content of opt.yaml; `from_options` leads back."""
+    levels = [[each.ratio, each.layers, each.activation, each.allocation] for each in recipe.levels]
+    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.scheduler.arguments}
+    weight = recipe.weight
+    return {
+        "Ratio": recipe.ratio,
+        "Train": {
+            "batch_size": recipe.batch_size,
+            "epochs": recipe.epochs,
+            "optimizer": {"type": recipe.optimizer, "lr": recipe.lr},
+            "lr_scheduler": {"name": recipe.scheduler.name, **arguments},
+            "weight": [weight.low, weight.high, weight.scale],
+        },
+        "Eval": {"batch_size": recipe.eval_batch_size, "epochs": recipe.eval_epochs},
+        "Preprocess": {"normal_min": recipe.normal_min, "normal_max": recipe.normal_max},
+        "Network": {"input": 3, "output": recipe.output, "level_info": levels, "w0": recipe.w0},
+    }
+
+
+def equal_shares(recipe: OfficialRecipe) -> OfficialRecipe:
+    """Return the recipe with "equal" on every level, whose tree does not depend on the volume's values."""
+    return replace(recipe, levels=tuple(replace(level, allocation="equal") for level in recipe.levels))

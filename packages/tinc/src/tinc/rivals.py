@@ -1,0 +1,185 @@
+"""Other codecs at the same bytes: HEVC by PyAV; JPEG 2000, SPERR, SZ3 and zfp by imagecodecs.
+
+Each has one knob of quality, which is turned until its coded bytes are at or under raw bytes / ratio. Containers are
+not counted, in its favour; of ours every byte of the file is.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from tinc.compression import Layers, Preset, compress
+from tinc.metrics import psnr, ssim
+from visionkernels.extras import require
+
+__all__ = ["RIVALS", "compare", "match", "rivalry_table"]
+
+Coded = tuple[int, np.ndarray]
+Codec = Callable[[np.ndarray, float], Coded]
+
+
+def compare(
+    source: str | Path | np.ndarray,
+    ratios: Sequence[float],
+    against: Sequence[str] = ("hevc", "jpeg2k", "sperr", "sz3"),
+    *,
+    preset: Preset = "balanced",
+    layers: Sequence[Layers] = ("tree", "residual", "auto"),
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each ratio and codec: bytes, ratio, PSNR and SSIM over the range of the type, CPU seconds.
+
+    The volume is uint8 or uint16 with 2 or 3 axes; "tinc tree", "tinc residual" and "tinc" (the better of both) are
+    ours. A codec that cannot reach a ratio has NaN for its figures. Raises ValueError for other volumes and names.
+    """
+    if not isinstance(source, np.ndarray):
+        from tinc.volumes import read_volume
+
+        source = np.asarray(read_volume(source).array)
+    if source.dtype not in (np.uint8, np.uint16) or source.ndim not in (2, 3):
+        raise ValueError(
+            f"the volume is {source.dtype} {source.shape}; other codecs take uint8 or uint16 of 2 or 3 axes"
+        )
+    if unknown := sorted(set(against) - set(RIVALS)):
+        raise ValueError(f"against={', '.join(unknown)} is not known; known are {', '.join(RIVALS)}")
+    for ratio in ratios:
+        for each in layers:
+            name = {"auto": "tinc", "tree": "tinc tree", "residual": "tinc residual"}.get(each, f"tinc {each}")
+            yield _row(source, ratio, name, partial(_own, source, ratio, preset, each))
+        for name in against:
+            yield _row(source, ratio, name, partial(match, name, source, ratio))
+
+
+def _row(volume: np.ndarray, asked: float, name: str, code: Callable[[], Coded | None]) -> dict[str, Any]:
+    start = time.process_time()
+    coded = code()
+    seconds = time.process_time() - start
+    row: dict[str, Any] = {"codec": name, "asked": asked}
+    if coded is None:
+        return row | dict.fromkeys(("bytes", "ratio", "psnr", "ssim"), math.nan) | {"seconds": seconds}
+    size, decoded = coded
+    quality = {"psnr": psnr(volume, decoded), "ssim": ssim(volume, decoded)}
+    return row | {"bytes": size, "ratio": volume.nbytes / size, **quality, "seconds": seconds}
+
+
+def _own(volume: np.ndarray, ratio: float, preset: Preset, layers: Layers) -> Coded | None:
+    try:
+        file = compress(volume, ratio=ratio, preset=preset, layers=layers)
+    except ValueError as error:
+        if "out of reach" in str(error):
+            return None
+        raise
+    return file.nbytes, file.decode()
+
+
+def match(name: str, volume: np.ndarray, ratio: float) -> Coded | None:
+    """Return what a codec of `RIVALS` comes to at a ratio: its bytes and the decoded volume, or None."""
+    return _search(RIVALS[name], volume, volume.nbytes / ratio)
+
+
+def _search(codec: Codec, volume: np.ndarray, target: float) -> Coded | None:
+    """Return the best result at or under the target; a codec's knob runs from 0 (best) to 1 (smallest)."""
+    low, high = 0.0, 1.0
+    best = None
+    for _ in range(12):
+        middle = (low + high) / 2
+        coded = codec(volume, middle)
+        if coded[0] <= target:
+            best, high = coded, middle
+        else:
+            low = middle
+    return best
+
+
+def _hevc(volume: np.ndarray, knob: float) -> Coded:
+    """x265, grey of 12 bits, slowest preset, constant quality."""
+    av = require("av", "tinc-vision[bench]")
+    quality = 51 * knob
+    top = float(np.iinfo(volume.dtype).max)
+    # 12 bits are what x265 has; both ways are rounded
+    frames = np.rint(volume.reshape(-1, *volume.shape[-2:]) * (4095 / top)).astype(np.uint16)
+    stream = io.BytesIO()
+    container = av.open(stream, "w", format="hevc")
+    video = container.add_stream("libx265", rate=25)
+    video.height, video.width, video.pix_fmt = frames.shape[1], frames.shape[2], "gray12le"
+    video.options = {"preset": "veryslow", "crf": f"{quality:.3f}", "x265-params": "log-level=none:info=0"}
+    for values in frames:
+        for packet in video.encode(av.VideoFrame.from_ndarray(values, format="gray12le")):
+            container.mux(packet)
+    for packet in video.encode():
+        container.mux(packet)
+    container.close()
+    coded = stream.getvalue()
+    with av.open(io.BytesIO(coded), format="hevc") as reader:
+        decoded = np.stack([frame.to_ndarray() for frame in reader.decode(video=0)])
+    back = np.rint(decoded.astype(np.float64) * (top / 4095)).astype(volume.dtype)
+    return len(coded), back.reshape(volume.shape)
+
+
+def _jpeg2k(volume: np.ndarray, knob: float) -> Coded:
+    """JPEG 2000, irreversible, slices stacked in one picture."""
+    imagecodecs = require("imagecodecs", "tinc-vision[bench]")
+    stacked = volume.reshape(-1, volume.shape[-1])
+    coded = imagecodecs.jpeg2k_encode(stacked, level=100 - 85 * knob, reversible=False, codecformat="j2k")
+    return len(coded), imagecodecs.jpeg2k_decode(coded).reshape(volume.shape)
+
+
+def _as_floats(volume: np.ndarray) -> np.ndarray:
+    return volume.astype(np.float32)
+
+
+def _back(values: np.ndarray, volume: np.ndarray) -> np.ndarray:
+    limits = np.iinfo(volume.dtype)
+    return np.rint(values).clip(limits.min, limits.max).astype(volume.dtype).reshape(volume.shape)
+
+
+def _sperr(volume: np.ndarray, knob: float) -> Coded:
+    """SPERR, a wavelet codec, by PSNR over the values' own range."""
+    imagecodecs = require("imagecodecs", "tinc-vision[bench]")
+    # imagecodecs 2026.3.6 loses volumes whose slices are not square
+    rows, columns = volume.shape[-2:]
+    margins = [(0, 0)] * (volume.ndim - 2) + [(0, max(columns - rows, 0)), (0, max(rows - columns, 0))]
+    square = np.pad(_as_floats(volume), margins, mode="edge")
+    coded = imagecodecs.sperr_encode(square, level=100 - 95 * knob, mode="psnr")
+    decoded = imagecodecs.sperr_decode(coded)[..., :rows, :columns]
+    return len(coded), _back(decoded, volume)
+
+
+def _sz3(volume: np.ndarray, knob: float) -> Coded:
+    """SZ3 by absolute error, from 1 to half the range."""
+    imagecodecs = require("imagecodecs", "tinc-vision[bench]")
+    bound = (float(np.iinfo(volume.dtype).max) / 2) ** knob
+    coded = imagecodecs.sz3_encode(_as_floats(volume), mode="abs", abs=bound)
+    return len(coded), _back(imagecodecs.sz3_decode(coded, volume.shape, np.float32), volume)
+
+
+def _zfp(volume: np.ndarray, knob: float) -> Coded:
+    """zfp by absolute error, from 1 to the range."""
+    imagecodecs = require("imagecodecs", "tinc-vision[bench]")
+    bound = float(np.iinfo(volume.dtype).max) ** knob
+    coded = imagecodecs.zfp_encode(_as_floats(volume), mode="accuracy", level=bound)
+    return len(coded), _back(imagecodecs.zfp_decode(coded), volume)
+
+
+RIVALS: dict[str, Codec] = {"hevc": _hevc, "jpeg2k": _jpeg2k, "sperr": _sperr, "sz3": _sz3, "zfp": _zfp}
+
+
+def rivalry_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows of `compare` as text."""
+    columns = {
+        "codec": "codec",
+        "asked": "asked",
+        "bytes": "bytes",
+        "ratio": "ratio",
+        "psnr": "PSNR dB",
+        "ssim": "SSIM",
+    }
+    headers = columns | {"seconds": "CPU s"}
+    formats = ("", "g", ".0f", ".1f", ".2f", ".3f", ".1f")
+    return tabulate([[row[key] for key in headers] for row in rows], list(headers.values()), floatfmt=formats)
