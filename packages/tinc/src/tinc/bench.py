@@ -1,22 +1,35 @@
 """What the bars of speed are measured by: decoding, regions, and training beside the official schedule."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 
 from tinc.compression import Layers, compress
+from tinc.design import design_tree
 from tinc.file import TincFile
-from visionkernels.profiling import BenchRow, compare
+from tinc.fitting import FitPlan, fit_tree
+from tinc.metrics import psnr
+from tinc.official.training import train
+from tinc.recipes import find_recipe
+from tinc.signal import SampleFormat
+from visionkernels.profiling import BenchRow, compare, torch_threads
 
-__all__ = ["measure"]
+__all__ = ["measure", "sample_volume"]
+
+_OFFICIAL_STEPS = 10_000
 
 
 def measure(*, full: bool = False) -> Iterator[BenchRow]:
     """Yield the rows, one thread each; `full` also two threads, and more repeats."""
     for threads in (1, 2) if full else (1,):
         yield from _decoding(threads, repeats=15 if full else 5)
+        if full:
+            yield _training(threads)
 
 
 @cache
@@ -66,3 +79,34 @@ def _seconds(function: Callable[[], object], repeats: int = 3) -> float:
         function()
         times.append(time.perf_counter() - start)
     return sorted(times)[repeats // 2]
+
+
+def _training(threads: int) -> BenchRow:
+    """Train until the volume is as good as after the official schedule, with as many bytes of weights."""
+    volume = sample_volume()
+    with torch_threads(threads), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "volume.npy"
+        np.save(path, volume)
+        recipe = replace(
+            find_recipe("multi0"), ratio=64.0, batch_size=2048, epochs=_OFFICIAL_STEPS * 2048 // volume.size
+        )
+        start = time.process_time()
+        official = train(recipe, path, Path(folder) / "run", device="cpu")
+        baseline = time.process_time() - start
+        working = SampleFormat("uint16").to_working(volume[None])
+        budget = 4 * official.parameters
+        whole = tuple(slice(0, size) for size in volume.shape)
+        for steps in (150, 200, 300, 400, 600, 1200):
+            start = time.process_time()
+            shape = design_tree(volume.shape, 1, budget)
+            tree = fit_tree(shape, working, budget, plan=FitPlan(steps=steps, learning_rate=0.05))
+            seconds = time.process_time() - start
+            decoded = SampleFormat("uint16").to_samples(tree.decode(whole)[0])
+            if psnr(volume, decoded) >= official.psnr:
+                break
+    return BenchRow(
+        id="tree/official training", ours_s=seconds, baseline_s=baseline, ratio=baseline / seconds, target=10.0,
+        threads=threads, dtype="uint16", shape="x".join(map(str, volume.shape)),
+        note=f"CPU seconds; multi0 at 64x, 2048 points a step: {official.psnr:.2f} dB after {_OFFICIAL_STEPS} steps; "
+        f"ours {psnr(volume, decoded):.2f} dB after {steps}",
+    )  # fmt: skip

@@ -39,6 +39,7 @@ def compress(
     channel_axis: int | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
+    metadata: Literal["auto", "keep", "drop"] = "auto",
     overwrite: bool = False,
 ) -> None:
     """Compress a volume, a picture or a series of volumes into a .tinc file, to one target.
@@ -60,6 +61,7 @@ def compress(
         channel_axis: axis of the channels; default: what the source says
         max_seconds: end the training of the tree then
         seed: of the training
+        metadata: keep what the source says of spacing, units and axes; auto drops it from files below 64 KiB
         overwrite: replace an existing output
     """
     from tinc.compression import compress as to_file
@@ -68,13 +70,18 @@ def compress(
     refuse_existing(out, overwrite)
     volume = read_volume(source)
     axis = volume.channel_axis if channel_axis is None else channel_axis
+    sizes = (bytes, ratio and volume.array.nbytes / ratio, bpv and volume.array.size * bpv / 8)
+    size = next((each for each in sizes if each is not None), math.inf)
+    keeps = metadata == "keep" or (metadata == "auto" and size >= 1 << 16)
     with _progress() as callback:
         file = to_file(
             volume.array, ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless,
             preset=preset, layers=layers, nan=nan, channel_axis=axis, max_seconds=max_seconds, seed=seed,
-            metadata=volume.metadata, callback=callback,
+            metadata=volume.metadata if keeps else None, callback=callback,
         )  # fmt: skip
     file.save(out, overwrite=overwrite)
+    if volume.metadata and not keeps:
+        print(f"left out of so small a file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
     quality = _quality(volume.array, file)
     print(f"{out}: {file.nbytes} bytes, ratio {file.ratio:.2f}, {8 * file.nbytes / file.size:.3f} bits a sample")
     print_metrics(quality)

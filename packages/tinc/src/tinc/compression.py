@@ -263,7 +263,7 @@ class _Search:
     def _excess(self, found: _Found) -> float:
         """Return by which share a file is larger or worse than asked for."""
         if self.target.bytes is not None:
-            return found.size / self.target.bytes - 1
+            return found.size / max(self.target.bytes, 1) - 1
         assert self.largest_error is not None
         return found.error / self.largest_error - 1
 

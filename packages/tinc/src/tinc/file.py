@@ -86,13 +86,13 @@ class TincFile:
 
     @property
     def levels(self) -> int:
-        """Coarser volumes that `decode(level=...)` gives: each halves the axes."""
-        residual = self._contents.residual
-        blocks = () if residual is None else residual.blocks.block[1:]
-        halvings = [
-            min(block, 1 << (size - 1).bit_length()) for block, size in zip(blocks, self._contents.shape, strict=False)
-        ]
-        return min(halvings, default=1 << max(max(self._contents.shape) - 1, 1).bit_length()).bit_length() - 1
+        """Coarser volumes that `decode(level=...)` gives: each halves the axes of more than one voxel."""
+        sizes, residual = self._contents.shape, self._contents.residual
+        largest = [1 << (size - 1).bit_length() for size in sizes if size > 1]
+        if residual is not None:
+            largest += [b for b, size in zip(residual.blocks.block[1:], sizes, strict=True) if size > 1]
+            return min(largest, default=1).bit_length() - 1
+        return max(largest, default=1).bit_length() - 1
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -128,16 +128,16 @@ class TincFile:
         """
         if not 0 <= level <= self.levels:
             raise ValueError(f"level={level} must be in [0, {self.levels}]")
-        step = 1 << level
-        sizes = self._with_channels(tuple(-(-size // step) for size in self._contents.shape))
+        steps = (1, *(1 << level if size > 1 else 1 for size in self._contents.shape))
+        sizes = self._with_channels(tuple(-(-n // s) for n, s in zip(self._contents.shape, steps[1:], strict=True)))
         inner = self._channels_first(_check_region(region, sizes))
         if any(part.stop == part.start for part in inner):
             shape = [part.stop - part.start for part in inner]
             samples = np.zeros(shape, dtype=self.dtype)
         elif self._contents.exact is not None:
-            samples = self._decode_exact(inner, step)
+            samples = self._decode_exact(inner, steps)
         else:
-            samples = self._contents.format.to_samples(self._decode_working(inner, step))
+            samples = self._contents.format.to_samples(self._decode_working(inner, steps))
         samples = self._channels_last(samples)
         if out is None:
             return samples
@@ -273,15 +273,14 @@ class TincFile:
             self._tiles.popitem(last=False)
         return found
 
-    def _decode_working(self, region: Region, step: int) -> np.ndarray:
+    def _decode_working(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         sizes = [part.stop - part.start for part in region]
         tree = self._tree
-        working = np.zeros(sizes, dtype=np.int64) if tree is None else tree.decode(region[1:], step=step)[region[0]]
+        working = np.zeros(sizes, dtype=np.int64) if tree is None else tree.decode(region[1:], steps[1:])[region[0]]
         residual = self._contents.residual
         if residual is None:
             return working
         blocks = residual.blocks
-        steps = (1, *[step] * (len(region) - 1))
         voxels = _times(region, steps, blocks.extent)
         for tile in blocks.touching(voxels):
             found = self._tile(tile)
@@ -305,9 +304,9 @@ class TincFile:
         box = self._blocks.box(tile)
         return mask[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(voxels, box, strict=True))]
 
-    def _decode_exact(self, region: Region, step: int) -> np.ndarray:
-        if step > 1:
-            return self._mean_of_cells(region, step)
+    def _decode_exact(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
+        if max(steps) > 1:
+            return self._mean_of_cells(region, steps)
         grid = self._grid
         tree = self._tree
         if tree is None:
@@ -328,11 +327,10 @@ class TincFile:
                 numbers[place] += found.values[inside]
         return grid.samples(numbers)
 
-    def _mean_of_cells(self, region: Region, step: int) -> np.ndarray:
+    def _mean_of_cells(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         """Average exact voxels; their coding has no coarser volume to offer."""
-        steps = (1, *[step] * (len(region) - 1))
         fine = _times(region, steps, (self._contents.channels, *self._contents.shape))
-        values = self._decode_exact(fine, 1).astype(np.float64)
+        values = self._decode_exact(fine, (1,) * len(fine)).astype(np.float64)
         means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
         return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
 

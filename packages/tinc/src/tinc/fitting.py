@@ -38,7 +38,7 @@ class FitPlan:
     """Points of a leaf that a step looks at, the same for all leaves."""
     max_points: int = 16384
     """Of all leaves together."""
-    learning_rate: float = 0.03
+    learning_rate: float = 0.04
     free_share: float = 0.6
     """Of the steps, before weights are rounded."""
     first_frequency: float = 12.0
@@ -139,7 +139,7 @@ class _Fit:
         loss = mse.clamp_min(1e-12).log() + self.rate * bits
         self.flat.grad = self.log_steps.grad = None
         loss.backward()
-        warm = min(1.0, done * plan.steps / 100)
+        warm = min(1.0, done * plan.steps / min(100, plan.steps / 8))
         rate = plan.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         assert self.flat.grad is not None
         self.optimizer.step(self.views(self.flat.grad), rate)

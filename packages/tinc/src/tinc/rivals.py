@@ -35,13 +35,15 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each ratio and codec: bytes, ratio, PSNR and SSIM over the range of the type, CPU seconds.
 
-    The volume is uint8 or uint16 with 2 or 3 axes; "tinc tree", "tinc residual" and "tinc" (the better of both) are
-    ours. A codec that cannot reach a ratio has NaN for its figures. Raises ValueError for other volumes and names.
+    The volume is uint8 or uint16 with 2 or 3 axes of more than one sample; "tinc tree", "tinc residual" and "tinc" (the
+    better of both) are ours. A codec that cannot reach a ratio has NaN for its figures. Raises ValueError for other
+    volumes and names.
     """
     if not isinstance(source, np.ndarray):
         from tinc.volumes import read_volume
 
         source = np.asarray(read_volume(source).array)
+    source = np.squeeze(source)
     if source.dtype not in (np.uint8, np.uint16) or source.ndim not in (2, 3):
         raise ValueError(
             f"the volume is {source.dtype} {source.shape}; other codecs take uint8 or uint16 of 2 or 3 axes"

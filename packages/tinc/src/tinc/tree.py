@@ -40,6 +40,8 @@ WEIGHT_BITS = 12
 LARGEST_WEIGHT = (1 << WEIGHT_BITS) - 1
 
 Box = tuple[slice, ...]
+_Cells = tuple[tuple[int, int], ...]
+"""By axis twice the middle of the first cell in a leaf, and how many cells."""
 
 
 @dataclass(frozen=True)
@@ -154,20 +156,21 @@ class QuantizedTree:
     constants: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     """Values of the constant leaves [constants, channels]."""
 
-    def decode(self, region: Box, *, step: int = 1) -> np.ndarray:
+    def decode(self, region: Box, steps: tuple[int, ...] | None = None) -> np.ndarray:
         """Return the values of a region as int64 [channels, ...].
 
-        With `step` above 1 the region counts cells of `step` voxels along each axis, and a value is that at the middle
-        of its cell.
+        With `steps` the region counts cells of so many voxels along each axis, and a value is that at the middle of its
+        cell.
         """
         shape = self.shape
+        steps = steps or (1,) * len(region)
         sizes = [part.stop - part.start for part in region]
         result = np.zeros((shape.channels, *sizes), dtype=np.int64)
         active = {int(leaf): row for row, leaf in enumerate(shape.nodes[-1])}
         constant = 0
-        groups: dict[tuple[tuple[int, int], ...], list[tuple[int, Box]]] = {}
+        groups: dict[_Cells, list[tuple[int, Box]]] = {}
         for leaf in range(shape.num_leaves):
-            local, place = self._overlap(leaf, region, step)
+            local, place = self._overlap(leaf, region, steps)
             if leaf not in active:
                 if local is not None:
                     result[(slice(None), *place)] = self.constants[constant].reshape(-1, *[1] * len(sizes))
@@ -175,15 +178,17 @@ class QuantizedTree:
             elif local is not None:
                 groups.setdefault(local, []).append((active[leaf], place))
         for local, members in groups.items():
-            values = self._evaluate(local, np.array([row for row, _ in members]), step)
+            values = self._evaluate(local, np.array([row for row, _ in members]), steps)
             for (_, place), value in zip(members, values, strict=True):
                 result[(slice(None), *place)] = value
         return result
 
-    def _overlap(self, leaf: int, region: Box, step: int) -> tuple[tuple[tuple[int, int], ...] | None, Box]:
+    def _overlap(
+        self, leaf: int, region: Box, steps: tuple[int, ...]
+    ) -> tuple[tuple[tuple[int, int], ...] | None, Box]:
         """Return which cells of a leaf lie in the region (None: none), as twice their middle, and where."""
         local, place = [], []
-        for part, box in zip(region, self.shape.box(leaf), strict=True):
+        for part, box, step in zip(region, self.shape.box(leaf), steps, strict=True):
             # a cell belongs to the leaf that holds its first voxel
             first = max(part.start, -(-box.start // step))
             last = min(part.stop, -(-box.stop // step))
@@ -193,12 +198,12 @@ class QuantizedTree:
             place.append(slice(first - part.start, last - part.start))
         return tuple(local), tuple(place)
 
-    def _evaluate(self, local: tuple[tuple[int, int], ...], rows: np.ndarray, step: int) -> np.ndarray:
+    def _evaluate(self, local: _Cells, rows: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
         """Return the values of leaves [rows, channels, ...] on the same cells of each."""
         chosen = [rows]
         for parents in self.shape.parents[::-1]:
             chosen.insert(0, np.unique(parents[chosen[0]]))
-        values = self._first(local, step)
+        values = self._first(local, steps)
         if len(self.layers) > 1:
             levels = [level for level, _ in self.shape.layers]
             taken: list[Tensor | None] = []
@@ -221,12 +226,12 @@ class QuantizedTree:
         sizes = [count for _, count in local]
         return values.mT.reshape(len(rows), -1, *sizes).numpy()
 
-    def _first(self, local: tuple[tuple[int, int], ...], step: int) -> Tensor:
+    def _first(self, local: _Cells, steps: tuple[int, ...]) -> Tensor:
         """Return the phases of the first layer [1, P, M]: on a grid they are a sum of one table an axis."""
         layer = self.layers[0]
         axes = len(local)
         total = torch.from_numpy(layer.weights[:, -1:] << COORDINATE_BITS).view(*[1] * axes, -1)
-        for axis, ((first, count), size) in enumerate(zip(local, self.shape.leaf_size, strict=True)):
+        for axis, ((first, count), size, step) in enumerate(zip(local, self.shape.leaf_size, steps, strict=True)):
             coordinates = torch.tensor([_coordinate(first + 2 * step * i, size) for i in range(count)])
             table = coordinates[:, None] * torch.from_numpy(layer.weights[0, axis])
             total = total + table.view(*[count if each == axis else 1 for each in range(axes)], -1)
