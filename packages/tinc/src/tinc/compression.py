@@ -25,6 +25,8 @@ Preset = Literal["fast", "balanced", "best"]
 Layers = Literal["auto", "tree", "residual", "both"]
 
 _STEPS: dict[str, int] = {"fast": 0, "balanced": 2500, "best": 6000}
+_STEPS_FROM, _STEPS_TO = 0.25, 2.0**38
+"""Of the residual layer, in working units."""
 _TILE_CHECKS_FROM = 1 << 16
 """Bytes from which each stream has a checksum of its own, for readers of a part."""
 
@@ -144,7 +146,7 @@ def compress(
 
 def _compress_to(job: _Job, target: _Target, layers: Layers) -> Contents:
     """Return the best of what `layers` allows."""
-    if target.bytes is not None and layers == "auto" and target.bytes * 6 > job.samples.nbytes:
+    if target.bytes is not None and layers == "auto" and _may_fit_exactly(job.samples, target.bytes):
         exact = _compress_exactly(job, 0, "residual")
         if len(_packed(exact)) <= target.bytes:
             return exact
@@ -191,6 +193,15 @@ def _mask_size(mask: np.ndarray) -> int:
     return len(writer.finish())
 
 
+def _may_fit_exactly(samples: np.ndarray, target: int) -> bool:
+    """Tell, by a box in its middle, whether an array without any loss may be as small as the target."""
+    sizes = samples.shape[1:]
+    box = tuple(slice((n - min(n, 24)) // 2, (n + min(n, 24)) // 2) for n in sizes)
+    part = samples[(slice(None), *box)]
+    size = len(encode_box(choose_grid(part, 0).numbers(part)))
+    return size * samples.size < 1.5 * target * part.size
+
+
 @dataclass(frozen=True)
 class _Found:
     """A way to compress, finished."""
@@ -226,7 +237,7 @@ class _Search:
 
     def run(self) -> _Found:
         """Return the best file that meets the target. Raises ValueError if the smallest is too large."""
-        step, low, high = self.start, 0.25, 2.0**38
+        step, low, high = self.start, _STEPS_FROM, _STEPS_TO
         best: _Found | None = None
         for _ in range(24):
             found = self._try(step)
@@ -238,7 +249,7 @@ class _Search:
                 low = step
             else:
                 high = step
-            if best is not None and (self._excess(best) > -0.002 or self.job.report.is_stopped):
+            if best is not None and (self._is_near(best) or self.job.report.is_stopped):
                 break
             if high / low < 1.001:
                 # what bits cost depends a little on the way that led here
@@ -267,6 +278,10 @@ class _Search:
         assert self.largest_error is not None
         return found.error / self.largest_error - 1
 
+    def _is_near(self, best: _Found) -> bool:
+        """Tell whether no better step is worth looking for; streams grow by words of four bytes."""
+        return self._excess(best) > -max(0.002, 4 / (self.target.bytes or math.inf))
+
     def _meets(self, found: _Found) -> bool:
         return self._excess(found) <= 0
 
@@ -279,11 +294,11 @@ class _Search:
         else:
             assert self.largest_error is not None
             guess = step * (0.999 * self.largest_error / max(found.error, 1e-9)) ** 0.6
-        if high < 2 * low:
-            # from both sides by turns, if one guess after the other falls short
-            margin = (high / low) ** 0.1
-            return min(max(guess, low * margin), high / margin)
-        return min(max(guess, 1.001 * low, step / 64), high / 1.001, 64 * step)
+        if low == _STEPS_FROM or high == _STEPS_TO:  # one end is still open: go on in strides that grow
+            return min(max(guess, 1.5 * step), 64 * step) if low == step else max(min(guess, step / 1.5), step / 64)
+        margin = (high / low) ** 0.1
+        # a guess that lands at an end again would creep along it
+        return guess if low * margin < guess < high / margin else math.sqrt(low * high)
 
 
 def _fit(job: _Job, budget: float) -> QuantizedTree:

@@ -101,7 +101,8 @@ class AdaptiveBits:
 
     def ones(self, contexts: np.ndarray) -> np.ndarray:
         """Return the probability of a 1 in each context, out of 2**16."""
-        return self.table()[contexts]
+        counts = self.counts[contexts]
+        return np.clip((counts[:, 1] << 16) // counts.sum(1), _LEAST, ONE - _LEAST)
 
     def table(self) -> np.ndarray:
         """Return the probability of a 1 by context."""
@@ -110,12 +111,17 @@ class AdaptiveBits:
     def learn(self, contexts: np.ndarray, bits: np.ndarray) -> None:
         """Count bits that were coded."""
         size = len(self.counts)
-        seen = np.bincount(2 * contexts + bits, minlength=2 * size).reshape(size, 2)
-        self.counts += _INCREMENT * seen
-        over = self.counts.sum(1) > _LIMIT
-        while over.any():
+        if 8 * len(bits) < size:  # few bits in many contexts: the others need no look
+            np.add.at(self.counts, (contexts, bits), _INCREMENT)
+            over = contexts[self.counts[contexts].sum(1) > _LIMIT]
+            over = np.unique(over) if over.size else over
+        else:
+            seen = np.bincount(2 * contexts + bits, minlength=2 * size).reshape(size, 2)
+            self.counts += _INCREMENT * seen
+            (over,) = np.nonzero(self.counts.sum(1) > _LIMIT)
+        while over.size:
             self.counts[over] = np.maximum(self.counts[over] >> 1, 1)
-            over = self.counts.sum(1) > _LIMIT
+            over = over[self.counts[over].sum(1) > _LIMIT]
 
     def write(self, writer: BitWriter, contexts: np.ndarray, bits: np.ndarray) -> None:
         """Code bits and learn from them."""

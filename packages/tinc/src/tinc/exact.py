@@ -17,7 +17,7 @@ from tinc.interpolation import MAX_BITS, IntegerCoder
 
 __all__ = ["BitsGrid", "Grid", "PaletteGrid", "StepGrid", "choose_grid", "decode_box", "encode_box"]
 
-_SIGN = np.int32(-(1 << 31))
+_SIGN = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class BitsGrid:
 
     def numbers(self, samples: np.ndarray) -> np.ndarray:
         """Return k for each sample."""
-        bits = np.ascontiguousarray(samples, dtype=np.float32).view(np.int32)
-        return np.where(bits < 0, (_SIGN - bits).astype(np.int64), bits.astype(np.int64))
+        bits = np.ascontiguousarray(samples, dtype=np.float32).view(np.int32).astype(np.int64)
+        return np.where(bits < 0, -1 - (bits + _SIGN), bits)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """Return the samples of numbers."""
-        bits = numbers.astype(np.int32)
-        return np.where(numbers < 0, _SIGN - bits, bits).astype(np.int32).view(np.float32)
+        bits = np.where(numbers < 0, -1 - numbers - _SIGN, numbers)
+        return bits.astype(np.int32).view(np.float32)
 
 
 Grid = StepGrid | PaletteGrid | BitsGrid
@@ -93,12 +93,12 @@ def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
     if dtype == "float32":
         return _real_grid(samples, max_error)
     step = 2 * int(max_error) + 1
-    if step == 1:
-        values = np.unique(samples).astype(np.int64)
-        reach = int(values[-1] - values[0]) + 1
-        # a palette costs some bits a value, and saves the bits of the gaps in every sample
-        if 12 * len(values) < samples.size * math.log2(reach / len(values)):
-            return PaletteGrid(dtype, values)
+    values = np.unique(samples).astype(np.int64)
+    used = len(np.unique((values + step // 2) // step))
+    reach = int(values[-1] - values[0]) // step + 1
+    # a palette costs some bits a value, and saves the bits of the gaps in every sample
+    if len(values) <= used and 12 * len(values) < samples.size * math.log2(reach / len(values)):
+        return PaletteGrid(dtype, values)
     return StepGrid(dtype, step)
 
 
@@ -106,7 +106,7 @@ def _real_grid(samples: np.ndarray, max_error: float) -> Grid:
     largest = float(np.abs(samples).max())
     # half a unit in the last place is lost when a sample is rounded to float32
     slack = 2.0**-24 * (largest + max_error) + 2.0**-149
-    if max_error <= 4 * slack or 2 * largest / max_error >= 1 << (MAX_BITS - 2):
+    if not max_error > 4 * slack or 2 * largest / max_error >= 1 << (MAX_BITS - 2):
         return BitsGrid()
     grid = StepGrid(samples.dtype.name, 2 * (max_error - 2 * slack), float(samples.flat[0]))
     worst = np.abs(grid.samples(grid.numbers(samples)).astype(np.float64) - samples).max()
