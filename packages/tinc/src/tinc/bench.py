@@ -8,14 +8,20 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from tinc.baselines import PlainTree
 from tinc.compression import Layers, compress
 from tinc.design import design_tree
 from tinc.file import TincFile
 from tinc.fitting import FitPlan, fit_tree
 from tinc.metrics import psnr
+from tinc.official.allocation import plan_tree
+from tinc.official.model import OctreeMLP, split
+from tinc.official.procedure import create_optimizer, weighted_loss
 from tinc.official.training import train
-from tinc.recipes import find_recipe
+from tinc.official.volume import normalise
+from tinc.recipes import LossWeight, find_recipe
 from tinc.signal import SampleFormat
 from visionkernels.profiling import BenchRow, compare, torch_threads
 
@@ -28,6 +34,7 @@ def measure(*, full: bool = False) -> Iterator[BenchRow]:
     """Yield the rows, one thread each; `full` also two threads, and more repeats."""
     for threads in (1, 2) if full else (1,):
         yield from _decoding(threads, repeats=15 if full else 5)
+        yield from _official_steps(threads, repeats=15 if full else 5)
         if full:
             yield _training(threads)
 
@@ -110,3 +117,32 @@ def _training(threads: int) -> BenchRow:
         note=f"CPU seconds; multi0 at 64x, 2048 points a step: {official.psnr:.2f} dB after {_OFFICIAL_STEPS} steps; "
         f"ours {psnr(volume, decoded):.2f} dB after {steps}",
     )  # fmt: skip
+
+
+def _official_steps(threads: int, *, repeats: int) -> Iterator[BenchRow]:
+    """Time a step of the official procedure, nodes stacked, beside one node after the other; weights are as drawn."""
+    volume = np.ascontiguousarray(sample_volume()[:8, :, :96])[..., None]
+    normalised, _ = normalise(volume)
+    for name, ratio, points, target in (("multi2", 4, 513, 4.0), ("multi2", 16, 513, 4.0), ("multi1", 4, 513, None)):
+        recipe = replace(find_recipe(name), ratio=float(ratio))
+        plan = plan_tree(recipe, normalised, volume.nbytes)
+        model, plain = OctreeMLP(plan), PlainTree(plan, normalised)
+        optimizer = create_optimizer(model.parameters(), recipe)
+        labels = split(torch.from_numpy(normalised), plan.num_levels)
+        chosen = torch.randint(0, len(plain.grid), (points,), generator=torch.Generator().manual_seed(0))
+
+        def step(
+            model: OctreeMLP = model, optimizer: torch.optim.Optimizer = optimizer, labels: torch.Tensor = labels,
+            chosen: torch.Tensor = chosen,
+        ) -> None:  # fmt: skip
+            optimizer.zero_grad()
+            weighted_loss(model(chosen), labels[:, chosen], LossWeight()).backward()
+            optimizer.step()
+
+        timings = compare({"ours": step, "plain": partial(plain.step, chosen)}, repeats=repeats, threads=threads)
+        ours, baseline = timings["ours"].median, timings["plain"].median
+        yield BenchRow(
+            id=f"official/{name} {ratio}x", ours_s=ours, baseline_s=baseline, ratio=baseline / ours, target=target,
+            threads=threads, dtype="float32", shape=f"{plan.num_parameters} parameters, {points} points a leaf",
+            note="a training step beside one node after the other",
+        )  # fmt: skip

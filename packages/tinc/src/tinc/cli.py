@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ __all__ = ["main"]
 DISTRIBUTION = "tinc-vision"
 VERSION = importlib.metadata.version(DISTRIBUTION)
 
+As = Annotated[Literal["uint8", "uint16", "int16", "float32"] | None, arg(name="as")]
+Sizes = Annotated[tuple[int, ...], arg(metavar="N [N ...]")]
 Ratios = Annotated[tuple[float, ...], arg(metavar="R [R ...]")]
 
 
@@ -36,6 +39,7 @@ def compress(
     preset: Literal["fast", "balanced", "best"] = "balanced",
     layers: Literal["auto", "tree", "residual", "both"] = "auto",
     nan: Literal["raise", "fill"] = "raise",
+    as_type: As = None,
     channel_axis: int | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
@@ -58,6 +62,7 @@ def compress(
         preset: fast has no tree; balanced and best train one, and keep it where it helps
         layers: tree or residual layer alone, or both, instead of the best of them
         nan: raise an error for samples that are not finite, or fill them with the mean
+        as_type: convert the samples first; values are rounded, and must be in the type's range
         channel_axis: axis of the channels; default: what the source says
         max_seconds: end the training of the tree then
         seed: of the training
@@ -68,7 +73,9 @@ def compress(
     from tinc.volumes import read_volume
 
     refuse_existing(out, overwrite)
-    volume = read_volume(source)
+    volume = read_volume(source, as_type=as_type)
+    if volume.note is not None:
+        print(volume.note, file=sys.stderr)
     axis = volume.channel_axis if channel_axis is None else channel_axis
     sizes = (bytes, ratio and volume.array.nbytes / ratio, bpv and volume.array.size * bpv / 8)
     size = next((each for each in sizes if each is not None), math.inf)
@@ -115,6 +122,97 @@ def decompress(
     axis = file.info()["channel_axis"]
     write_volume(out, array, metadata=file.metadata, channel_axis=axis, overwrite=overwrite)
     print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of these; without one, no loss."""
+
+    ratio: float | None = None
+    """bytes of the samples / bytes of a file"""
+    bpv: float | None = None
+    """bits a sample, at most"""
+    psnr: float | None = None
+    """in dB, at least"""
+    max_error: float | None = None
+    """by which no sample moves more"""
+
+    def options(self) -> dict[str, Any]:
+        """Return what was given, as options of a function."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return given or {"lossless": True}
+
+
+def chunk(
+    source: Positional[Path],
+    out: Positional[Path],
+    *,
+    size: Sizes,
+    target: Target = Target(),
+    preset: Literal["fast", "balanced", "best"] = "fast",
+    jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    overwrite: bool = False,
+) -> None:
+    """Compress a volume that may be larger than memory into a Zarr array, chunk by chunk.
+
+    The same command goes on where it stopped.
+
+    Args:
+        source: .npy, .tif, .nii or .zarr
+        out: the .zarr folder to write
+        size: of a chunk, by axis
+        preset: fast has no trees
+        jobs: processes; -1: one a core
+        backend: processes of this machine, or a Ray or Dask cluster
+        overwrite: replace an existing output
+    """
+    from tinc.parallel import compress_chunks
+    from tinc.volumes import read_volume
+
+    volume = read_volume(source)
+    report = compress_chunks(
+        volume.array, out, chunk=size, jobs=jobs, backend=backend, metadata=volume.metadata, overwrite=overwrite,
+        preset=preset, channel_axis=volume.channel_axis, **target.options(),
+    )  # fmt: skip
+    print(f"{out}: {report.num_chunks} chunks, {report.bytes} bytes, ratio {report.ratio:.2f}")
+    print_metrics({"psnr": report.psnr})
+
+
+def batch(
+    sources: Positional[Annotated[tuple[Path, ...], arg(metavar="SOURCE [SOURCE ...]")]],
+    *,
+    out: Path,
+    target: Target = Target(),
+    preset: Literal["fast", "balanced", "best"] = "balanced",
+    jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    overwrite: bool = False,
+) -> int:
+    """Compress many volumes, each into a .tinc file; the same command goes on where it stopped.
+
+    Args:
+        sources: the volumes
+        out: folder of the files, and of done.jsonl
+        preset: fast has no trees
+        jobs: processes; -1: one a core
+        backend: processes of this machine, or a Ray or Dask cluster
+        overwrite: replace existing outputs
+    """
+    from tinc.parallel import compress_many
+
+    if not sources:
+        raise ValueError("SOURCE is missing; give one or more volumes")
+    report = compress_many(
+        sources, out, jobs=jobs, backend=backend, done=out / "done.jsonl", overwrite=overwrite, preset=preset,
+        **target.options(),
+    )  # fmt: skip
+    for each in report.files:
+        quality = "exact" if each["psnr"] is None else f"PSNR {each['psnr']:.2f} dB"
+        print(f"{each['out']}: {each['bytes']} bytes, ratio {each['ratio']:.2f}, {quality}")
+    for path, reason in report.failures.items():
+        print(f"{path}: {reason}", file=sys.stderr)
+    return 1 if report.failures else 0
 
 
 def info(source: Positional[Path | None] = None, *, json: Path | None = None, overwrite: bool = False) -> None:
@@ -340,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Any] = {
         "compress": compress,
         "decompress": decompress,
+        "chunk": chunk,
+        "batch": batch,
         "info": info,
         "eval": evaluate,
         "train": train,

@@ -8,7 +8,7 @@ import numpy as np
 from tinc.residual import RATE, Blocks, ResidualEncoder
 from tinc.tree import TreeShape
 
-__all__ = ["choose_blocks", "cut", "design_tree", "tree_share"]
+__all__ = ["choose_blocks", "cut", "design_tree", "fit_widths", "leaf_splits", "tree_share"]
 
 TILE_VOXELS = 1 << 19
 SAMPLE_VOXELS = 1 << 18
@@ -34,14 +34,19 @@ def design_tree(extent: Sequence[int], channels: int, budget: float, constant: n
 
     `constant` says, for a shape with this many leaves, which of them are constant; see `leaf_splits`.
     """
-    splits = leaf_splits(extent, budget)
-    leaves = math.prod(math.prod(split) for split in splits)
     active = () if constant is None or not constant.any() else tuple((~constant).tolist())
-    weights = 8 * (budget - 4 * (len(splits) + 4) - _CONSTANT_BYTES * (leaves - sum(active or (True,) * leaves)))
+    return fit_widths(extent, channels, leaf_splits(extent, budget), active, budget)
+
+
+def fit_widths(
+    extent: Sequence[int], channels: int, splits: tuple[tuple[int, ...], ...], active: tuple[bool, ...], budget: float
+) -> TreeShape:
+    """Return the widest tree of these splits whose weights take about `budget` bytes."""
+    constants = len(active) - sum(active)
+    weights = 8 * (budget - 4 * (len(splits) + 4) - _CONSTANT_BYTES * constants)
     best = None
-    for width in range(4, 65):
-        widths = _widths(width, len(splits), channels)
-        shape = TreeShape(tuple(extent), splits, widths, active)
+    for width in range(4, 129):
+        shape = TreeShape(tuple(extent), splits, _widths(width, len(splits), channels), active)
         if best is not None and shape.num_weights * BITS_PER_WEIGHT > weights:
             break
         best = shape
