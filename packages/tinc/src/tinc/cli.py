@@ -23,7 +23,6 @@ VERSION = importlib.metadata.version(DISTRIBUTION)
 
 As = Annotated[Literal["uint8", "uint16", "int16", "float32"] | None, arg(name="as")]
 Sizes = Annotated[tuple[int, ...], arg(metavar="N [N ...]")]
-Ratios = Annotated[tuple[float, ...], arg(metavar="R [R ...]")]
 
 
 def compress(
@@ -398,8 +397,8 @@ def reproduce(
 def bench(
     source: Positional[Path | None] = None,
     *,
-    ratios: Ratios = (16, 64, 128, 256),
-    against: tuple[Literal["hevc", "jpeg2k", "sperr", "sz3", "zfp"], ...] = ("hevc", "jpeg2k", "sperr", "sz3"),
+    ratios: str = "16,64,128,256",
+    against: str = "hevc,jpeg2k,sperr,sz3",
     preset: Literal["fast", "balanced", "best"] = "balanced",
     full: bool = False,
     json: Path | None = None,
@@ -409,8 +408,8 @@ def bench(
 
     Args:
         source: the volume
-        ratios: bytes of the samples / bytes of the file
-        against: other codecs, at the same bytes
+        ratios: bytes of the samples / bytes of the file, one or more
+        against: other codecs, at the same bytes: hevc, jpeg2k, sperr, sz3, zfp
         preset: of tinc
         full: without a volume: also two threads, and more repeats
         json: write the rows here as well
@@ -425,7 +424,8 @@ def bench(
 
     refuse_existing(json, overwrite)
     rows = []
-    for row in compare(source, ratios, against, preset=preset):
+    rivals = [name for name in against.split(",") if name]
+    for row in compare(source, _numbers("--ratios", ratios), rivals, preset=preset):
         print(f"{row['codec']} at {row['asked']:g}x: {row['psnr']:.2f} dB", file=sys.stderr)
         rows.append(row)
     print(rivalry_table(rows))
@@ -514,6 +514,13 @@ def _decode_official(checkpoint: Path, original: Path, shape: tuple[int, ...]) -
     decoded = decode(loaded.model, loaded.side_info)
     # the official form has an axis of channels always
     return decoded.reshape(shape) if decoded.size == math.prod(shape) else decoded, size
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text} must be numbers with commas between them, such as 16,64") from None
 
 
 def _parse_region(text: str, axes: int) -> tuple[slice, ...]:

@@ -106,6 +106,8 @@ def _hevc(volume: np.ndarray, knob: float) -> Coded:
     top = float(np.iinfo(volume.dtype).max)
     # 12 bits are what x265 has; both ways are rounded
     frames = np.rint(volume.reshape(-1, *volume.shape[-2:]) * (4095 / top)).astype(np.uint16)
+    # rows of other lengths than multiples of 32 corrupt the heap with PyAV 18.1
+    frames = np.pad(frames, [(0, 0), (0, -frames.shape[1] % 2), (0, -frames.shape[2] % 32)], mode="edge")
     stream = io.BytesIO()
     container = av.open(stream, "w", format="hevc")
     video = container.add_stream("libx265", rate=25)
@@ -120,6 +122,7 @@ def _hevc(volume: np.ndarray, knob: float) -> Coded:
     coded = stream.getvalue()
     with av.open(io.BytesIO(coded), format="hevc") as reader:
         decoded = np.stack([frame.to_ndarray() for frame in reader.decode(video=0)])
+    decoded = decoded[:, : volume.shape[-2], : volume.shape[-1]]
     back = np.rint(decoded.astype(np.float64) * (top / 4095)).astype(volume.dtype)
     return len(coded), back.reshape(volume.shape)
 

@@ -1,0 +1,61 @@
+"""Sweeps of official grids, and trees for other runtimes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tinc.official import find_recipe, load_official, normalise, plan_tree, save_official
+from tinc.official.export import export_onnx
+from tinc.official.model import OctreeMLP
+from tinc.official.sweep import run_sweep
+
+GRID = """
+Static:
+  CompressFramwork:
+    Ratio: 1
+    Train: {batch_size: 5000, epochs: 2, optimizer: {type: Adamax, lr: 0.001}, weight: [2001, 65535, 0.01]}
+    Eval: {batch_size: 4096, epochs: 5}
+    Network: {level_info: [[1.0, 3, Sine, equal]], w0: 30, input: 3, output: 1}
+Dynamic:
+  CONCAT:
+    - CompressFramwork: {Ratio: 1}
+    - CompressFramwork: {Ratio: 2}
+"""
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).integers(0, 60000, (4, 16, 16)).astype(np.uint16)
+    np.save(tmp_path / "volume.npy", values)
+    return tmp_path / "volume.npy"
+
+
+def test_sweep(tmp_path: Path, volume: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(GRID)
+    results = dict(run_sweep(tmp_path / "grid.yaml", volume, tmp_path / "out"))
+    assert sorted(results) == ["000", "001"]
+    assert results["000"]["parameters"] > results["001"]["parameters"]
+    assert load_official(tmp_path / "out" / "001" / "last").side_info.shape == (4, 16, 16, 1)
+    kept = (tmp_path / "out" / "results.jsonl").read_text()
+    # the second call takes what is there
+    assert dict(run_sweep(tmp_path / "grid.yaml", volume, tmp_path / "out")) == results
+    assert (tmp_path / "out" / "results.jsonl").read_text() == kept
+
+
+def test_onnx(tmp_path: Path, volume: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    normalised, side_info = normalise(np.load(volume)[..., None])
+    recipe = find_recipe("multi1")
+    model = OctreeMLP(plan_tree(recipe, normalised, 100_000))
+    save_official(tmp_path / "folder", model, recipe, side_info=side_info)
+    model = load_official(tmp_path / "folder").model
+    export_onnx(model, tmp_path / "tree.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "tree.onnx"), providers=["CPUExecutionProvider"])
+    for count in (5, 32):
+        points = torch.arange(count)
+        (found,) = session.run(None, {"points": points.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(points).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_onnx(model, tmp_path / "tree.onnx")
