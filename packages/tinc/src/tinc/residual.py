@@ -146,7 +146,7 @@ class ResidualEncoder:
 
     def _fill(self, step: float) -> None:
         """Continue blocks at the border of the mask as suits the step."""
-        if self.masks is None or self._filled_for / 1.5 < step < 1.5 * self._filled_for:
+        if self.masks is None or self._filled_for / 1.03 < step < 1.03 * self._filled_for:
             return
         self._filled_for = step
         axes = len(self.blocks.block)
