@@ -25,7 +25,7 @@ Preset = Literal["fast", "balanced", "best"]
 Layers = Literal["auto", "tree", "residual", "both"]
 
 _STEPS: dict[str, int] = {"fast": 0, "balanced": 2500, "best": 6000}
-_STEPS_FROM, _STEPS_TO = 0.25, 2.0**38
+_STEPS_FROM, _STEPS_TO = 0.25, 2.0**35
 """Of the residual layer, in working units."""
 _TILE_CHECKS_FROM = 1 << 16
 """Bytes from which each stream has a checksum of its own, for readers of a part."""
@@ -77,10 +77,11 @@ class _Job:
     def extent(self) -> tuple[int, ...]:
         return tuple(self.working.shape)
 
-    def mse(self, file: TincFile) -> float:
-        """Return the mean squared error of a file in squared samples."""
-        decoded = file._first(file.decode()).astype(np.float64)
-        return float(np.square(decoded - self.samples).mean())
+    def squared_error(self, contents: Contents) -> float:
+        """Return the sum of squared errors of the samples, in squared working units."""
+        decoded = _finish(contents)
+        errors = decoded._first(decoded.decode()).astype(np.float64) - self.samples
+        return float(np.square(errors).sum()) / 4.0**self.contents.format.exponent
 
 
 def compress(
@@ -119,9 +120,9 @@ def compress(
     """
     samples, axis = _checked(array, channel_axis)
     is_exact = lossless or max_error is not None
-    target = _target(samples, ratio, bytes, bpv, psnr, max_error, lossless)
     _check_choices(preset, layers, max_seconds)
     samples = _finite(samples, nan, keeps=is_exact and samples.dtype == np.float32 and not (max_error or 0))
+    target = _target(samples, ratio, bytes, bpv, psnr, max_error, lossless)
     format = describe(samples) if np.isfinite(samples).all() else SampleFormat("float32")
     contents = Contents(
         tuple(samples.shape[1:]), len(samples), axis, format, metadata=_as_json(metadata),
@@ -152,13 +153,33 @@ def _compress_to(job: _Job, target: _Target, layers: Layers) -> Contents:
             return exact
     if layers == "tree":
         return _tree_alone(job, target)
+    if target.mse is not None and layers == "auto":
+        return _to_quality(job, target)
+    return _with_residual(job, target, layers).contents
+
+
+def _to_quality(job: _Job, target: _Target) -> Contents:
+    """Return the smallest file of a quality; without any loss where that is smaller, or nothing else is good enough."""
+    try:
+        found = _with_residual(job, target, "auto")
+    except _OutOfReachError:
+        return _compress_exactly(job, 0, "residual")
+    if _may_fit_exactly(job.samples, found.size):
+        exact = _compress_exactly(job, 0, "residual")
+        if len(_packed(exact)) <= found.size:
+            return exact
+    return found.contents
+
+
+def _with_residual(job: _Job, target: _Target, layers: Layers) -> "_Found":
+    """Return the better of a residual layer alone and one beside a tree, or what `layers` asks for."""
     job.report("residual layer", math.nan)
     plain = _best(job, target, None)
     if layers == "residual" or (layers == "auto" and (not _STEPS[job.preset] or job.report.is_stopped)):
-        return plain.contents
+        return plain
     tree = _fit(job, tree_share(target.bytes or plain.size, job.working.size))
     both = _best(job, target, tree)
-    return both.contents if layers == "both" or both.is_better(plain, target) else plain.contents
+    return both if layers == "both" or both.is_better(plain, target) else plain
 
 
 def _best(job: _Job, target: _Target, tree: QuantizedTree | None) -> "_Found":
@@ -254,7 +275,7 @@ class _Search:
             if high / low < 1.001:
                 # what bits cost depends a little on the way that led here
                 low, high = 0.99 * low, 1.01 * high
-            step = self._next(step, low, high, found)
+            step = min(max(self._next(step, low, high, found), _STEPS_FROM), _STEPS_TO)
         if best is None:
             raise _OutOfReachError(
                 f"the target is out of reach: the last file of this array has {found.size} bytes, a ratio of "
@@ -269,7 +290,10 @@ class _Search:
             residual=ResidualSection(self.blocks, encoded.quantizer, self.background),
             streams=(*self.base.streams, *encoded.streams),
         )
-        return _Found(contents, len(_packed(contents)), encoded.squared_error)
+        error = encoded.squared_error
+        if self.target.mse is not None:  # the promise is of samples, which are rounded and kept within their type
+            error = self.job.squared_error(contents)
+        return _Found(contents, len(_packed(contents)), error)
 
     def _excess(self, found: _Found) -> float:
         """Return by which share a file is larger or worse than asked for."""
@@ -337,22 +361,29 @@ def _fit(job: _Job, budget: float) -> QuantizedTree:
 
 
 def _tree_alone(job: _Job, target: _Target) -> Contents:
-    """Train trees until one meets the target."""
+    """Train trees until one meets the target; one that is a little too large gets coarser weights."""
     budget = target.bytes if target.bytes is not None else job.samples.nbytes / 64
-    for _ in range(8):
+    for attempt in range(8):
         tree = _fit(job, budget)
         contents = _with_tree(job.contents, tree)
         size = len(_packed(contents))
-        if target.bytes is not None:
-            if size <= target.bytes:
-                return contents
-            budget *= 0.995 * target.bytes / size
-        else:
-            file = TincFile(_packed(contents))
-            assert target.mse is not None
-            if job.mse(file) <= target.mse:
+        if target.mse is not None:
+            allowed = target.mse / 4.0**job.contents.format.exponent * job.working.size
+            if job.squared_error(contents) <= allowed:
                 return contents
             budget *= 1.5
+            continue
+        assert target.bytes is not None
+        if size <= target.bytes:
+            return contents
+        is_last = attempt == 2 or job.report.is_stopped
+        for power in range(1, 400 if is_last else 6):
+            coarser = _with_tree(job.contents, tree.coarser(1.02**power))
+            if len(_packed(coarser)) <= target.bytes:
+                return coarser
+        if is_last:
+            break
+        budget *= 0.995 * target.bytes / size
     raise _OutOfReachError(f"the target is out of reach of a tree alone: the last one has {size} bytes")
 
 
@@ -365,6 +396,7 @@ def _with_tree(contents: Contents, tree: QuantizedTree) -> Contents:
         tuple(layer.multiplier for layer in tree.layers),
         tuple(layer.shift for layer in tree.layers),
         spreads,
+        tree.base,
     )
     return replace(contents, tree=section, streams=(writer.finish(),))
 
@@ -482,7 +514,8 @@ def _target(
     if value <= (1 if name == "ratio" else 0):
         raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}")
     if name == "psnr":
-        return _Target(mse=_peak(samples) ** 2 / 10 ** (value / 10))
+        mse = _peak(samples) ** 2 * 10 ** (-value / 10)
+        return _Target(mse=mse) if mse > 0 else _Target(max_error=0)
     by_name = {"ratio": samples.nbytes / value, "bytes": value, "bpv": samples.size * value / 8}
     return _Target(bytes=int(by_name[name]))
 

@@ -28,8 +28,14 @@ MAX_AXES = 4
 MAX_CHANNELS = 64
 MAX_TILE = 1 << 20
 """Voxels of a tile, so that a small file cannot ask for much memory at once."""
+MAX_BLOCKS = 1 << 18
+"""Of a tile of the residual layer."""
+MAX_WEIGHTS = 32
+"""For each byte of a tree's stream, above the first 256."""
 _MAX_SIZE = 1 << 40
 _MAX_BACKGROUND = 1 << 30
+_MAX_REAL = 2.0**160
+"""float32 ends at 2**128."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class TreeSection:
     multipliers: tuple[int, ...]
     shifts: tuple[int, ...]
     spreads: bytes
+    base: int
+    """Added to what the layers compute, in working units."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,9 @@ class _Reader:
 
     def real(self, name: str) -> float:
         (value,) = struct.unpack("<d", self._take(8))
-        if not math.isfinite(value):
-            _damaged(f"{name} is not finite")
+        # NaN too
+        if not abs(value) <= _MAX_REAL:
+            _damaged(f"{name}={value} must be in [-{_MAX_REAL:g}, {_MAX_REAL:g}]")
         return float(value)
 
     def raw(self, name: str, high: int) -> bytes:
@@ -193,10 +202,10 @@ def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Di
 
     `partial` takes a file that was cut off after its header. Raises TincFormatError.
     """
-    if len(content) < _PREFIX.size or bytes(content[:4]) != MAGIC:
-        raise TincFormatError(
-            "this is no .tinc file: it does not begin with TINC" if len(content) >= 4 else "the file is cut off"
-        )
+    if bytes(content[:4]) != MAGIC[: len(content)]:
+        raise TincFormatError("this is no .tinc file: it does not begin with TINC")
+    if len(content) < _PREFIX.size:
+        raise TincFormatError(f"the file is cut off after {len(content)} bytes")
     _, version, flags, length, checksum = _PREFIX.unpack(content[: _PREFIX.size])
     if version > VERSION:
         raise TincFormatError(f"the file is of format version {version}; this program reads up to {VERSION}: update it")
@@ -220,6 +229,10 @@ def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Di
         _damaged("it has more than it says")
     if directory.offsets[-1] != length:
         _damaged("its streams do not fill the file")
+    if contents.tree is not None:
+        stated, weights = directory.offsets[1] - directory.offsets[0], contents.tree.shape.num_weights
+        if weights > MAX_WEIGHTS * (stated + 256):
+            _damaged(f"its tree has {weights} weights in {stated} bytes")
     return contents, directory
 
 
@@ -295,6 +308,7 @@ def _write_tree(header: _Writer, tree: TreeSection) -> None:
     for multiplier, shift in zip(tree.multipliers, tree.shifts, strict=True):
         header.content += bytes((multiplier, shift))
     header.content += tree.spreads
+    header.signed(tree.base)
     header.number(bool(shape.active))
     if shape.active:
         header.raw(np.packbits(shape.active).tobytes())
@@ -320,6 +334,7 @@ def _read_tree(reader: _Reader, extent: tuple[int, ...], channels: int) -> TreeS
     spreads = bytes(reader._take(2 * layers))
     if max(spreads) >= 160 or max(fixed[1::2]) > 40 or not all(fixed[::2]):
         _damaged("its layers are out of range")
+    base = reader.signed("base", -_MAX_BACKGROUND, _MAX_BACKGROUND)
     active: tuple[bool, ...] = ()
     if reader.number("active flag", high=1):
         packed = np.frombuffer(reader.raw("active leaves", leaves), dtype=np.uint8)
@@ -329,9 +344,7 @@ def _read_tree(reader: _Reader, extent: tuple[int, ...], channels: int) -> TreeS
         if not any(active):
             _damaged("its tree has no active leaf")
     shape = TreeShape(extent, tuple(splits), tuple(widths), active)
-    if 16 * shape.num_weights > (len(reader.content) << 16):
-        _damaged(f"its tree has {shape.num_weights} weights")
-    return TreeSection(shape, tuple(fixed[::2]), tuple(fixed[1::2]), spreads)
+    return TreeSection(shape, tuple(fixed[::2]), tuple(fixed[1::2]), spreads, base)
 
 
 def _write_blocks(header: _Writer, blocks: Blocks) -> None:
@@ -350,6 +363,8 @@ def _read_blocks(reader: _Reader, extent: tuple[int, ...], *, max_block: int) ->
     tile[0] = reader.number("channels of a tile", 1, extent[0])
     if math.prod(b * t for b, t in zip(block, tile, strict=True)) > MAX_TILE:
         _damaged(f"its tiles are larger than {MAX_TILE} voxels")
+    if max_block and math.prod(tile) > MAX_BLOCKS:
+        _damaged(f"its tiles have more than {MAX_BLOCKS} blocks")
     return Blocks(extent, tuple(block), tuple(tile))
 
 
@@ -367,7 +382,7 @@ def _write_residual(header: _Writer, residual: ResidualSection) -> None:
 def _read_residual(reader: _Reader, extent: tuple[int, ...]) -> ResidualSection:
     blocks = _read_blocks(reader, extent, max_block=5)
     mantissa = reader.number("mantissa", 1, 1023)
-    exponent = reader.signed("exponent", -40, 30)
+    exponent = reader.signed("exponent", -40, 20)
     first, second, more = (reader.signed("point", -32, 31) for _ in range(3))
     has_mask = reader.number("mask", high=1)
     background = reader.signed("background", -_MAX_BACKGROUND, _MAX_BACKGROUND) if has_mask else None
@@ -394,8 +409,8 @@ def _read_exact(reader: _Reader, extent: tuple[int, ...], samples: SampleFormat)
     step, offset, palette = 1.0, 0.0, 0
     if kind == "step" and samples.is_float:
         step, offset = reader.real("step"), reader.real("offset")
-        if step <= 0:
-            _damaged(f"step={step} must be positive")
+        if step < 1 / _MAX_REAL:
+            _damaged(f"step={step} must be in [{1 / _MAX_REAL:g}, {_MAX_REAL:g}]")
     elif kind == "step":
         step = float(reader.number("step", 1, 1 << 17))
     elif kind == "palette":

@@ -12,6 +12,7 @@ __all__ = ["choose_blocks", "cut", "design_tree", "fit_widths", "leaf_splits", "
 
 TILE_VOXELS = 1 << 19
 SAMPLE_VOXELS = 1 << 18
+MAX_BLOCK_VOXELS = 1 << 15
 BITS_PER_WEIGHT = 5.5
 """What weights come to after training with rounding; the training steers to the bytes whatever they are."""
 BITS_PER_LEVEL = 6.5
@@ -88,13 +89,16 @@ def leaf_splits(extent: Sequence[int], budget: float) -> tuple[tuple[int, ...], 
 def cut(extent: tuple[int, ...], block: Sequence[int]) -> Blocks:
     """Return tiles of about 2**19 voxels, near to cubes, for blocks of these sizes along the axes after channels."""
     counts = [-(-size // b) for size, b in zip(extent[1:], block, strict=True)]
-    tile = list(counts)
-    while extent[0] * math.prod(t * b for t, b in zip(tile, block, strict=True)) > TILE_VOXELS:
-        axis = max(range(len(tile)), key=lambda axis: tile[axis] * block[axis])
-        if tile[axis] == 1:
+    tile, channels = list(counts), extent[0]
+    while channels * math.prod(t * b for t, b in zip(tile, block, strict=True)) > TILE_VOXELS:
+        axis = max(range(len(tile)), key=lambda axis: (tile[axis] > 1, tile[axis] * block[axis]))
+        if tile[axis] > 1:
+            tile[axis] = -(-tile[axis] // 2)
+        elif channels > 1:
+            channels = -(-channels // 2)
+        else:
             break
-        tile[axis] = -(-tile[axis] // 2)
-    return Blocks(extent, (1, *block), (extent[0], *tile))
+    return Blocks(extent, (1, *block), (channels, *tile))
 
 
 def choose_blocks(residual: np.ndarray, target: float, mask: np.ndarray | None = None) -> tuple[Blocks, float]:
@@ -123,7 +127,8 @@ def choose_blocks(residual: np.ndarray, target: float, mask: np.ndarray | None =
             while True:
                 size = int(block[axis] * factor)
                 tried = [*block[:axis], size, *block[axis + 1 :]]
-                if not 2 <= size <= min(32, 1 << (part.shape[axis + 1] - 1).bit_length()) or cost(tried) >= cost(block):
+                fits = 2 <= size <= min(32, 1 << (part.shape[axis + 1] - 1).bit_length())
+                if not fits or math.prod(tried) > MAX_BLOCK_VOXELS or cost(tried) >= cost(block):
                     break
                 block = tried
     return cut(extent, block), step

@@ -14,6 +14,7 @@ import numpy as np
 from tinc.entropy import BitReader, BitWriter
 from tinc.errors import TincFormatError
 from tinc.interpolation import MAX_BITS, IntegerCoder
+from tinc.signal import as_float32
 
 __all__ = ["BitsGrid", "Grid", "PaletteGrid", "StepGrid", "choose_grid", "decode_box", "encode_box"]
 
@@ -32,14 +33,16 @@ class StepGrid:
     def numbers(self, samples: np.ndarray) -> np.ndarray:
         """Return k for each sample, as int64."""
         if self.dtype == "float32":
-            return np.rint((samples.astype(np.float64) - self.offset) / self.step).astype(np.int64)
+            # beyond the coder's range there are no numbers of a file that was written
+            numbers = np.rint((samples.astype(np.float64) - self.offset) / self.step)
+            return numbers.clip(-(2.0**MAX_BITS), 2.0**MAX_BITS).astype(np.int64)
         half, step = int(self.step) // 2, int(self.step)
         return (samples.astype(np.int64) - int(self.offset) + half) // step
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """Return the samples of numbers."""
         if self.dtype == "float32":
-            return (numbers * self.step + self.offset).astype(np.float32)
+            return as_float32(numbers * self.step + self.offset)
         limits = np.iinfo(self.dtype)
         values = numbers * int(self.step) + int(self.offset)
         return values.clip(limits.min, limits.max).astype(self.dtype)
@@ -92,7 +95,7 @@ def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
     dtype = samples.dtype.name
     if dtype == "float32":
         return _real_grid(samples, max_error)
-    step = 2 * int(max_error) + 1
+    step = 2 * int(min(max_error, np.iinfo(dtype).max)) + 1
     values = np.unique(samples).astype(np.int64)
     used = len(np.unique((values + step // 2) // step))
     reach = int(values[-1] - values[0]) // step + 1

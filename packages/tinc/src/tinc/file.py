@@ -99,7 +99,7 @@ class TincFile:
         """What the writer noted: spacing, units, its version."""
         try:
             return dict(json.loads(self._contents.metadata)) if self._contents.metadata else {}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise TincFormatError(f"{self.name}: its metadata is damaged") from error
 
     def __repr__(self) -> str:
@@ -171,6 +171,8 @@ class TincFile:
         """Decode all streams into memory, so that what follows is arithmetic alone; returns the file itself."""
         self._keeps_all = True
         self._tree  # noqa: B018
+        if self._contents.exact is not None:
+            self._grid  # noqa: B018
         for tile in range(0 if self._blocks is None else self._blocks.num_tiles):
             self._tile(tile)
         return self
@@ -232,7 +234,7 @@ class TincFile:
         weights = read_weights(reader, section.shape, section.spreads)
         constants = read_constants(reader, section.shape)
         layers = map(Layer, weights, section.multipliers, section.shifts)
-        return QuantizedTree(section.shape, tuple(layers), constants)
+        return QuantizedTree(section.shape, tuple(layers), constants, section.base)
 
     @cached_property
     def _grid(self) -> Grid:
@@ -331,7 +333,8 @@ class TincFile:
         """Average exact voxels; their coding has no coarser volume to offer."""
         fine = _times(region, steps, (self._contents.channels, *self._contents.shape))
         values = self._decode_exact(fine, (1,) * len(fine)).astype(np.float64)
-        means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
+        with np.errstate(invalid="ignore"):  # infinities of both signs have no mean
+            means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
         return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
 
     def _with_channels(self, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from tinc.arithmetic import ACTIVATION_BITS, PHASE_BITS, to_fixed
 from tinc.soap import BatchedSoap
-from tinc.tree import COORDINATE_BITS, LARGEST_WEIGHT, Layer, QuantizedTree, TreeShape
+from tinc.tree import (
+    COORDINATE_BITS,
+    LARGEST_WEIGHT,
+    MAX_SHIFT,
+    MULTIPLIER_BITS,
+    Layer,
+    QuantizedTree,
+    TreeShape,
+)
 from visionkernels.ops.siren_mlp import siren_mlp
 
 __all__ = ["FitPlan", "Progress", "fit_tree"]
 
-STEP_BITS = 7
-"""Of the multiplier of a layer; the weights adapt to whichever step this allows."""
-MAX_SHIFT = 40
 LOOKAHEAD = 100
 
 
@@ -199,14 +204,11 @@ class _Fit:
             in_bits = COORDINATE_BITS if is_first else ACTIVATION_BITS
             # what a weight of 1 and an input of 1 come to
             unit = spread if is_last else 2**PHASE_BITS / (2 * math.pi)
-            multiplier, shift = to_fixed(step * unit / 2**in_bits, mantissa_bits=STEP_BITS, max_shift=MAX_SHIFT)
+            multiplier, shift = to_fixed(step * unit / 2**in_bits, mantissa_bits=MULTIPLIER_BITS, max_shift=MAX_SHIFT)
             exact = multiplier / 2**shift / unit * 2**in_bits
-            if is_last:
-                weights = weights.clone()
-                weights[:, -1] += centre / spread
             rounded = (weights / exact).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
             layers.append(Layer(rounded.to(torch.int64).numpy(), multiplier, shift))
-        return QuantizedTree(self.shape, tuple(layers))
+        return QuantizedTree(self.shape, tuple(layers), base=round(centre))
 
 
 def _parts(number: int, size: Sequence[int]) -> Tensor:

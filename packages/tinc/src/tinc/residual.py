@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from tinc.coefficients import MAX_UNARY, CoefficientCoder
+from tinc.coefficients import LARGEST, MAX_UNARY, CoefficientCoder
 from tinc.entropy import BitReader, BitRecorder, BitWriter
 from tinc.fill import continue_blocks, spread_inside
 from tinc.mask import MaskCoder
@@ -23,6 +23,8 @@ __all__ = ["Blocks", "EncodedResidual", "Quantizer", "ResidualEncoder", "decode_
 MANTISSA_BITS = 10
 RATE = 0.12
 """Squared steps that a bit is worth."""
+MAX_COEFFICIENT = 1 << 33
+"""Of working units; more would not be summed exactly."""
 _POINT_BITS = 6
 
 
@@ -96,14 +98,14 @@ class Quantizer:
 
     def restore(self, levels: np.ndarray) -> np.ndarray:
         """Return the coefficients of levels, in working units, as int64."""
-        magnitudes = np.abs(levels)
+        magnitudes = np.minimum(np.abs(levels), LARGEST)
         points = np.array((0, *self.points), dtype=np.int64)[np.minimum(magnitudes, 3)]
         values = ((magnitudes << _POINT_BITS) + points) * self.mantissa
         if self.exponent >= 0:
             values <<= self.exponent
         else:
             values = (values + ((1 << -self.exponent) >> 1)) >> -self.exponent
-        return np.sign(levels) * values
+        return np.sign(levels) * np.minimum(values, MAX_COEFFICIENT)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class ResidualEncoder:
 def _choose_levels(scaled: np.ndarray, costs: np.ndarray, contexts: np.ndarray) -> np.ndarray:
     """Return for each coefficient, in steps, the best of the nearest level, the one below it and zero."""
     magnitudes = np.abs(scaled)
-    nearest = np.floor(magnitudes + 0.5).astype(np.int64)
+    nearest = np.minimum(np.floor(magnitudes + 0.5), LARGEST - 1).astype(np.int64)
     tried = np.minimum(nearest, MAX_UNARY - 1)
     best = np.full(scaled.shape, np.inf)
     chosen = np.zeros_like(tried)

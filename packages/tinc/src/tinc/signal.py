@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["DTYPES", "FRACTION_BITS", "SampleFormat", "describe"]
+__all__ = ["DTYPES", "FRACTION_BITS", "SampleFormat", "as_float32", "describe"]
 
 FRACTION_BITS = 4
 """A working unit is 1 / 16 of a count of an integer array."""
@@ -38,11 +38,17 @@ class SampleFormat:
         """Return samples: integers are rounded half to even and clipped to their type."""
         if self.is_float:
             # a product with a power of two and one sum, so that every machine rounds alike
-            return (working * 2.0**self.exponent + self.offset).astype(np.float32)
+            return as_float32(working * 2.0**self.exponent + self.offset)
         half = (1 << (FRACTION_BITS - 1)) - 1
         rounded = (working + half + ((working >> FRACTION_BITS) & 1)) >> FRACTION_BITS
         limits = np.iinfo(self.dtype)
         return rounded.clip(limits.min, limits.max).astype(self.dtype)
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Round float64 to float32, beyond its range to the largest."""
+    largest = float(np.finfo(np.float32).max)
+    return values.clip(-largest, largest).astype(np.float32)
 
 
 def describe(samples: np.ndarray) -> SampleFormat:

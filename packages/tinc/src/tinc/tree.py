@@ -9,7 +9,7 @@ so what inner nodes compute is shared by the leaves below them. A leaf may be a 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise, product
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinc.arithmetic import ACTIVATION_BITS, PHASE_BITS, sine_table
+from tinc.arithmetic import ACTIVATION_BITS, PHASE_BITS, sine_table, to_fixed
 from tinc.entropy import BitReader, BitWriter
 from tinc.interpolation import IntegerCoder
 from visionkernels.ops.siren_mlp import integer_siren_mlp
@@ -36,6 +36,9 @@ __all__ = [
 
 COORDINATE_BITS = 14
 """A coordinate of 1 is 2**14."""
+MULTIPLIER_BITS = 7
+"""Of the multiplier of a layer; weights adapt to whichever steps this allows."""
+MAX_SHIFT = 40
 WEIGHT_BITS = 12
 LARGEST_WEIGHT = (1 << WEIGHT_BITS) - 1
 
@@ -155,6 +158,18 @@ class QuantizedTree:
     layers: tuple[Layer, ...]
     constants: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
     """Values of the constant leaves [constants, channels]."""
+    base: int = 0
+    """Added to what the layers compute."""
+
+    def coarser(self, factor: float) -> "QuantizedTree":
+        """Return the tree with steps between weights that are `factor` times as large."""
+        layers = []
+        for layer in self.layers:
+            step = layer.multiplier / 2**layer.shift
+            multiplier, shift = to_fixed(step * factor, mantissa_bits=MULTIPLIER_BITS, max_shift=MAX_SHIFT)
+            weights = np.rint(layer.weights * (step * 2**shift / multiplier)).astype(np.int64)
+            layers.append(Layer(weights.clip(-LARGEST_WEIGHT, LARGEST_WEIGHT), multiplier, shift))
+        return replace(self, layers=tuple(layers))
 
     def decode(self, region: Box, steps: tuple[int, ...] | None = None) -> np.ndarray:
         """Return the values of a region as int64 [channels, ...].
@@ -224,7 +239,7 @@ class QuantizedTree:
                 [layer.shift for layer in self.layers[1:]], taken, table=sine_table(), bits=ACTIVATION_BITS,
             )  # fmt: skip
         sizes = [count for _, count in local]
-        return values.mT.reshape(len(rows), -1, *sizes).numpy()
+        return values.mT.reshape(len(rows), -1, *sizes).numpy() + self.base
 
     def _first(self, local: _Cells, steps: tuple[int, ...]) -> Tensor:
         """Return the phases of the first layer [1, P, M]: on a grid they are a sum of one table an axis."""

@@ -1,0 +1,120 @@
+"""What the tests share: seeds, one thread, no network, small volumes, and a small file of each kind."""
+
+import importlib.util
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tinc
+import tinc.compression
+import tinc.design
+
+Wavy = Callable[..., np.ndarray]
+EXAMPLES = (
+    "residual-uint8", "residual-uint16", "residual-int16", "residual-float32", "residual-2", "residual-4", "channels",
+    "mask", "mask-channels", "tree", "tree-float32", "both", "constant-leaves", "step", "step-tree", "step-float32",
+    "step-float32-tree", "bits", "bits-tree", "palette", "palette-tree", "constant", "checksums", "tiles",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds and one thread; whatever opens a connection to another machine fails."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests have no network: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def wavy() -> Wavy:
+    """Waves around 100 with an amplitude of 40, and some noise: `wavy(shape, dtype, noise=3)`."""
+
+    def make(shape: tuple[int, ...], dtype: str = "uint8", noise: float = 3) -> np.ndarray:
+        grid = np.meshgrid(*(np.linspace(0, 3, size) for size in shape), indexing="ij")
+        waves = np.sin(sum((axis + 1) * each for axis, each in enumerate(grid)))
+        return (waves * 40 + 100 + np.random.default_rng(0).normal(size=shape) * noise).astype(dtype)
+
+    return make
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train trees for 12 steps instead of thousands."""
+    monkeypatch.setitem(tinc.compression._STEPS, "balanced", 12)
+    monkeypatch.setitem(tinc.compression._STEPS, "best", 16)
+
+
+@pytest.fixture(scope="session")
+def examples(wavy: Wavy) -> dict[str, tinc.TincFile]:
+    """A small file of every kind."""
+    make, draw = tinc.compress, np.random.default_rng(0)
+    masked, half = wavy((6, 12, 10)), wavy((9, 34, 6))
+    masked[:, :4] = masked[:3, :6] = 0
+    half[:, :17] = 7
+    signed = wavy((5, 6, 17), "float32") - 100
+    signed[0, 0, :4] = 0, -0.0, 1e-45, -1e-45
+    ranks = (draw.integers(0, 4, (6, 7, 8)) * 9001).astype(np.uint16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tinc.compression._STEPS, "balanced", 12)
+        files = {f"residual-{dtype}": make(wavy((5, 11, 9), dtype), preset="fast", bpv=1.5)
+                 for dtype in ("uint8", "uint16", "int16", "float32")}  # fmt: skip
+        files |= {
+            "residual-2": make(wavy((17, 13), "uint16"), preset="fast", bytes=120),
+            "residual-4": make(wavy((3, 5, 4, 6), "int16"), preset="fast", bytes=120),
+            "channels": make(wavy((3, 9, 7, 2)), preset="fast", bpv=2, channel_axis=-1, metadata={"unit": "µm"}),
+            "mask": make(masked, preset="fast", bytes=260),
+            "mask-channels": make(np.stack([masked, masked // 2], 1), preset="fast", bytes=400, channel_axis=1),
+            "tree": make(wavy((9, 17, 6)), bytes=700, layers="tree"),
+            "tree-float32": make(wavy((18, 33), "float32"), bytes=700, layers="tree"),
+            "both": make(wavy((9, 17, 6)), bytes=500, layers="both"),
+            "constant-leaves": make(half, bytes=900, layers="both"),
+            "step": make(wavy((5, 6, 7), "uint16"), max_error=4),
+            "step-tree": make(wavy((5, 6, 17), "uint16"), max_error=4, layers="both"),
+            "step-float32": make(wavy((5, 6, 7), "float32"), max_error=0.5),
+            "step-float32-tree": make(wavy((5, 6, 17), "float32"), max_error=0.5, layers="tree"),
+            "bits": make(signed, lossless=True),
+            "bits-tree": make(signed, lossless=True, layers="both"),
+            "palette": make(ranks, lossless=True),
+            "palette-tree": make(ranks, lossless=True, layers="both"),
+            "constant": make(np.full((3, 4), 9, dtype=np.int16), psnr=30),
+        }
+        patch.setattr(tinc.compression, "_TILE_CHECKS_FROM", 0)
+        files["checksums"] = make(masked, preset="fast", bytes=280)
+        patch.setattr(tinc.design, "TILE_VOXELS", 128)
+        files["tiles"] = make(masked, preset="fast", bytes=400)
+    assert set(files) == set(EXAMPLES)
+    return files
+
+
+@pytest.fixture(params=EXAMPLES)
+def example(request: pytest.FixtureRequest, examples: dict[str, tinc.TincFile]) -> tinc.TincFile:
+    """Each of `examples`."""
+    return examples[request.param]
+
+
+@pytest.fixture(scope="session")
+def decoder() -> ModuleType:
+    """The second decoder."""
+    spec = importlib.util.spec_from_file_location("second_decoder", Path(__file__).parent / "decoder.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
