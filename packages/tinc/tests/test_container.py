@@ -477,7 +477,7 @@ class TestHostile:
         extent = (1, 32, 32, 32, 32)
         residual = ResidualSection(Blocks(extent, (1,) * 5, extent), QUANTIZER)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        assert attack(pack(simple(shape=extent[1:], residual=residual, streams=(b"",)), checks_tiles=False))
+        attack(pack(simple(shape=extent[1:], residual=residual, streams=(b"",)), checks_tiles=False))
         assert time.process_time() - start < 3
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10
 
@@ -488,8 +488,5 @@ class TestHostile:
         tree = TreeSection(shape, (1,) * 16, (1,) * 16, bytes(32), 0)
         metadata = b'{"a":"' + b"x" * 4096 + b'"}'
         start = time.process_time()
-        file = tinc.open(
-            pack(simple(shape=(64, 64, 64), tree=tree, metadata=metadata, streams=(b"",)), checks_tiles=False)
-        )
-        file.decode()
+        attack(pack(simple(shape=(64, 64, 64), tree=tree, metadata=metadata, streams=(b"",)), checks_tiles=False))
         assert time.process_time() - start < 3

@@ -332,10 +332,12 @@ class TincFile:
     def _mean_of_cells(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         """Average exact voxels; their coding has no coarser volume to offer."""
         fine = _times(region, steps, (self._contents.channels, *self._contents.shape))
-        values = self._decode_exact(fine, (1,) * len(fine)).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # infinities of both signs have no mean
+        values = self._decode_exact(fine, (1,) * len(fine))
+        with np.errstate(invalid="ignore"):  # a NaN may be one that signals
+            values = values.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs have no mean
             means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
-        return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
+            return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
 
     def _with_channels(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         axis = self._contents.channel_axis
