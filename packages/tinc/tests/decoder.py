@@ -420,7 +420,8 @@ def basis(size: int, step: int) -> np.ndarray:
     """b[k, n] for `size` places, of `step` voxels each."""
     found = np.zeros((size, size), dtype=np.int64)
     for k, n in product(range(size), range(size)):
-        gain = math.sqrt((2 if k else 1) / size / step)
+        gain, x = math.sqrt((2 if k else 1) / size / step), math.pi * k / (2 * size * step)
+        gain *= math.sin(step * x) / (step * math.sin(x)) if k else 1
         found[k, n] = rounded(2**14 * gain * math.cos(math.pi * (2 * n + 1) * k / (2 * size)))
     return found
 

@@ -343,7 +343,6 @@ class TestLayers:
 
 
 class TestTwoValues:
-    @pytest.mark.xfail(strict=True, reason="the step of the last layer has 7 bits, and float32 24 of range")
     def test_tree_of_two_values(self) -> None:
         """float32 of both ends of its range, and few bytes: large steps of large weights."""
         array = (np.random.default_rng(0).random((16, 32)) < 0.5).astype(np.float32)

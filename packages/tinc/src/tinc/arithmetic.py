@@ -61,15 +61,20 @@ def cosine_basis(length: int, step: int = 1) -> np.ndarray:
     """Return the orthonormal basis of the DCT-II times 2**14, rounded, as float64 [frequency, place].
 
     basis[k, n] = c_k cos(pi (2 n + 1) k / (2 length)), c_0 = sqrt(1 / length), else c_k = sqrt(2 / length). With
-    `step`, c_k is smaller by its root: the low frequencies of step * length places then give means of `step` places.
+    `step` it is that of step * length places, each row averaged over cells of `step` places: c_k is smaller by the root
+    of `step`, and by sin(step x) / (step sin x), x = pi k / (2 step length).
     """
     turn, bits = 4 * length, 40
     cosines = [_sine(step + length, turn, bits) for step in range(turn)]
     basis = np.empty((length, length))
     for k in range(length):
+        # what a wave of this frequency keeps of its height when it is averaged
+        share = 1 << bits
+        if k and step > 1:
+            share = (_sine(k * step, turn * step, bits) << bits) // (step * _sine(k, turn * step, bits))
         gain = math.isqrt(((1 if k == 0 else 2) << (2 * bits)) // (length * step))
         for n in range(length):
-            value = gain * cosines[(2 * n + 1) * k % turn]
+            value = gain * cosines[(2 * n + 1) * k % turn] * share >> bits
             basis[k, n] = (value + (1 << (2 * bits - BASIS_BITS - 1))) >> (2 * bits - BASIS_BITS)
     return basis
 
@@ -77,15 +82,15 @@ def cosine_basis(length: int, step: int = 1) -> np.ndarray:
 def to_fixed(value: float, *, mantissa_bits: int, max_shift: int) -> tuple[int, int]:
     """Return (multiplier, shift) with value ~ multiplier / 2**shift and multiplier below 2**mantissa_bits.
 
-    Raises ValueError if `value` is not positive or too large.
+    A value that is too large becomes the largest one. Raises ValueError if it is not positive.
     """
     if not value > 0:
         raise ValueError(f"value={value} must be positive")
+    largest = (1 << mantissa_bits) - 1
+    value = min(value, float(largest))
     _, exponent = math.frexp(value)
     shift = min(mantissa_bits - exponent, max_shift)
     multiplier = round(math.ldexp(value, shift))
-    if multiplier >> mantissa_bits:
-        multiplier, shift = multiplier >> 1, shift - 1
-    if shift < 0:
-        raise ValueError(f"value={value} is beyond {mantissa_bits} bits")
+    if multiplier > largest:
+        multiplier, shift = (multiplier >> 1, shift - 1) if shift else (largest, 0)
     return max(multiplier, 1), shift

@@ -133,7 +133,9 @@ class CoefficientCoder:
         self._group = np.minimum(buckets // 4, 5)
 
     def write(self, writer: BitWriter, coefficients: np.ndarray) -> None:
-        """Append all coefficients to the stream."""
+        """Append all coefficients to the stream. Raises ValueError for magnitudes above 2**24."""
+        if np.abs(coefficients).max(initial=0) > LARGEST:
+            raise ValueError(f"coefficients reach {np.abs(coefficients).max()}; at most {LARGEST} can be coded")
         self.means.write(writer, _means(coefficients))
         flat = coefficients.reshape(-1)
         seen = self._seen(coefficients)

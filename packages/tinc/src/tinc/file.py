@@ -204,6 +204,9 @@ class TincFile:
             blocks = contents.residual.blocks
             step = contents.residual.quantizer.step * 2.0**contents.format.exponent
             info["residual"] = {"bytes": rest, "block": blocks.block[1:], "tiles": blocks.num_tiles, "step": step}
+            if contents.residual.background is not None:
+                background = contents.format.to_samples(np.array(contents.residual.background))
+                info["residual"]["background"] = background.item()
         if contents.exact is not None:
             info["exact"] = {"bytes": rest, "grid": contents.exact.kind, "step": contents.exact.step}
         if self.metadata:

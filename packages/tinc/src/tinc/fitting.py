@@ -95,8 +95,8 @@ def fit_tree(
             is_late = True
         if is_late and steps == started:
             # some steps are left in which weights learn to be integers
-            steps = min(started, step + max(started // 20, 1))
-            step = max(step, steps - max(started // 20, 1))
+            left = min(started // 20, step // 4 + 20)
+            steps = min(started, step + left)
     return fit.quantize(centre, spread)
 
 

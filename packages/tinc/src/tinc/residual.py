@@ -188,7 +188,7 @@ class ResidualEncoder:
 
     def _encode_tile(self, tile: int, step: float) -> tuple[np.ndarray, bytes]:
         scaled = self.coefficients[tile] / step
-        levels = (np.sign(scaled) * np.floor(np.abs(scaled) + 0.34)).astype(np.int64)
+        levels = (np.sign(scaled) * np.minimum(np.floor(np.abs(scaled) + 0.34), LARGEST - 1)).astype(np.int64)
         axes = len(self.blocks.block)
         grid, block = scaled.shape[:axes], scaled.shape[axes:]
         learned_at, costs = self._costs.get(tile, (0.0, np.empty(0)))
