@@ -252,7 +252,7 @@ class TestProcess:
             return step(self, *rest)
 
         monkeypatch.setattr(_Fit, "step", interrupted)
-        monkeypatch.setitem(tinc.compression._STEPS, "balanced", 400)
+        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 400)
         before, out = signal.getsignal(signal.SIGINT), volume.with_name("a.tinc")
         assert main(["compress", str(volume), str(out), "--bytes", "2500", "--layers", layers]) == 0
         assert signal.getsignal(signal.SIGINT) is before

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tinc
-from tinc.compression import _OutOfReachError
 from tinc.design import choose_blocks, cut
+from tinc.jobs import OutOfReachError
 
 Wavy = Callable[..., np.ndarray]
 
@@ -99,7 +99,7 @@ class TestErrors:
             tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, **options)
 
     def test_out_of_reach_is_a_value_error(self) -> None:
-        assert issubclass(_OutOfReachError, ValueError)
+        assert issubclass(OutOfReachError, ValueError)
 
     def test_metadata(self) -> None:
         with pytest.raises((ValueError, TypeError)):
@@ -294,7 +294,7 @@ class TestCallback:
 
 class TestMaxSeconds:
     def test_ends(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.compression._STEPS, "balanced", 200)
+        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 200)
         start = monotonic()
         file = tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree", max_seconds=0.1)
         early = monotonic() - start
@@ -319,7 +319,7 @@ class TestMetadata:
 class TestLayers:
     @pytest.mark.slow
     def test_auto_is_the_best(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.compression._STEPS, "balanced", 300)
+        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 300)
         array = wavy((16, 32, 32), "uint16", noise=0) * 100
 
         def error(layers: Any) -> float:
