@@ -20,10 +20,11 @@ import numpy as np
 from numcodecs.abc import Codec  # type: ignore[import-untyped]
 from numcodecs.compat import ensure_bytes, ensure_ndarray, ndarray_copy  # type: ignore[import-untyped]
 
-from tinc.compression import Layers, Preset, compress
+from tinc.compression import compress
 from tinc.container import MAX_AXES, MAX_CHANNELS
 from tinc.errors import TincFormatError
 from tinc.file import TincFile
+from tinc.jobs import Layers, OutOfReachError, Preset
 from tinc.signal import DTYPES
 
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
@@ -130,11 +131,11 @@ class ChunkOptions:
         if self.psnr is None:
             bits = 8 * chunk.dtype.itemsize / self.ratio if self.ratio is not None else self.bpv or 0
             counted = chunk.size if counted is None else counted
-            return _within(samples, max(int(counted * bits / 8), MIN_CHUNK_BYTES), shared)
+            size = max(int(counted * bits / 8), MIN_CHUNK_BYTES)
+            return compress(samples, bytes=size, **shared).tobytes()
         try:
             return compress(samples, psnr=self.psnr, **shared).tobytes()
-        except ValueError:
-            # all else was checked: the search ended below the PSNR
+        except OutOfReachError:
             return compress(samples, lossless=True, **shared | {"layers": "auto"}).tobytes()
 
     def _finite(self, samples: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -156,17 +157,6 @@ class ChunkOptions:
         if file.shape != expected or file.dtype != native:
             raise TincFormatError(f"the chunk is {file.dtype} {file.shape}; the array's chunks are {native} {expected}")
         return file
-
-
-def _within(samples: np.ndarray, size: int, options: dict[str, Any]) -> bytes:
-    """Return a file of at most `size` bytes."""
-    # the search for a step can miss a size that a file of a smaller target meets
-    for share in (1.0, 0.9, 0.8, 0.65):
-        try:
-            return compress(samples, bytes=int(share * size), **options).tobytes()
-        except ValueError:
-            continue
-    return compress(samples, bytes=size // 2, **options).tobytes()
 
 
 def _check_target(name: str, value: Any) -> None:

@@ -30,7 +30,6 @@ MAX_UNARY = 15
 
 _CAP = 40
 """Magnitudes count at most so much as neighbours."""
-_MU_BITS = 8
 _BUCKETS = 24
 _CLASSES = 8
 # of the expected magnitude, in 1 / 2**8: lower frequencies one step and two steps away, the same frequency in

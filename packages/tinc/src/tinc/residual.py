@@ -160,16 +160,14 @@ class ResidualEncoder:
                 filled[border] = continue_blocks(voxels[border], inside[border], step)
                 self.coefficients[tile] = forward_blocks(filled)
 
-    def encode(self, step: float, tiles: Sequence[int] | None = None) -> EncodedResidual:
-        """Return the streams at a step in working units, of all tiles or of some."""
+    def encode(self, step: float) -> EncodedResidual:
+        """Return the streams of all tiles at a step in working units."""
         self._fill(step)
-        chosen = range(self.blocks.num_tiles) if tiles is None else tiles
         quantizer = Quantizer.nearest(step)
-        levels, streams = zip(*(self._encode_tile(tile, quantizer.step) for tile in chosen), strict=True)
-        quantizer = _with_points(quantizer, [self.coefficients[tile] for tile in chosen], levels)
-        error = sum(
-            self._squared_error(tile, quantizer.restore(each)) for tile, each in zip(chosen, levels, strict=True)
-        )
+        tiles = range(self.blocks.num_tiles)
+        levels, streams = zip(*(self._encode_tile(tile, quantizer.step) for tile in tiles), strict=True)
+        quantizer = _with_points(quantizer, self.coefficients, levels)
+        error = sum(map(self._squared_error, tiles, map(quantizer.restore, levels)))
         return EncodedResidual(quantizer, streams, error)
 
     def _mask_bits(self, tile: int) -> tuple[np.ndarray, np.ndarray]:

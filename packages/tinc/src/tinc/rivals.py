@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from tinc.compression import Layers, Preset, compress
+from tinc.compression import compress
+from tinc.jobs import Layers, OutOfReachError, Preset
 from tinc.metrics import psnr, ssim
 from visionkernels.extras import require
 
@@ -73,10 +74,8 @@ def _row(volume: np.ndarray, asked: float, name: str, code: Callable[[], Coded |
 def _own(volume: np.ndarray, ratio: float, preset: Preset, layers: Layers) -> Coded | None:
     try:
         file = compress(volume, ratio=ratio, preset=preset, layers=layers)
-    except ValueError as error:
-        if "out of reach" in str(error):
-            return None
-        raise
+    except OutOfReachError:
+        return None
     return file.nbytes, file.decode()
 
 

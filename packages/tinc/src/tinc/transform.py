@@ -41,7 +41,7 @@ def inverse_blocks(coefficients: np.ndarray, steps: Sequence[int] | None = None)
     With `steps`, an axis has only its lowest frequencies, and a value is the mean of so many places (nearly: what the
     other frequencies add to it is left out).
 
-    Magnitudes are below 2**36 / sqrt(voxels of a block), so that float64 holds every sum.
+    Magnitudes are at most 2**33 and axes at most 32 long, so that float64 holds every sum.
     """
     axes = coefficients.ndim // 2
     result = coefficients.astype(np.float64)
