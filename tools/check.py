@@ -10,6 +10,9 @@ from pathlib import Path
 
 from workspace import ROOT, SHARED, Names, Project, run_tool, select
 
+# as the script `test` of pyproject.toml
+_FAST = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile", "-m", "not slow and not browser"]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -36,7 +39,7 @@ def steps(projects: Sequence[Project], only: Sequence[str]) -> list[Step]:
         Step("types", [([*python, "mypy", *sources], ROOT)]),
         Step("imports", [([sys.executable, "tools/imports.py"], ROOT)]),
         Step("dependencies", [(_deptry(project), project.folder) for project in projects]),
-        Step("tests", [([*python, "pytest", "-m", "not slow and not browser", *tests], ROOT) for tests in suites]),
+        Step("tests", [([*python, "pytest", *_FAST, *tests], ROOT) for tests in suites]),
         Step("shapes", [(_shapes(project), ROOT) for project in papers]),
         # every package is built and tried with the base's wheel
         Step("wheels", [([sys.executable, "tools/wheels.py", *chosen], ROOT)] if papers else []),
