@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from tinc.baselines import PlainTree
-from tinc.bench import sample_volume
 from tinc.official import OctreeMLP, find_recipe, normalise, plan_tree
 from tinc.official.model import split
 from tinc.official.procedure import weighted_loss
 from tinc.recipes import LossWeight
+from tinc.samples import sample_volume
 
 
 def test_plain_tree_has_the_same_loss() -> None:

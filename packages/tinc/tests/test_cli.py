@@ -222,7 +222,7 @@ class TestEval:
     def test_errors(self, volume: Path, compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--checkpoint" in fails(capsys, "eval", volume)
         np.save(volume.with_name("other.npy"), np.zeros((3, 4, 5), dtype=np.uint16))
-        assert "shapes" in fails(capsys, "eval", volume.with_name("other.npy"), compressed)
+        assert "has shape (8, 12, 20)" in fails(capsys, "eval", volume.with_name("other.npy"), compressed)
 
 
 class TestProcess:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,9 +47,9 @@ class TestSecondDecoder:
         assert sum(map(len, head.streams)) == example.nbytes - info["header_bytes"]
 
 
-class TestThreads:
+class TestMachines:
     def test_same_samples(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
-        """One thread or two, in processes of their own."""
+        """One thread or two, and BLAS and torch with the kernels of the oldest processors that they know."""
         for name, file in examples.items():
             file.save(tmp_path / f"{name}.tinc")
         program = (
@@ -57,13 +58,15 @@ class TestThreads:
             "for path in sorted(pathlib.Path(sys.argv[1]).glob('*.tinc')):\n"
             "    print(path.stem, zlib.crc32(tinc.decompress(path).tobytes()))\n"
         )
+        oldest = {"OPENBLAS_CORETYPE": "Prescott", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
         outputs = [
             subprocess.run(
-                [sys.executable, "-c", program, str(tmp_path), threads], capture_output=True, text=True, check=True
+                [sys.executable, "-c", program, str(tmp_path), threads],
+                capture_output=True, text=True, check=True, env=os.environ | extra,
             ).stdout
-            for threads in ("1", "2")
-        ]
-        assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == len(examples)
+            for threads, extra in (("1", {}), ("2", {}), ("1", oldest))
+        ]  # fmt: skip
+        assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0].splitlines()) == len(examples)
 
 
 KEYS = st.one_of(
@@ -239,7 +242,8 @@ class TestDuck:
         assert array.tobytes() == example.decode().tobytes()
 
     def test_dask(self, examples: dict[str, TincFile]) -> None:
-        dask = pytest.importorskip("dask.array")
+        import dask.array as dask
+
         file = examples["tiles"]
         lazy = dask.from_array(file, chunks=file.chunks)
         assert np.array_equal(lazy[1:5, ::2].compute(scheduler="sync"), file.decode()[1:5, ::2])

@@ -1,13 +1,17 @@
 """Sweeps of official grids, and trees for other runtimes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tinc.cli import main
 from tinc.official import find_recipe, load_official, normalise, plan_tree, save_official
 from tinc.official.export import export_onnx
+from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.sweep import run_sweep
 
@@ -59,3 +63,21 @@ def test_onnx(tmp_path: Path, volume: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), model(points).detach(), rtol=1e-4, atol=1e-4)
     with pytest.raises(FileExistsError, match="--overwrite"):
         export_onnx(model, tmp_path / "tree.onnx")
+
+
+def test_eval(tmp_path: Path, volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder and a file of the same weights are as near to the volume; a ratio counts all their bytes."""
+    normalised, side_info = normalise(np.load(volume)[..., None])
+    recipe = find_recipe("default")
+    model = OctreeMLP(plan_tree(recipe, normalised, 100_000))
+    save_official(tmp_path / "folder", model, recipe, side_info=side_info)
+    save_file(official_state(model), tmp_path / "weights.safetensors")
+    found = []
+    for name in ("folder", "weights.safetensors"):
+        report = tmp_path / f"{name}.json"
+        assert main(["eval", str(volume), "--checkpoint", str(tmp_path / name), "--json", str(report)]) == 0
+        found.append(json.loads(report.read_text()))
+    assert found[0]["psnr"] == found[1]["psnr"]
+    size = (tmp_path / "weights.safetensors").stat().st_size
+    assert found[1]["ratio"] == pytest.approx(np.load(volume).nbytes / size)
+    assert 0 < found[0]["ratio"] < np.load(volume).nbytes / 4 / plan_tree(recipe, normalised, 100_000).num_parameters

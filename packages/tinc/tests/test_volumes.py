@@ -354,7 +354,7 @@ class TestWriteVolume:
         def fail(*_: Any, **__: Any) -> None:
             raise OSError("No space left on device")
 
-        for target in ("tifffile.imwrite", "numpy.save", "tinc.volumes._set_geometry", "zarr.create_array"):
+        for target in ("tifffile.imwrite", "numpy.save", "tinc.volumes.nifti._set_geometry", "zarr.create_array"):
             monkeypatch.setattr(target, fail)
         with pytest.raises(OSError, match="No space left"):
             write_volume(tmp_path / f"o{suffix}", ramp((6, 5), "uint8"), overwrite=True)

@@ -68,7 +68,10 @@ def compress(
         metadata: keep what the source says of spacing, units and axes; auto drops it from files below 64 KiB
         overwrite: replace an existing output
     """
+    import numpy as np
+
     from tinc.compression import compress as to_file
+    from tinc.metrics import compare
     from tinc.volumes import read_volume
 
     refuse_existing(out, overwrite)
@@ -88,7 +91,7 @@ def compress(
     file.save(out, overwrite=overwrite)
     if volume.metadata and not keeps:
         print(f"left out of so small a file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
-    quality = _quality(volume.array, file)
+    quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
     print(f"{out}: {file.nbytes} bytes, ratio {file.ratio:.2f}, {8 * file.nbytes / file.size:.3f} bits a sample")
     print_metrics(quality)
 
@@ -285,10 +288,14 @@ def evaluate(
         file = open_file(compressed)
         decoded, size = file.decode(), file.nbytes
     else:
+        from tinc.official.folder import decode_official
+
         assert checkpoint is not None
-        decoded, size = _decode_official(checkpoint, original, volume.array.shape)
+        decoded, size = decode_official(checkpoint, original)
+        if decoded.size == volume.array.size:  # the official form has an axis of channels always
+            decoded = decoded.reshape(volume.array.shape)
     reference = np.asarray(volume.array)
-    found = _compare(reference, decoded, volume.channel_axis)
+    found = metrics.compare(reference, decoded, channel_axis=volume.channel_axis)
     found |= {"ratio": reference.nbytes / size, "bits_per_sample": 8 * size / reference.size}
     for cut in threshold:
         for name, measure in (("accuracy", metrics.accuracy), ("iou", metrics.iou), ("precision", metrics.precision)):
@@ -485,41 +492,6 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
-
-
-def _quality(array: Any, file: Any) -> dict[str, float]:
-    import numpy as np
-
-    return _compare(np.asarray(array), file.decode(), file.info()["channel_axis"])
-
-
-def _compare(original: Any, decoded: Any, channel_axis: int | None) -> dict[str, float]:
-    import numpy as np
-
-    from tinc import metrics
-
-    if original.shape != decoded.shape:
-        raise ValueError(f"the volumes have shapes {original.shape} and {decoded.shape}")
-    known = np.isfinite(original)
-    if not known.all():  # what was NaN is no error
-        original, decoded = np.where(known, original, 0), np.where(known, decoded, 0)
-    largest = float(np.abs(original.astype(np.float64) - decoded).max())
-    return {
-        "psnr": metrics.psnr(original, decoded),
-        "psnr_values": metrics.psnr(original, decoded, data_range="values"),
-        "ssim": metrics.ssim(original, decoded, channel_axis=channel_axis),
-        "largest_error": largest,
-    }
-
-
-def _decode_official(checkpoint: Path, original: Path, shape: tuple[int, ...]) -> tuple[Any, int]:
-    from tinc.official import decode, load_official
-
-    loaded = load_official(checkpoint, volume=original)
-    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    decoded = decode(loaded.model, loaded.side_info)
-    # the official form has an axis of channels always
-    return decoded.reshape(shape) if decoded.size == math.prod(shape) else decoded, size
 
 
 def _numbers(flag: str, text: str) -> list[float]:

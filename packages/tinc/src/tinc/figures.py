@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tinc.bench import sample_volume
 from tinc.compression import compress
 from tinc.rivals import compare, match
+from tinc.samples import sample_volume
 from visionkernels.extras import require
 
 __all__ = ["draw_curves", "draw_slices"]

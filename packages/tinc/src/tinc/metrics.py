@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["TYPE_RANGES", "DataRange", "accuracy", "iou", "ms_ssim", "precision", "psnr", "ssim"]
+__all__ = ["TYPE_RANGES", "DataRange", "accuracy", "compare", "iou", "ms_ssim", "precision", "psnr", "ssim"]
 
 DataRange = Literal["dtype", "values"] | float
 """What counts as the largest possible difference.
@@ -90,6 +90,23 @@ def ms_ssim(
             x, y = (F.avg_pool2d(each[:, None], 2, padding=padding)[:, 0] for each in (x, y))
         total += float(product.sum())
     return total / _num_pictures(original, channel_axis)
+
+
+def compare(original: np.ndarray, decoded: np.ndarray, *, channel_axis: int | None = None) -> dict[str, float]:
+    """Return PSNR over the type's range and over the values', SSIM, and the largest error.
+
+    Where the original is not finite, no error counts. Raises ValueError for shapes that differ.
+    """
+    _check(original, decoded)
+    known = np.isfinite(original)
+    if not known.all():
+        original, decoded = np.where(known, original, 0), np.where(known, decoded, 0)
+    return {
+        "psnr": psnr(original, decoded),
+        "psnr_values": psnr(original, decoded, data_range="values"),
+        "ssim": ssim(original, decoded, channel_axis=channel_axis),
+        "largest_error": float(np.abs(original.astype(np.float64) - decoded).max()),
+    }
 
 
 def accuracy(original: np.ndarray, decoded: np.ndarray, *, threshold: float) -> float:

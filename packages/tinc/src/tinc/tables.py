@@ -4,7 +4,6 @@ Its reference columns are measurements of the official implementation and of oth
 repository ships, test.tif (8 x 128 x 128, 16 bits, MIT); TINC_DATA names the folder that holds it.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinc.bench import sample_volume
 from tinc.compression import Layers, compress
 from tinc.metrics import psnr, ssim
 from tinc.rivals import compare
+from tinc.samples import has_official_volume, official_path, official_volume, sample_volume
 from visionkernels.tables import DATASET, GPU, TIME, Cell, Figure, Measured, Need, Table, installed
 
 __all__ = ["figures", "tables"]
@@ -43,15 +42,7 @@ _CODECS = installed("av", "imagecodecs", pip="tinc-vision[bench]")
 _SAMPLES = installed("nibabel", pip="tinc-vision[samples]")
 
 
-def _volume_path() -> Path | None:
-    folder = os.environ.get("TINC_DATA")
-    path = None if folder is None else Path(folder) / "test.tif"
-    return path if path is not None and path.is_file() else None
-
-
-_TEST_TIF = Need(
-    "test.tif of the official repository, in the folder that TINC_DATA names", lambda: _volume_path() is not None
-)
+_TEST_TIF = Need("test.tif of the official repository, in the folder that TINC_DATA names", has_official_volume)
 
 
 def tables() -> tuple[Table, ...]:
@@ -110,17 +101,8 @@ def _cell(row: str, column: str, measure: Callable[[], float], needs: tuple[Need
 
 
 @cache
-def _test_tif() -> np.ndarray:
-    from tinc.volumes import read_volume
-
-    path = _volume_path()
-    assert path is not None
-    return np.ascontiguousarray(np.squeeze(np.asarray(read_volume(path).array)))
-
-
-@cache
 def _ours_on_test_tif(ratio: int, layers: Layers) -> tuple[float, float]:
-    volume = _test_tif()
+    volume = official_volume()
     decoded = compress(volume, ratio=ratio, layers=layers, preset="balanced").decode()
     return psnr(volume, decoded), ssim(volume, decoded)
 
@@ -158,7 +140,7 @@ def _own_on_test_tif(ratio: int, layers: Layers, which: int) -> float:
 
 
 def _rival_on_test_tif(name: str, ratio: int) -> float:
-    (row,) = compare(_test_tif(), (ratio,), (name,), layers=())
+    (row,) = compare(official_volume(), (ratio,), (name,), layers=())
     return float(row["psnr"])
 
 
@@ -180,10 +162,8 @@ def _parameters(name: str, ratio: int) -> float:
     from tinc.official import find_recipe, normalise, plan_tree
     from tinc.official.volume import with_channels
 
-    path = _volume_path()
-    assert path is not None
-    normalised, _ = normalise(with_channels(_test_tif()))
-    plan = plan_tree(replace(find_recipe(name), ratio=ratio), normalised, path.stat().st_size)
+    normalised, _ = normalise(with_channels(official_volume()))
+    plan = plan_tree(replace(find_recipe(name), ratio=ratio), normalised, official_path().stat().st_size)
     return float(plan.num_parameters)
 
 
@@ -236,12 +216,10 @@ def _train(name: str, ratio: int) -> float:
 
     from tinc.official import find_recipe, train
 
-    path = _volume_path()
-    assert path is not None
     points, epochs = (2048, 156) if name == "multi0" else (514 * 8, 94)
     recipe = replace(find_recipe(name), ratio=float(ratio), batch_size=points, epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
-        return train(recipe, path, Path(folder) / "run", device="cpu").psnr
+        return train(recipe, official_path(), Path(folder) / "run", device="cpu").psnr
 
 
 def _paper() -> Table:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from tinc.official.allocation import Dims, Node, TreePlan, node_places
-from tinc.official.model import OctreeMLP
+from tinc.official.model import OctreeMLP, decode
 from tinc.official.volume import SideInfo, normalise, read_volume, with_channels
 from tinc.recipes import MAX_LEVELS, RECIPES, Level, OfficialRecipe, from_options, to_options
 from visionkernels.checkpoints import CheckpointError, read_state
 from visionkernels.extras import require
 
-__all__ = ["OfficialModel", "load_official", "official_state", "save_official"]
+__all__ = ["OfficialModel", "decode_official", "load_official", "official_state", "save_official"]
 
 _OPTIONS, _SIDE_INFO = "opt.yaml", "side_info.json"
 _KEY = re.compile(r"(\d)-(\d{1,3})-(\d{1,3})-(\d{1,3})/(\d{1,3})-([WB])")
@@ -130,6 +130,16 @@ def load_official(
         for key, parameter in model.node_parameters():
             parameter.copy_(found[key].view_as(parameter))
     return OfficialModel(model.eval(), side_info, replace(recipe, output=channels))
+
+
+def decode_official(path: str | Path, volume: str | Path) -> tuple[np.ndarray, int]:
+    """Return what a folder or file of weights stands for, as depth, height, width, channels, and its bytes in all.
+
+    Errors are `load_official`'s.
+    """
+    loaded = load_official(path, volume=volume)
+    files = [each for each in (Path(path), *Path(path).rglob("*")) if each.is_file()]
+    return decode(loaded.model, loaded.side_info), sum(each.stat().st_size for each in files)
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

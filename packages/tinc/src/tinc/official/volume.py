@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visionkernels.extras import require
+from tinc.volumes.plain import read_npy
+from tinc.volumes.tiff import read_tiff
 from visionkernels.recipes import check, check_choice
 
 __all__ = ["Rounding", "SideInfo", "denormalise", "normalise", "read_volume", "with_channels"]
@@ -49,26 +50,15 @@ class SideInfo:
 def read_volume(path: str | Path) -> np.ndarray:
     """Read a .tif or .npy file as an array of depth, height, width, channels; a file of three axes has one channel.
 
-    Raises FileNotFoundError, ImportError without tifffile for a TIFF, and ValueError for other files and shapes.
+    Raises FileNotFoundError, CorruptFileError (a ValueError) for a damaged file, ValueError for others and for shapes.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"volume {path} is not a file")
-    match path.suffix.lower():
-        case ".tif" | ".tiff":
-            tifffile = require("tifffile", "tinc-vision[official]")
-            try:
-                volume = tifffile.imread(path)
-            except tifffile.TiffFileError as error:
-                raise ValueError(f"volume {path} is damaged or no TIFF: {error}") from error
-        case ".npy":
-            try:
-                volume = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"volume {path} is damaged or no array of numbers: {error}") from error
-        case suffix:
-            raise ValueError(f"volume {path} has the suffix {suffix!r}; the official procedure takes .tif and .npy")
-    return with_channels(volume)
+    readers = {".tif": read_tiff, ".tiff": read_tiff, ".npy": read_npy}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"volume {path} has the suffix {path.suffix!r}; the official procedure takes .tif and .npy")
+    return with_channels(readers[path.suffix.lower()](path).array)
 
 
 def with_channels(volume: np.ndarray) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""What a volume's file says of it: axes, spacing and units, in one form for all formats.
+
+Metadata are JSON values: `axes` (a letter an axis), `spacing` and `units` (a list with an entry an axis, None where
+unknown; units as OME-Zarr spells them), and what one format alone has under its name.
+"""
+
+import math
+import struct
+import tokenize
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from visionkernels.files import CorruptFileError
+
+__all__ = ["SYMBOLS", "Layout", "Volume", "damage_named", "described", "layout_of"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An array and what its file says about it."""
+
+    array: Any
+    """A NumPy array, a memory map, or a Zarr array that is read where it is indexed."""
+    channel_axis: int | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """JSON values; see the module."""
+    note: str | None = None
+    """What a user should hear: a conversion, a part that was not read."""
+
+
+_UNITS = {
+    "m": "meter", "cm": "centimeter", "mm": "millimeter", "µm": "micrometer", "μm": "micrometer", "um": "micrometer",
+    "\\u00B5m": "micrometer", "micron": "micrometer", "nm": "nanometer", "pm": "picometer", "Å": "angstrom",
+    "s": "second", "sec": "second", "ms": "millisecond", "msec": "millisecond", "µs": "microsecond",
+    "usec": "microsecond", "inch": "inch",
+}  # fmt: skip
+SYMBOLS = {"micrometer": "µm", "second": "s", "millisecond": "ms", "microsecond": "µs"} | {
+    name: symbol for symbol, name in _UNITS.items() if symbol in ("m", "cm", "mm", "nm", "pm", "Å")
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of an array's axes, for a writer."""
+
+    axes: str
+    spacing: list[float | None]
+    units: list[str | None]
+    channel_axis: int | None
+    metadata: dict[str, Any]
+
+    def moved(self, array: np.ndarray, order: str) -> tuple[np.ndarray, "Layout"]:
+        """Return the array with its axes sorted as in `order`; letters that it lacks go first."""
+        places = sorted(range(array.ndim), key=lambda axis: order.find(self.axes[axis]))
+        channel_axis = None if self.channel_axis is None else places.index(self.channel_axis)
+        axes = "".join(self.axes[axis] for axis in places)
+        spacing, units = [self.spacing[axis] for axis in places], [self.units[axis] for axis in places]
+        return array.transpose(places), Layout(axes, spacing, units, channel_axis, self.metadata)
+
+    def spacing_of(self, letter: str) -> tuple[float | None, str | None]:
+        """Return spacing and unit of an axis, None if it has none."""
+        axis = self.axes.find(letter)
+        return (None, None) if axis < 0 else (self.spacing[axis], self.units[axis])
+
+
+def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
+    if channel_axis is not None:
+        if not -ndim <= channel_axis < ndim:
+            raise ValueError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
+        channel_axis %= ndim
+    spatial = ndim - (channel_axis is not None)
+    default = "QTZYX"[max(5 - spatial, 0) :].rjust(spatial, "Q")
+    if channel_axis is not None:
+        default = default[:channel_axis] + ("S" if channel_axis == ndim - 1 else "C") + default[channel_axis:]
+    axes = metadata.get("axes") or default
+    spacing, units = metadata.get("spacing") or [None] * ndim, metadata.get("units") or [None] * ndim
+    if not len(axes) == len(spacing) == len(units) == ndim:
+        raise ValueError(f"metadata are of {len(axes)} axes ({axes}); the array has {ndim}")
+    return Layout(str(axes), list(spacing), list(units), channel_axis, metadata)
+
+
+def described(
+    format: str, axes: str, spacing: Mapping[str, float | None], units: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return metadata; spacing that is no positive number is unknown."""
+    steps = [spacing.get(letter) for letter in axes]
+    known = [step if step is not None and math.isfinite(step) and step > 0 else None for step in steps]
+    metadata: dict[str, Any] = {"format": format, "axes": axes}
+    if any(known):
+        names = [units.get(letter) if step else None for letter, step in zip(axes, known, strict=True)]
+        metadata |= {"spacing": known, "units": [None if name is None else _UNITS.get(name, name) for name in names]}
+    return metadata
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what libraries raise on damaged files into one line with the file's name."""
+    try:
+        yield
+    except (ImportError, PermissionError):
+        raise
+    except (
+        ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, OSError, SyntaxError,
+        RuntimeError, struct.error, tokenize.TokenError, zlib.error, tifffile.TiffFileError,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "imagecodecs" in reason:
+            raise ImportError(f"{path}: {reason}; run: pip install imagecodecs") from error
+        raise CorruptFileError(f"volume {path} is damaged or of another format: {reason[:200]}") from error

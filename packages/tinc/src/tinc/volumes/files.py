@@ -1,0 +1,96 @@
+"""Reading and writing a volume in the format of its path's suffix."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinc.signal import DTYPES
+from tinc.volumes.conversion import with_type
+from tinc.volumes.description import Volume, layout_of
+from tinc.volumes.nifti import read_nifti, write_nifti
+from tinc.volumes.plain import check_png, read_npy, read_png
+from tinc.volumes.stores import read_zarr, write_zarr
+from tinc.volumes.tiff import read_tiff, write_tiff
+from visionkernels.files import replace_file
+
+__all__ = ["SUFFIXES", "read_volume", "write_volume"]
+
+SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".zarr", ".png")
+
+
+def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
+    """Read a volume by the suffix of its path.
+
+    Uncompressed TIFF, .npy and .nii files are memory-mapped and Zarr arrays stay where they are. Of a TIFF the first
+    series is read, of a Zarr group the finest level of its first picture, else its first array. NIfTI gives the
+    integers of the file, not scaled; slope and intercept are in `metadata["nifti"]`.
+
+    Arrays of a type that `tinc.compress` does not take are converted where another type holds every value exactly
+    (bool and integers to the smallest, float16 and float64 to float32), with a `note`. `as_type` ("uint8", "uint16",
+    "int16", "float32") converts in any case: values are rounded, and must be in the type's range.
+
+    Raises FileNotFoundError, ImportError for a missing extra, CorruptFileError (a ValueError) for a damaged file,
+    ValueError for another suffix or kind of picture or values beyond `as_type`, TypeError for types with no way.
+    """
+    path = Path(path)
+    format = _format_of(path)
+    if as_type is not None and as_type not in DTYPES:
+        raise ValueError(f"as_type={as_type!r} must be one of {', '.join(DTYPES)}")
+    if not path.exists():
+        raise FileNotFoundError(f"volume {path} does not exist")
+    readers = {"ome": read_tiff, "tiff": read_tiff, "npy": read_npy, "nifti": read_nifti, "zarr": read_zarr}
+    volume = readers.get(format, read_png)(path)
+    return with_type(volume, path, as_type)
+
+
+def write_volume(
+    path: str | Path,
+    array: np.ndarray,
+    *,
+    metadata: dict[str, Any] | None = None,
+    channel_axis: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a volume in the format of the path's suffix, whole or not at all.
+
+    `metadata` is that of `read_volume`. .ome.tif has Y and X last and NIfTI the order XYZTC, so an array with
+    other axes is transposed; the others keep the order. .npy and .png have no place for metadata.
+
+    Raises FileExistsError, ImportError for a missing extra, ValueError for another suffix, for metadata that do not fit
+    the array, and for arrays that the format cannot hold.
+    """
+    path = Path(path)
+    format = _format_of(path)
+    array = np.asarray(array)
+    layout = layout_of(array.ndim, dict(metadata or {}), channel_axis)
+    if format == "zarr":
+        write_zarr(path, array, layout, overwrite)
+        return
+    if format == "png":
+        check_png(path, array, channel_axis)
+    with replace_file(path, overwrite=overwrite) as temporary:
+        if format == "npy":
+            np.save(temporary, array, allow_pickle=False)
+        elif format == "png":
+            Image.fromarray(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))).save(temporary)
+        elif format == "nifti":
+            write_nifti(temporary, array, layout)
+        else:
+            write_tiff(temporary, array, layout, is_ome=format == "ome")
+
+
+def _format_of(path: Path) -> str:
+    name = path.name.lower()
+    for format, endings in (
+        ("ome", (".ome.tif", ".ome.tiff")),
+        ("tiff", (".tif", ".tiff")),
+        ("nifti", (".nii", ".nii.gz")),
+        ("npy", (".npy",)),
+        ("zarr", (".zarr",)),
+        ("png", (".png",)),
+    ):
+        if name.endswith(endings):
+            return format
+    raise ValueError(f"volume {path} has the suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}")

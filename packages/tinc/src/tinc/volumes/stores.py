@@ -1,0 +1,105 @@
+"""Zarr arrays and OME-Zarr groups in folders."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinc.volumes.description import Layout, Volume, damage_named, described
+from visionkernels.extras import require
+
+__all__ = ["move_folder", "read_zarr", "refuse_folder", "write_zarr", "zarr_attributes"]
+
+
+def read_zarr(path: Path) -> Volume:
+    zarr = require("zarr", "tinc-vision[zarr]")
+    with damage_named(path):
+        node = zarr.open(str(path), mode="r")
+        attributes: dict[str, Any] = dict(node.attrs)
+        inside: dict[str, Any] = {}
+        while not hasattr(node, "shape"):
+            inside = _multiscale(attributes) or inside
+            with warnings.catch_warnings():
+                # some writers put folders of their own beside the arrays
+                warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+                names = sorted(name for name, _ in node.members())
+            if not names:
+                raise ValueError("it holds no array")
+            # the finest level comes first in the list of an OME-Zarr
+            node = node[inside["datasets"][0]["path"] if _multiscale(attributes) else names[0]]
+            attributes = dict(node.attrs)
+        return _zarr_volume(node, attributes, inside)
+
+
+def _multiscale(attributes: dict[str, Any]) -> dict[str, Any]:
+    found = attributes.get("ome", attributes).get("multiscales") or [{}]
+    return dict(found[0])
+
+
+def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, Any]) -> Volume:
+    if not multiscale:
+        kept = attributes.get("tinc", {})
+        named = "".join(str(name or "?")[0].upper() for name in getattr(array.metadata, "dimension_names", None) or [])
+        metadata = dict(kept.get("metadata", {}))
+        if "axes" not in metadata and len(set(named) - {"?"}) == array.ndim:
+            metadata["axes"] = named
+        return Volume(array, kept.get("channel_axis"), {"format": "zarr"} | metadata)
+    axes = [each if isinstance(each, dict) else {"name": each} for each in multiscale.get("axes", [])]
+    letters = "".join(str(each["name"])[0].upper() for each in axes)
+    if len(letters) != array.ndim:
+        letters = "TCZYX"[-array.ndim :]
+    scale = [1.0] * array.ndim
+    transforms = [*multiscale["datasets"][0].get("coordinateTransformations", ())]
+    for each in [*transforms, *multiscale.get("coordinateTransformations", ())]:
+        if each.get("type") == "scale":
+            scale = [a * b for a, b in zip(scale, each["scale"], strict=True)]
+    has_scale = any(each.get("type") == "scale" for each in transforms)
+    spacing = dict(zip(letters, scale, strict=True)) if has_scale else {}
+    spacing.pop("C", None)
+    units = {str(each["name"])[0].upper(): each.get("unit") for each in axes}
+    channel_axis = letters.find("C")
+    return Volume(array, None if channel_axis < 0 else channel_axis, described("zarr", letters, spacing, units))
+
+
+def zarr_attributes(metadata: dict[str, Any], channel_axis: int | None) -> dict[str, Any]:
+    """Return the attributes of a Zarr array from which `read_volume` takes metadata and channels."""
+    return {"tinc": {"metadata": metadata, "channel_axis": channel_axis}}
+
+
+def write_zarr(path: Path, array: np.ndarray, layout: Layout, overwrite: bool) -> None:
+    zarr = require("zarr", "tinc-vision[zarr]")
+    refuse_folder(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".zarr"))
+    try:
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        attributes = zarr_attributes(layout.metadata, layout.channel_axis)
+        zarr.create_array(str(temporary), data=native, attributes=attributes, overwrite=True)
+        temporary.chmod(path.parent.stat().st_mode & 0o777)
+        move_folder(temporary, path, overwrite=overwrite)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_folder(path: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError if `path` is there and may not be replaced: without `overwrite`, or being no Zarr."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+    if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
+        raise FileExistsError(f"{path} exists and is no Zarr folder; remove it yourself")
+
+
+def move_folder(new: Path, path: Path, *, overwrite: bool) -> None:
+    """Rename the finished folder `new` to `path`, and remove what was there. Raises FileExistsError."""
+    refuse_folder(path, overwrite=overwrite)
+    old = path.with_name(f".{path.name}-{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

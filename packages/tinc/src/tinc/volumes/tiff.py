@@ -1,0 +1,118 @@
+"""TIFF, OME-TIFF and ImageJ's TIFF."""
+
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+
+from tinc.volumes.description import SYMBOLS, Layout, Volume, damage_named, described
+
+__all__ = ["read_tiff", "write_tiff"]
+
+
+def read_tiff(path: Path) -> Volume:
+    with damage_named(path), tifffile.TiffFile(path) as tif:
+        series = tif.series[0]
+        metadata = _tiff_metadata(tif, series.axes)
+        is_mapped = series.dataoffset is not None and math.prod(series.shape) > 0
+        array = tifffile.memmap(path, series=0, mode="r") if is_mapped else series.asarray()
+        # of a file that was cut off, tifffile gives what there is
+        if array.shape != series.shape:
+            raise ValueError(f"it has pixels for {array.shape} of {series.shape}")
+        note = f"the first of {len(tif.series)} series is read" if len(tif.series) > 1 else None
+        axis = max(series.axes.find("S"), -1 if "S" in series.axes else series.axes.find("C"))
+    return Volume(array, None if axis < 0 else axis, metadata, note)
+
+
+def _tiff_metadata(tif: tifffile.TiffFile, axes: str) -> dict[str, Any]:
+    if tif.is_ome and tif.ome_metadata:
+        return _ome_metadata(tif.ome_metadata, axes)
+    if tif.is_imagej:
+        found = tif.imagej_metadata or {}
+        unit = found.get("unit")
+        spacing = {"Z": found.get("spacing"), "T": found.get("finterval")}
+        for letter, name in (("X", "XResolution"), ("Y", "YResolution")):
+            tag = tif.pages.first.tags.get(name)
+            if tag is not None and unit not in (None, "", "pixel") and tag.value[0] > 0:
+                spacing[letter] = tag.value[1] / tag.value[0]
+        return described("imagej", axes, spacing, {"X": unit, "Y": unit, "Z": unit, "T": "s"})
+    kept = (tif.shaped_metadata or [{}])[0]
+    metadata = described("tiff", axes, {}, {})
+    for name in ("spacing", "units"):
+        if isinstance(kept.get(name), list | tuple) and len(kept[name]) == len(axes):
+            metadata[name] = list(kept[name])
+    return metadata
+
+
+def _ome_metadata(xml: str, axes: str) -> dict[str, Any]:
+    root = ElementTree.fromstring(xml)
+    pixels = next((node for node in root.iter() if node.tag.endswith("}Pixels")), None)
+    if pixels is None:
+        return described("ome", axes, {}, {})
+    values = pixels.attrib
+    spacing = {each: float(values.get(f"PhysicalSize{each}", "nan")) for each in "XYZ"}
+    spacing["T"] = float(values.get("TimeIncrement", "nan"))
+    units = {each: values.get(f"PhysicalSize{each}Unit", "µm") for each in "XYZ"}
+    units["T"] = values.get("TimeIncrementUnit", "s")
+    metadata = described("ome", axes, spacing, units)
+    names = [node.get("Name") for node in pixels if node.tag.endswith("}Channel")]
+    if any(names):
+        metadata["channels"] = names
+    return metadata
+
+
+def write_tiff(path: Path, array: np.ndarray, layout: Layout, *, is_ome: bool) -> None:
+    if is_ome:
+        array, layout = layout.moved(array, "YXS")
+    is_colour = layout.axes.endswith("S") and array.shape[-1] in (3, 4) and array.dtype.kind == "u"
+    options: dict[str, Any] = {"photometric": "rgb" if is_colour else "minisblack"}
+    if layout.axes.endswith("S"):
+        options["planarconfig"] = "contig"
+    description: dict[str, Any] = {"axes": layout.axes}
+    is_imagej = layout.metadata.get("format") == "imagej" and array.dtype.name in ("uint8", "uint16", "float32")
+    if is_ome:
+        description |= _ome_description(layout)
+    elif is_imagej and set(layout.axes) <= set("TZCYXS"):
+        array, layout = layout.moved(array, "TZCYXS")
+        description["axes"] = layout.axes
+        options |= _imagej_options(layout, description)
+    elif any(layout.spacing):
+        description |= {"spacing": layout.spacing, "units": layout.units}
+    try:
+        tifffile.imwrite(path, array, ome=is_ome, metadata=description, **options)
+    except (ValueError, TypeError, LookupError, tifffile.OmeXmlError) as error:
+        raise ValueError(f"a TIFF cannot hold {array.dtype} {array.shape} with axes {layout.axes}: {error}") from error
+
+
+def _ome_description(layout: Layout) -> dict[str, Any]:
+    description: dict[str, Any] = {}
+    for letter in "XYZT":
+        step, unit = layout.spacing_of(letter)
+        if step is not None:
+            key = "TimeIncrement" if letter == "T" else f"PhysicalSize{letter}"
+            description[key] = step
+            if unit is not None:
+                description[f"{key}Unit"] = SYMBOLS.get(unit, unit)
+    names = layout.metadata.get("channels")
+    if names and "C" in layout.axes:
+        description["Channel"] = {"Name": names}
+    return description
+
+
+def _imagej_options(layout: Layout, description: dict[str, Any]) -> dict[str, Any]:
+    steps = {letter: layout.spacing_of(letter) for letter in "XYZT"}
+    if steps["Z"][0]:
+        description["spacing"] = steps["Z"][0]
+    if steps["T"][0]:
+        description["finterval"] = steps["T"][0]
+    options: dict[str, Any] = {"imagej": True}
+    across, down = steps["X"][0], steps["Y"][0]
+    unit = next((unit for _, unit in (steps["X"], steps["Z"]) if unit), None)
+    if unit:
+        description["unit"] = "um" if unit == "micrometer" else SYMBOLS.get(unit, unit)
+    if across and down:
+        options["resolution"] = (1 / across, 1 / down)
+    return options
