@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -295,12 +295,12 @@ class TestCallback:
 class TestMaxSeconds:
     def test_ends(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 200)
-        start = monotonic()
+        start = process_time()
         file = tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree", max_seconds=0.1)
-        early = monotonic() - start
-        start = monotonic()
+        early = process_time() - start
+        start = process_time()
         tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree")
-        assert file.nbytes <= 700 and early < 0.6 * (monotonic() - start)
+        assert file.nbytes <= 700 and early < 0.6 * (process_time() - start)
 
 
 class TestMetadata:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, process_time
 
 import numpy as np
 import pytest
@@ -64,21 +64,20 @@ class TestFitTree:
         assert mse(small, values) > mse(large, values)
 
     def test_deadline(self, values: np.ndarray) -> None:
-        start = monotonic()
         seen: list[Progress] = []
         plan = FitPlan(steps=2000, points=64)
-        tree = fit_tree(SHAPE, values, 200, plan=plan, deadline=start + 0.1, callback=seen.append)
+        tree = fit_tree(SHAPE, values, 200, plan=plan, deadline=monotonic() + 0.1, callback=seen.append)
         assert tree.shape == SHAPE
-        assert seen[-1].steps == 2000 and 10 <= len(seen) < 100
+        assert seen[-1].steps == 2000 and seen[-1].step < 2000
 
     def test_deadline_ends_soon(self, values: np.ndarray) -> None:
         """The steps that are left after the deadline take no longer than those before."""
-        start = monotonic()
-        fit_tree(SHAPE, values, 200, plan=FitPlan(steps=400, points=64), deadline=start + 0.05)
-        early = monotonic() - start
-        start = monotonic()
+        start = process_time()
+        fit_tree(SHAPE, values, 200, plan=FitPlan(steps=400, points=64), deadline=monotonic() + 0.05)
+        early = process_time() - start
+        start = process_time()
         fit_tree(SHAPE, values, 200, plan=FitPlan(steps=400, points=64))
-        assert early < 0.7 * (monotonic() - start)
+        assert early < 0.7 * (process_time() - start)
 
     def test_keyboard_interrupt(self, values: np.ndarray) -> None:
         """After the callback's interrupt some steps are left, in which weights become integers: at most a twentieth of
