@@ -28,6 +28,13 @@ class TestMap:
     def test_slow_items_keep_their_place(self):
         assert sweeps.map(time.sleep, [0.2, 0.0], jobs=2) == [None, None]
 
+    def test_no_progress(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert sweeps.map(square, range(3), jobs=1, show_progress=False) == [0, 1, 4]
+        assert capsys.readouterr().err == ""
+        sweeps.map(square, range(3), jobs=1)
+        assert "sweep" in capsys.readouterr().err
+
     def test_empty(self):
         assert sweeps.map(square, [], jobs=2) == []
 

@@ -37,6 +37,7 @@ def map(
     backend: Backend = "loky",
     threads: int = 1,
     description: str = "sweep",
+    show_progress: bool = True,
     errors: Literal["raise", "return"] = "raise",
     done: str | Path | None = None,
     key: Callable[[Item], str] = repr,
@@ -78,7 +79,9 @@ def map(
     return_as = "list" if backend == "ray" else "generator_unordered"
     with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), torch_threads(threads):
         finished = joblib.Parallel(return_as=return_as)(joblib.delayed(call)(i, item) for i, item in missing)
-        progress = tqdm(finished, total=len(items), initial=len(results), desc=description, disable=None)
+        progress = tqdm(
+            finished, total=len(items), initial=len(results), desc=description, disable=None if show_progress else True
+        )
         for i, result in progress:
             if done is not None and not isinstance(result, SweepError):
                 _append(Path(done), keys[i], result)
