@@ -1,0 +1,470 @@
+"""The command `diswot`: what each sub-command reads, calls and prints."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from visionkernels.cli import find_device, print_metrics, report_bench, run
+from visionkernels.files import refuse_existing, write_json
+from visionkernels.training import FitOptions
+from visionkernels.training.options import Own
+
+if TYPE_CHECKING:
+    from diswot.recipes import DistillRecipe
+
+__all__ = ["main"]
+
+Init = Literal["gaussian", "kaiming", "keep"]
+Draws = Literal["own", "shared"]
+Names = Annotated[str, arg(metavar="NAME,NAME,...")]
+
+
+def score(
+    teacher: Positional[str],
+    student: Positional[str],
+    *,
+    terms: Names = "semantic,relation",
+    data: str = "patches",
+    batch_size: int = 64,
+    size: int = 32,
+    num_classes: int = 100,
+    seeds: int = 3,
+    init: Init = "gaussian",
+    feature: str = "auto",
+    head: str = "auto",
+    project: Literal["none", "pad", "class_gram"] = "none",
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Score a student for a teacher, both untrained; higher is better.
+
+    Args:
+        teacher: model of timm (ours are s0_713, cifar_resnet56, ...), torchvision:NAME, or module:callable
+        student: the same
+        terms: of semantic, relation, channel, correlation
+        data: patches of photographs, mnist5k, or a folder of pictures
+        batch_size: images a batch
+        size: pixels a side
+        num_classes: of both networks
+        seeds: draws of weights and batch that are averaged
+        init: gaussian as the official code, kaiming, or keep the weights
+        feature: module whose output is the last map
+        head: the linear classifier
+        project: for classifiers of unequal width: pad, or compare classes (class_gram)
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    from diswot.observation import Reading
+    from diswot.reports import plain
+    from diswot.scoring import TeacherCache
+
+    refuse_existing(json, overwrite)
+    networks = [_network(name, num_classes) for name in (teacher, student)]
+    batches = _batches(data, seeds, batch_size, size, num_classes)
+    cache = TeacherCache(networks[0], batches, seeds, init, Reading(feature, head))
+    found = cache.score(networks[1], key=student, terms=_listed(terms), project=project)
+    for name, value in found.terms.items():
+        print(f"{name}: {value:.6g}")
+    spread = f" ± {found.stderr:.2g} over {seeds} seeds" if seeds > 1 else ""
+    print(f"total: {found.total:.6g}{spread}, {found.seconds:.2f} s")
+    if json is not None:
+        write_json(json, plain({"teacher": teacher, "student": student, **asdict(found)}), overwrite=overwrite)
+
+
+def proxies(
+    model: Positional[str],
+    *,
+    names: Names = "",
+    data: str = "patches",
+    batch_size: int = 64,
+    size: int = 32,
+    num_classes: int = 100,
+    seed: int = 0,
+    init: Init = "kaiming",
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Print the zero-cost proxies of one untrained network.
+
+    Args:
+        model: of timm, torchvision:NAME, or module:callable
+        names: which ones; default: all
+        data: patches of photographs, mnist5k, or a folder of pictures
+        batch_size: images a batch
+        size: pixels a side
+        num_classes: of the network
+        seed: of weights and batch
+        init: gaussian, kaiming, or keep the weights
+        json: write the figures here as well
+        overwrite: replace an existing output
+    """
+    from diswot import proxies as zero_cost
+    from diswot.reports import plain
+
+    refuse_existing(json, overwrite)
+    network = _network(model, num_classes)
+    batch = _batches(data, 1, batch_size, size, num_classes)[0]
+    found: dict[str, float] = {}
+    for name in _listed(names) or zero_cost.names():
+        try:
+            found |= zero_cost.compute(name, network, *batch, init=init, seed=seed, key=model)
+        except ValueError as error:
+            if names:
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+        else:
+            print(f"{name}: {found[name]:.6g}")
+    if json is not None:
+        write_json(json, plain({"model": model, **found}), overwrite=overwrite)
+
+
+def rank(
+    *,
+    space: str = "s0",
+    keys: Names = "",
+    teacher: str = "cifar_resnet56",
+    proxies: Names = "diswot,semantic,relation,channel,rank,correlation,correlation+params,snip,params",
+    truth: str = "auto",
+    seeds: int = 9,
+    init: Init = "kaiming",
+    draws: Draws = "shared",
+    data: str = "patches",
+    batch_size: int = 64,
+    num_classes: int = 100,
+    jobs: int = 1,
+    json: Path | None = None,
+    csv: Path | None = None,
+    plot: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Order the networks of a space by scores, and tell how each order agrees with real accuracies.
+
+    Args:
+        space: a search space, see `diswot info`
+        keys: only these networks; default: those of the truth, or the whole space
+        teacher: model of timm, torchvision:NAME, or module:callable
+        proxies: diswot (semantic + relation), semantic, relation, channel, correlation, rank and zscore (of semantic
+            and channel), any zero-cost proxy, or a+b, which adds ranks
+        truth: file of accuracies (lines "key accuracy", or a NAS-Bench file); auto: the published ones of s0; none
+        seeds: draws of weights and batch that are averaged
+        init: kaiming, gaussian as the official code, or keep the weights
+        draws: of the students' weights: shared by layers of one name, or each its own
+        data: patches of photographs, mnist5k, or a folder of pictures
+        batch_size: images a batch
+        num_classes: of all networks
+        jobs: processes; -1: one a core
+        json: write scores and correlations here as well
+        csv: write the scores here as well
+        plot: draw each order against the accuracies into this .png
+        overwrite: replace existing outputs
+    """
+    from diswot import spaces
+    from diswot.ranking import rank as order
+    from diswot.reports import agreement_table, order_table, ranking_json, write_csv, write_scatter
+    from diswot.scoring import TeacherCache
+
+    for path in (json, csv, plot):
+        refuse_existing(path, overwrite)
+    chosen = spaces.create(space)
+    known = _truth(truth, chosen)
+    wanted = [chosen.parse(key) for key in _listed(keys)] or list(known) or list(chosen.enumerate())
+    batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
+    network = _network(teacher, num_classes)
+    cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
+    build = {key: _Build(chosen, key, num_classes) for key in wanted}
+    ranking = order(build, cache, _listed(proxies), jobs=jobs)
+    has_truth = bool(known) and all(key in known for key in wanted)
+    agreements = ranking.agreements(known) if has_truth else []
+    print(agreement_table(agreements) if has_truth else order_table(ranking))
+    if json is not None:
+        write_json(json, ranking_json(ranking, agreements), overwrite=overwrite)
+    if csv is not None:
+        write_csv(csv, ranking, known, overwrite=overwrite)
+    if plot is not None:
+        if not has_truth:
+            raise ValueError("--plot needs accuracies of all networks; give --truth FILE")
+        write_scatter(plot, ranking, known, overwrite=overwrite)
+
+
+def search(
+    *,
+    teacher: str = "cifar_resnet56",
+    space: str = "s0",
+    budget: str = "",
+    algorithm: Literal["aging", "evolution", "random"] = "aging",
+    evaluations: int = 200,
+    terms: Names = "correlation",
+    combined: Literal["sum", "rank", "zscore"] = "sum",
+    project: Literal["none", "pad", "class_gram"] = "none",
+    seeds: int = 3,
+    init: Init = "kaiming",
+    draws: Draws = "shared",
+    data: str = "patches",
+    batch_size: int = 64,
+    num_classes: int = 100,
+    seed: int = 0,
+    jobs: int = 1,
+    shortlist: int = 10,
+    out: Path | None = None,
+) -> None:
+    """Search a space for students of a teacher within a budget, without training.
+
+    The same command with --out goes on where it stopped.
+
+    Args:
+        teacher: model of timm, torchvision:NAME, or module:callable
+        space: see `diswot info`
+        budget: such as params=300K,macs=50M,latency=20 (milliseconds, here)
+        algorithm: aging (regularised evolution), evolution, or random
+        evaluations: candidates that are asked for
+        terms: of semantic, relation, channel, correlation, and zero-cost proxies
+        combined: add terms as they are (sum), or over the population as ranks or standard scores
+        project: for classifiers of unequal width: pad, or compare classes (class_gram)
+        seeds: draws of weights and batch that are averaged
+        init: kaiming, gaussian as the official code, or keep the weights
+        draws: of the students' weights: shared by layers of one name, or each its own
+        data: patches of photographs, mnist5k, or a folder of pictures
+        batch_size: images a batch
+        num_classes: of all networks
+        seed: of the search
+        jobs: processes; -1: one a core
+        shortlist: students that are printed
+        out: folder that keeps settings, scores and result
+    """
+    from diswot import spaces
+    from diswot.budget import Budget
+    from diswot.reports import shortlist_table
+    from diswot.scoring import TeacherCache
+    from diswot.searching import search as find
+
+    chosen = spaces.create(space)
+    limits = Budget.parse(budget)
+    batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
+    network = _network(teacher, num_classes)
+    cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
+    result = find(
+        chosen, cache, budget=limits, algorithm=algorithm, evaluations=evaluations, terms=_listed(terms),
+        combined=combined, project=project, num_classes=num_classes, seed=seed, jobs=jobs, out=out,
+    )  # fmt: skip
+    print(shortlist_table(result, shortlist))
+    print(f"{len(result.candidates)} students of {len(result.history)} evaluations; best: {result.best.key}")
+
+
+def train(
+    recipe: Positional[str],
+    *,
+    out: Path,
+    student: Own[str | None] = None,
+    teacher: Own[str | None] = None,
+    distiller: Own[str | None] = None,
+    data: Own[str | None] = None,
+    teacher_checkpoint: Own[Path | None] = None,
+    fit: FitOptions = FitOptions(),
+) -> None:
+    """Distil a teacher into a student by a recipe; the same command goes on where a run stopped.
+
+    Args:
+        recipe: a name from `diswot info`, or the run.json of a run
+        out: folder of the run and its weights
+        student: model of timm, torchvision:NAME, or module:callable
+        teacher: the same
+        distiller: loss added to KD, see `diswot info`; none: KD alone
+        data: folder with train/CLASS and val/CLASS, CIFAR's, wds/FOLDER or hfds/NAME
+        teacher_checkpoint: weights of the teacher, .pth or .safetensors
+    """
+    from diswot.training import train as distil
+
+    chosen = _recipe(recipe)
+    changes: dict[str, Any] = {"student": student, "teacher": teacher, "distiller": distiller}
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
+    chosen = replace(chosen, fit=fit.apply(chosen.fit))
+    result = distil(chosen, data, out, teacher_checkpoint=teacher_checkpoint)
+    if os.environ.get("RANK", "0") == "0":
+        print_metrics(result.metrics)
+        print(f"weights: {result.weights}")
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    data: str | None = None,
+    model: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "auto",
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Measure trained weights on validation data.
+
+    Args:
+        checkpoint: weights of `diswot train`, or official ones
+        data: as for `diswot train`; default: that of the run
+        model: which network plain weights are of; those of `diswot train` tell it themselves
+        batch_size: pictures that are computed together
+        workers: data loading processes
+        device: auto, cpu, cuda, ...
+        json: write the result here as well
+        overwrite: replace an existing output
+    """
+    from diswot.evaluation import evaluate_checkpoint
+
+    refuse_existing(json, overwrite)
+    metrics = evaluate_checkpoint(
+        checkpoint, data, model=model, device=find_device(device), batch_size=batch_size, workers=workers
+    )
+    print_metrics(metrics)
+    if json is not None:
+        write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
+
+
+def export(
+    model: Positional[str],
+    *,
+    out: Path,
+    checkpoint: Path | None = None,
+    num_classes: int = 100,
+    overwrite: bool = False,
+) -> None:
+    """Write a network as ONNX (.onnx) or as a program of torch.export (.pt2).
+
+    Args:
+        model: of timm or torchvision:NAME, or one of the search spaces as SPACE:KEY
+        out: the file to write
+        checkpoint: its weights
+        num_classes: of the network
+        overwrite: replace an existing output
+    """
+    from diswot.export import export_model
+
+    refuse_existing(out, overwrite)
+    shapes = export_model(model, out, checkpoint=checkpoint, num_classes=num_classes, overwrite=overwrite)
+    print(f"{out}: {shapes}")
+
+
+def info() -> None:
+    """Print the version, the spaces, the scores, the losses and the recipes."""
+    from diswot import losses, spaces
+    from diswot.ranking import ORDERS
+    from diswot.recipes import RECIPES
+
+    print(f"diswot {version('diswot')}")
+    print("networks: any of timm; ours are s0_713, cifar_resnet56, cifar_wrn_40_2, nb201, nb101, structure_net, ...")
+    print(f"spaces: {', '.join(spaces.SPACES)}")
+    print(f"scores and proxies: {', '.join(ORDERS)}")
+    print(f"distillation losses: {', '.join(losses.names())}")
+    print("recipes for `diswot train`:")
+    for recipe in RECIPES.values():
+        print(f"  {recipe.name}: {recipe.summary}")
+
+
+def reproduce(
+    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
+) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest what it would take.
+
+    Args:
+        full: also the cells that take more than minutes
+        json: write the tables here as well
+        figures_dir: draw the figures into this folder
+        overwrite: replace existing outputs
+    """
+    from diswot import tables
+    from visionkernels import tables as shared
+
+    return shared.reproduce(
+        "diswot", tables.tables(), tables.figures(), full=full, json=json, figures_dir=figures_dir, overwrite=overwrite
+    )
+
+
+def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
+    """Time scoring and its losses beside the official algorithm.
+
+    Args:
+        full: also with two threads, more repeats, and a search of 1,000 candidates
+        json: write the rows here as well
+        overwrite: replace an existing output
+    """
+    from diswot.bench import measure
+
+    report_bench(measure(full=full), json=json, overwrite=overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
+    commands: dict[str, Any] = {
+        "score": score,
+        "search": search,
+        "rank": rank,
+        "proxies": proxies,
+        "train": train,
+        "eval": evaluate,
+        "export": export,
+        "info": info,
+        "reproduce": reproduce,
+        "bench": bench,
+    }
+    return run(
+        "diswot",
+        commands,
+        description="DisWOT (CVPR 2023): search a student for a teacher without training either.",
+        version=version("diswot"),
+        argv=argv,
+    )
+
+
+class _Build:
+    """Builds a network of a space; travels between processes."""
+
+    def __init__(self, space: Any, key: str, num_classes: int) -> None:
+        self.space, self.key, self.num_classes = space, key, num_classes
+
+    def __call__(self) -> Any:
+        return self.space.build(self.key, num_classes=self.num_classes)
+
+
+def _network(name: str, num_classes: int) -> Any:
+    import torch
+
+    from diswot.models import create_network
+
+    # what no initialisation of ours draws, such as position embeddings, is the same each time
+    torch.manual_seed(0)
+    return create_network(name, num_classes=num_classes)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int) -> list[Any]:
+    from diswot.data import batches
+
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} must be at least 1")
+    return batches(data, seeds, batch_size, size=size, num_classes=num_classes)
+
+
+def _truth(source: str, space: Any) -> dict[str, float]:
+    from diswot.data import s0_ground_truth
+    from diswot.spaces.benchmarks import read_truth
+
+    if source == "none" or (source == "auto" and space.name != "s0"):
+        return {}
+    return s0_ground_truth() if source == "auto" else read_truth(source, space)
+
+
+def _recipe(name: str) -> "DistillRecipe":
+    from diswot.recipes import find_recipe, read_recipe
+
+    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

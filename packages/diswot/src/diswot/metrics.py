@@ -1,0 +1,185 @@
+"""How well one order predicts another: rank correlations, intervals, what remains at equal size, and the best few."""
+
+# n candidates; `predicted` and `true` are their scores, higher is better
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from scipy import stats
+
+from visionkernels.recipes import check
+
+__all__ = [
+    "Interval",
+    "TopShare",
+    "best_in_top",
+    "kendall",
+    "kendall_interval",
+    "partial_kendall",
+    "pearson",
+    "rank_difference",
+    "ranks",
+    "same_sign_ratio",
+    "spearman",
+    "top_precision",
+]
+
+Values: TypeAlias = Sequence[float] | np.ndarray
+
+
+def kendall(predicted: Values, true: Values) -> float:
+    """Kendall's tau-b, in [-1, 1]; NaN where one side is constant or has NaN. Raises ValueError for other lengths."""
+    predicted, true = _checked(predicted, true)
+    if len(predicted) < 2 or _is_constant(predicted) or _is_constant(true):
+        return math.nan
+    return float(stats.kendalltau(predicted, true).statistic)
+
+
+def spearman(predicted: Values, true: Values) -> float:
+    """Spearman's rho, in [-1, 1]; NaN where one side is constant or has NaN. Raises ValueError for other lengths."""
+    predicted, true = _checked(predicted, true)
+    return pearson(stats.rankdata(predicted), stats.rankdata(true))
+
+
+def pearson(predicted: Values, true: Values) -> float:
+    """Pearson's r, in [-1, 1]; NaN where one side is constant or not finite. Raises ValueError for other lengths."""
+    predicted, true = _checked(predicted, true)
+    if len(predicted) < 2 or _is_constant(predicted) or _is_constant(true):
+        return math.nan
+    if not np.isfinite(predicted).all() or not np.isfinite(true).all():
+        return math.nan
+    # the largest number becomes one, so that no square overflows
+    centred = [each / max(np.abs(each).max(), 1e-300) for each in (predicted, true)]
+    centred = [each - each.mean() for each in centred]
+    lengths = [np.sqrt(np.square(each).sum()) for each in centred]
+    return float(np.clip(centred[0] @ centred[1] / max(lengths[0] * lengths[1], 1e-300), -1, 1))
+
+
+def partial_kendall(predicted: Values, true: Values, given: Values) -> float:
+    """Kendall's tau of two orders once a third one, such as size, is known.
+
+    (t_pt - t_pg t_tg) / sqrt((1 - t_pg^2) (1 - t_tg^2)); NaN where the third one says all, or one side is constant.
+    """
+    both, ours, theirs = kendall(predicted, true), kendall(predicted, given), kendall(true, given)
+    rest = (1 - ours**2) * (1 - theirs**2)
+    return (both - ours * theirs) / math.sqrt(rest) if rest > 1e-12 else math.nan
+
+
+class Interval(NamedTuple):
+    """Percentiles of a bootstrap."""
+
+    low: float
+    high: float
+
+
+def kendall_interval(
+    predicted: Values, true: Values, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Return the percentiles of tau-b over candidates drawn with replacement; NaN where tau does not exist.
+
+    Time and memory grow with n squared: at most 5,000 candidates are drawn from, the first ones of a shuffled list.
+    """
+    predicted, true = _checked(predicted, true)
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"level={level} must be in (0, 1) and draws={draws} at least 1")
+    if math.isnan(kendall(predicted, true)):
+        return Interval(math.nan, math.nan)
+    random = np.random.default_rng(seed)
+    if (size := len(predicted)) > 5000:
+        chosen = random.permutation(size)[:5000]
+        predicted, true, size = predicted[chosen], true[chosen], 5000
+    signs = [np.sign(each[:, None] - each).astype(np.float32) for each in map(stats.rankdata, (predicted, true))]
+    # how often each candidate is drawn, as multinomial counts
+    counts = random.multinomial(size, np.full(size, 1 / size), draws).astype(np.float32)
+    agreeing, ours, theirs = (
+        ((counts @ pairs) * counts).sum(1) for pairs in (signs[0] * signs[1], np.abs(signs[0]), np.abs(signs[1]))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = agreeing / np.sqrt(ours * theirs)
+    found = found[np.isfinite(found)]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found.size else (math.nan, math.nan)
+    return Interval(float(low), float(high))
+
+
+def ranks(values: Values) -> np.ndarray:
+    """Return places from 1, the largest value; equal values in the order in which they come."""
+    places = np.empty(len(values), dtype=np.int64)
+    places[np.argsort(-np.asarray(values, dtype=np.float64), kind="stable")] = np.arange(1, len(values) + 1)
+    return places
+
+
+@dataclass(frozen=True)
+class TopShare:
+    """Of the best and the worst k of n."""
+
+    ratio: float
+    k: int
+    top_precision: float
+    """Share of the predicted best k that are the true best k."""
+    bottom_precision: float
+    top_kendall: float
+    """Within the predicted best k."""
+    bottom_kendall: float
+
+
+def top_precision(predicted: Values, true: Values, ratios: Sequence[float] = (0.01, 0.05, 0.1, 0.5)) -> list[TopShare]:
+    """Return how many of the predicted best (and worst) k = int(ratio * n) are so; k below 1 is left out.
+
+    Raises ValueError for ratios outside 0 to 1.
+    """
+    predicted, true = _checked(predicted, true)
+    _check_ratios(ratios)
+    by_prediction, by_truth = np.argsort(ranks(predicted)), np.argsort(ranks(true))
+    found = []
+    for ratio in ratios:
+        k = int(ratio * len(predicted))
+        if k >= 1:
+            top, bottom = by_prediction[:k], by_prediction[-k:]
+            shares = [
+                len(np.intersect1d(ours, theirs)) / k for ours, theirs in ((top, by_truth[:k]), (bottom, by_truth[-k:]))
+            ]
+            found.append(TopShare(ratio, k, *shares, *(kendall(predicted[each], true[each]) for each in (top, bottom))))
+    return found
+
+
+def best_in_top(
+    predicted: Values, true: Values, ratios: Sequence[float] = (0.01, 0.05, 0.1, 0.5)
+) -> list[tuple[int, int, int]]:
+    """Return k, and the best and the worst true place among the predicted best k = int(ratio * n)."""
+    predicted, true = _checked(predicted, true)
+    _check_ratios(ratios)
+    true_ranks = ranks(true)[np.argsort(ranks(predicted))]
+    sizes = [k for k in (int(ratio * len(true)) for ratio in ratios) if k >= 1]
+    return [(k, int(true_ranks[:k].min()), int(true_ranks[:k].max())) for k in sizes]
+
+
+def rank_difference(predicted: Values, true: Values) -> float:
+    """Return half the mean distance of places, as the official code counts it."""
+    predicted, true = _checked(predicted, true)
+    return float(np.abs(ranks(predicted) - ranks(true)).mean() / 2) if len(true) else math.nan
+
+
+def same_sign_ratio(predicted: Values, true: Values) -> float:
+    """Return the share of candidates whose two values have one sign; the official code calls it a ratio of pairs."""
+    predicted, true = _checked(predicted, true)
+    return float((predicted * true > 0).sum() / (len(true) + 1e-9))
+
+
+def _checked(*values: Values) -> list[np.ndarray]:
+    arrays = [np.asarray(each, dtype=np.float64) for each in values]
+    if any(each.ndim != 1 or len(each) != len(arrays[0]) for each in arrays):
+        raise ValueError(
+            f"values have shapes {', '.join(str(each.shape) for each in arrays)}; they must be lists of one length"
+        )
+    return arrays
+
+
+def _check_ratios(ratios: Sequence[float]) -> None:
+    check(all(0 <= ratio <= 1 for ratio in ratios), "ratios", tuple(ratios), "from 0 to 1")
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    return bool((values == values[0]).all()) or bool(np.isnan(values).any())

@@ -1,0 +1,38 @@
+"""The spaces by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from diswot.spaces.nasbench101 import NasBench101
+from diswot.spaces.nasbench201 import NasBench201
+from diswot.spaces.protocol import Space
+from diswot.spaces.s0 import S0
+from diswot.spaces.structures import StructureSpace
+from diswot.spaces.timm_models import TIMM_PRESETS, TimmSpace
+from visionkernels.recipes import check_known
+
+__all__ = ["SPACES", "create"]
+
+SPACES: dict[str, Callable[..., Space]] = {
+    "s0": S0,
+    "nasbench201": NasBench201,
+    "nasbench101": NasBench101,
+    "xxbl": partial(StructureSpace, "xxbl"),
+    "res18": partial(StructureSpace, "res18"),
+    "timm": TimmSpace,
+    **{f"timm_{name}": partial(TimmSpace.preset, name) for name in TIMM_PRESETS},
+}
+
+
+def create(name: str, **options: Any) -> Space:
+    """Return the space `name`; `options` are those of its class, e.g. `create("nasbench201", width=8, cells=1)`.
+
+    "xxbl" and "res18" are the spaces of structure strings, "timm_resnet" and the like presets of `TimmSpace`. Raises
+    ValueError for unknown names, with the nearest, and for options that the space does not take.
+    """
+    check_known("space", name, SPACES)
+    try:
+        return SPACES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"space {name} does not take the options {', '.join(options) or '(none)'}: {error}") from error

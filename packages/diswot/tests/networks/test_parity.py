@@ -1,0 +1,69 @@
+"""Networks, mutations and counts against the numbers of the official implementation."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("diswot_parity_networks", TESTS / "parity_networks.py")
+parity = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(parity)
+
+INDEX = json.loads((TESTS / "golden" / "index.json").read_text(encoding="utf-8"))
+CASES = {case["name"]: case for case in INDEX["cases"] if case["kind"] in parity.KINDS}
+
+
+def stored(case):
+    return dict(np.load(TESTS / "golden" / case["file"])) if case["file"] else {}
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestGolden:
+    def test_agrees(self, name):
+        assert parity.run(CASES[name], stored(CASES[name])) == []
+
+    def test_perturbed(self, name):
+        """Ten times the tolerance off, in one element of each array, is reported; so is every wrong fact."""
+        case, arrays = CASES[name], stored(CASES[name])
+        for key, array in arrays.items():
+            moved = array.copy()
+            tolerance = case["tolerance"]
+            moved.flat[0] += 10 * (tolerance["atol"] + tolerance["rtol"] * case["outputs"][key]["absmax"])
+            arrays[key] = moved
+        found = parity.run(case, arrays)
+        assert {mismatch.split(":")[0] for mismatch in found} >= {f"{name}.{key}" for key in arrays}
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "value"),
+    [
+        ("nb201_tiny_diswot", "n_feats", 8),
+        ("nb101_tiny", "vertex_channels_last", [24, 8, 8, 8, 8, 7, 24]),
+        ("masternet_tiny", "official_model_size", 9962.0),
+        ("masternet_tiny", "official_flops_at_res", 1622209.0),
+        ("masternet_tiny", "split6", ""),
+    ],
+)
+def test_wrong_facts(name, fact, value):
+    case = CASES[name]
+    changed = case | {"config": case["config"] | {fact: value}}
+    assert [mismatch for mismatch in parity.run(changed, stored(case)) if fact in mismatch]
+
+
+def test_wrong_counts():
+    case = CASES["counts"]
+    for fact, value in (("params", 83893), ("macs_millions", 12.507493)):
+        config = {"s0:111": case["config"]["s0:111"] | {fact: value}}
+        assert len(parity.run(case | {"config": config}, {})) == 1
+    mutations = CASES["mutation_candidates"]
+    for key, expected in mutations["config"].items():
+        for fact in ("n_with_repeats", "n_unique", "crc32"):
+            config = {key: expected | {fact: expected[fact] + 1}}
+            assert len(parity.run(mutations | {"config": config}, {})) == 1
+
+
+def test_unknown_kind():
+    assert parity.run({"name": "x", "kind": "relation"}, {}) == ["x: unknown kind 'relation'"]

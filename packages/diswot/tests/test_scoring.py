@@ -1,0 +1,527 @@
+"""The score against its definition: dense float64 losses on gradients from autograd of the whole network."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from diswot.initialisation import draws_of, initialise
+from diswot.observation import Reading
+from diswot.scoring import TERMS, TeacherCache, rankable, score
+
+
+def unit_rows(matrix):
+    return matrix / torch.linalg.vector_norm(matrix, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def dense_relation(student, teacher):
+    grams = [unit_rows(each.flatten(1) @ each.flatten(1).T) for each in (student, teacher)]
+    return float((grams[0] - grams[1]).square().sum() / len(student) ** 2)
+
+
+def dense_semantic(student, teacher):
+    total = 0.0
+    for ours, theirs in zip(student, teacher, strict=True):
+        f, g = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+        total += float((unit_rows(f @ f.T) - unit_rows(g @ g.T)).square().sum())
+    return total / (student.shape[0] * student.shape[1])
+
+
+def centred(features):
+    flat = features.flatten(2)
+    return flat - flat.mean(2, keepdim=True)
+
+
+def seen(model, images, labels, key, *, head, read, init="gaussian", seed=0):
+    """Return the last map and the gradient of the classifier's weight, in float64."""
+    model = copy.deepcopy(model).float()
+    initialise(model, init, draws_of(seed, key, "own"))
+    model.double().train()
+    last_map = read(model, images.double())
+    model.zero_grad()
+    F.cross_entropy(model(images.double()), labels).backward()
+    return last_map.detach(), model.get_submodule(head).weight.grad
+
+
+def definition(teacher, student, images, labels, *, readers, has_maps=True, **options):
+    (map_t, grad_t), (map_s, grad_s) = (
+        seen(model, images, labels, key, head=head, read=read, **options)
+        for model, key, (head, read) in zip((teacher, student), ("teacher", "student"), readers, strict=True)
+    )
+    expected = {"semantic": -dense_semantic(grad_s, grad_t), "relation": -dense_relation(map_s, map_t)}
+    if has_maps:
+        expected["channel"] = -dense_semantic(map_s, map_t)
+        expected["correlation"] = -dense_semantic(centred(map_s), centred(map_t))
+    return expected
+
+
+def forward_features(model, images):
+    found = model.forward_features(images)
+    return found.mT if found.ndim == 3 else found
+
+
+def resnet_map(model, images):
+    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        images = getattr(model, name)(images)
+    return images
+
+
+class HeadOnTokens(nn.Module):
+    """A classifier of each position, whose logits are averaged."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, width, 5, stride=3), nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def tokens(self, x):
+        return self.norm(self.conv(x).flatten(2).mT)
+
+    def forward(self, x):
+        return self.head(self.tokens(x)).mean(1)
+
+
+def timm_net(name, **options):
+    return lambda: timm.create_model(name, num_classes=5, **options)
+
+
+# name: what makes it, its classifier, what reads its map, pixels a side
+NETWORKS = {
+    "s0": (timm_net("s0_131"), "fc", forward_features, 16),
+    "timm-resnet18": (timm_net("resnet18", channels=(16, 32, 64, 128)), "fc", forward_features, 64),
+    "timm-vit_tiny": (timm_net("vit_tiny_patch16_224", img_size=64, depth=3), "head", forward_features, 64),
+    "timm-mobilenetv3": (timm_net("mobilenetv3_small_050", drop_rate=0), "classifier", forward_features, 64),
+    "timm-convnext": (timm_net("convnext_atto", depths=(1, 1, 1, 1)), "head.fc", forward_features, 64),
+    "torchvision-resnet18": (
+        lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
+        "fc",
+        resnet_map,
+        64,
+    ),
+    "torchvision-densenet": (
+        lambda: torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=5),
+        "classifier",
+        lambda model, images: F.relu(model.features(images)),
+        64,
+    ),
+    "user-tokens": (HeadOnTokens, "head", lambda model, images: model.tokens(images).mT, 16),
+}
+
+
+def batch_of(size, count=6):
+    return torch.randn(count, 3, size, size), torch.arange(count) % 5
+
+
+def close(value, expected, rtol=1e-4):
+    assert value == pytest.approx(expected, rel=rtol, abs=1e-7)
+
+
+class TestScoreEqualsTheDefinition:
+    @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_float64(self, name, init):
+        make, head, read, size = NETWORKS[name]
+        teacher, student = make().double(), make().double()
+        images, labels = batch_of(size)
+        expected = definition(teacher, student, images, labels, readers=[(head, read)] * 2, init=init)
+        found = score(teacher, student, images, labels, terms=tuple(expected), init=init, seeds=1)
+        for term, value in expected.items():
+            close(found.terms[term], value, rtol=1e-6)
+        close(found.total, sum(expected.values()), rtol=1e-6)
+
+    @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+    @pytest.mark.parametrize("key", ["111", "131", "313"])
+    def test_float32(self, s0, key, init):
+        images, labels = batch_of(32, count=16)
+        readers = [("fc", forward_features)] * 2
+        expected = definition(s0("331"), s0(key), images, labels, readers=readers, init=init)
+        found = score(s0("331"), s0(key), images, labels, terms=tuple(expected), init=init, seeds=1)
+        for term, value in expected.items():
+            close(found.terms[term], value)
+
+    @pytest.mark.parametrize("name", ["timm-resnet18", "timm-vit_tiny", "torchvision-resnet18"])
+    def test_float32_of_others(self, name):
+        make, head, read, size = NETWORKS[name]
+        images, labels = batch_of(size, count=12)
+        teacher, student = make(), make()
+        readers = [(head, read)] * 2
+        expected = definition(teacher, student, images, labels, readers=readers, init="kaiming", has_maps=False)
+        found = score(teacher, student, images, labels, init="kaiming", seeds=1)
+        close(found.semantic, expected["semantic"])
+        close(found.relation, expected["relation"])
+
+    def test_activations_beyond_what_float32_can_square(self):
+        """Without norms, weights from N(0, 1) give maps of 1e13, whose Gram matrices have rows of infinite norm."""
+        student, teacher = (torchvision.models.vgg11(num_classes=5, dropout=0) for _ in range(2))
+        for model in (student, teacher):
+            # the classifier's layers of 4,096 units say nothing about it, and take minutes
+            model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 5)
+        images, labels = batch_of(64, count=2)
+        readers = [("classifier", lambda model, images: model.features(images))] * 2
+        expected = definition(teacher, student, images, labels, readers=readers, has_maps=False)
+        assert expected["relation"] < -1e-6
+        found = score(teacher, student, images, labels, seeds=1)
+        close(found.semantic, expected["semantic"])
+        close(found.relation, expected["relation"])
+
+    def test_bfloat16(self, s0, batch):
+        """The losses are float32's; what is rounded is the network."""
+        images, labels = batch
+        exact = score(s0("131"), s0(), images, labels, init="kaiming")
+        rounded = score(s0("131"), s0().bfloat16(), images, labels, init="kaiming")
+        close(rounded.total, exact.total, rtol=0.1)
+        assert rounded.total != exact.total
+
+    def test_means_over_seeds(self, s0, batch):
+        images, labels = batch
+        readers = [("fc", forward_features)] * 2
+        singles = [definition(s0("131"), s0(), images, labels, readers=readers, seed=seed) for seed in range(3)]
+        found = score(s0("131"), s0(), images, labels)
+        totals = torch.tensor([each["semantic"] + each["relation"] for each in singles], dtype=torch.float64)
+        for term in ("semantic", "relation"):
+            close(found.terms[term], sum(each[term] for each in singles) / 3)
+            assert found.by_seed[term] == pytest.approx([each[term] for each in singles], rel=1e-4)
+        close(found.total, float(totals.mean()))
+        close(found.stderr, float(totals.std() / math.sqrt(3)), rtol=1e-3)
+        assert math.isnan(score(s0(), s0(), images, labels, seeds=1).stderr)
+
+    def test_eval_mode(self, s0, batch):
+        images, labels = batch
+        train, evaluation = (score(s0("131"), s0(), images, labels, mode=mode) for mode in ("train", "eval"))
+        assert train.total != evaluation.total
+        single = score(s0("131"), s0(), images[:1], labels[:1], mode="eval", seeds=1)
+        assert single.relation == 0
+
+    def test_named_feature(self, s0, batch):
+        images, labels = batch
+        by_name = score(s0("131"), s0(), images, labels, feature="layer3.0", terms=["relation"])
+        assert by_name.relation == score(s0("131"), s0(), images, labels, terms=["relation"]).relation
+        earlier = score(s0("131"), s0(), images, labels, feature="layer1", terms=["relation"])
+        assert earlier.relation != by_name.relation
+
+
+class TestUnequalWidths:
+    def test_error_names_the_widths_and_the_ways_out(self, s0, batch):
+        with pytest.raises(ValueError) as error:
+            score(timm.create_model("cifar_resnet8x4", num_classes=5), s0(), *batch, seeds=1)
+        for text in ("64", "256", "relation", 'project="pad"', 'project="class_gram"'):
+            assert text in str(error.value)
+
+    def test_relation_needs_no_width(self, s0, batch):
+        score(timm.create_model("cifar_resnet8x4", num_classes=5), s0(), *batch, seeds=1, terms=["relation"])
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_pad(self, batch, swapped):
+        images, labels = batch
+        pair = [HeadOnTokens(12).double(), HeadOnTokens(8).double()]
+        teacher, student = reversed(pair) if swapped else pair
+        maps, gradients = zip(
+            *(
+                seen(model, images, labels, key, head="head", read=lambda model, images: model.tokens(images).mT)
+                for model, key in ((student, "student"), (teacher, "teacher"))
+            ),
+            strict=True,
+        )
+        gradients = [F.pad(each, (0, 12 - each.shape[1])) for each in gradients]
+        maps = [F.pad(each, (0, 0, 0, 12 - each.shape[1])) for each in maps]
+        found = score(teacher, student, images, labels, project="pad", seeds=1, terms=("semantic", "channel"))
+        close(found.semantic, -dense_semantic(*gradients))
+        close(found.terms["channel"], -dense_semantic(*maps))
+
+    def test_class_gram(self, batch):
+        images, labels = batch
+        teacher, student = HeadOnTokens(12).double(), HeadOnTokens(8).double()
+        gradients = [
+            seen(model, images, labels, key, head="head", read=lambda *_: torch.zeros(()))[1]
+            for model, key in ((student, "student"), (teacher, "teacher"))
+        ]
+        found = score(teacher, student, images, labels, project="class_gram", seeds=1, terms=["semantic"])
+        close(found.semantic, -dense_relation(*gradients))
+
+
+class TestDraws:
+    def test_order_of_candidates_does_not_matter(self, s0, batch):
+        cache = TeacherCache(s0("331"), [batch])
+        forward = {key: cache.score(s0(key), key=key).total for key in ("111", "113", "131")}
+        torch.rand(17)
+        backward = {key: cache.score(s0(key), key=key).total for key in ("131", "113", "111")}
+        assert forward == backward
+
+    def test_key_decides(self, s0, batch):
+        cache = TeacherCache(s0("331"), [batch])
+        assert cache.score(s0(), key="a").total != cache.score(s0(), key="b").total
+
+    def test_one_network_in_both_roles(self, s0, batch):
+        model = s0()
+        own = score(model, model, *batch)
+        assert own.total < 0
+        assert own.total == score(s0(), s0(), *batch).total
+        same = TeacherCache(model, [batch]).score(model, key="teacher")
+        assert (same.total, math.copysign(1, same.total)) == (0, 1)
+
+    def test_shared(self, s0, batch):
+        """With common weights a deeper network is the same up to where it goes deeper."""
+        kept = {}
+
+        def keep(name):
+            return lambda _, __, output: kept.setdefault(name, []).append(output.detach())
+
+        for key in ("111", "113"):
+            model = s0(key)
+            model.layer2.register_forward_hook(keep(key))
+            for draws in ("shared", "own"):
+                TeacherCache(s0(), [batch], 1, draws=draws).score(model, key=key)
+        torch.testing.assert_close(kept["111"][0], kept["113"][0])
+        assert not torch.allclose(kept["111"][1], kept["113"][1])
+
+    def test_seeds_with_a_batch_each(self, s0):
+        batches = [batch_of(16) for _ in range(3)]
+        found = TeacherCache(s0("131"), batches).score(s0())
+        for seed in range(3):
+            alone = TeacherCache(s0("131"), [batches[seed]]).score(s0())
+            assert alone.by_seed["semantic"][seed] == pytest.approx(found.by_seed["semantic"][seed])
+
+    def test_dropout_draws_from_seed_and_key(self, batch):
+        def make():
+            return nn.Sequential(
+                nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+            )
+
+        torch.rand(3)
+        first = score(make(), make(), *batch).total
+        torch.rand(5)
+        assert score(make(), make(), *batch).total == first
+
+    def test_keep(self, s0, batch):
+        teacher, student = s0("131"), s0()
+        found = score(teacher, student, *batch, init="keep", seeds=1)
+        assert found.total == score(teacher, student, *batch, init="keep", seeds=1, key="other").total
+        assert found.total != score(teacher, s0(), *batch, init="keep", seeds=1).total
+
+
+class TestTeacherCache:
+    def test_equals_uncached(self, s0, batch):
+        cache = TeacherCache(s0("131"), [batch], seeds=2, init="kaiming")
+        cached = [score(cache, s0(key), key=key) for key in ("111", "113")]
+        plain = [score(s0("131"), s0(key), *batch, seeds=2, init="kaiming", key=key) for key in ("111", "113")]
+        assert [each.by_seed for each in cached] == [each.by_seed for each in plain]
+
+    def test_keeps_its_mode(self, s0, batch):
+        cache = TeacherCache(s0("131"), [batch], reading=Reading(mode="eval"))
+        assert score(cache, s0()).by_seed == score(s0("131"), s0(), *batch, mode="eval").by_seed
+
+    def test_digest(self, s0, batch):
+        images, labels = batch
+        digest = TeacherCache(s0("131"), [batch]).digest()
+        # neither the drawn-over weights nor the last digits of pixels
+        assert TeacherCache(s0("131"), [(images + 1e-7, labels)]).digest() == digest
+        others = [
+            TeacherCache(s0("113"), [batch]),
+            TeacherCache(s0("131"), [batch], key="other"),
+            TeacherCache(s0("131"), [batch], seeds=2),
+            TeacherCache(s0("131"), [batch], init="kaiming"),
+            TeacherCache(s0("131"), [batch], draws="shared"),
+            TeacherCache(s0("131"), [batch], reading=Reading(mode="eval")),
+            TeacherCache(s0("131"), [(images.flip(0), labels)]),
+            TeacherCache(s0("131"), [(images, labels.flip(0))]),
+        ]
+        assert len({digest, *(each.digest() for each in others)}) == 9
+
+    def test_digest_of_kept_weights(self, s0, batch):
+        model = s0()
+        digests = [TeacherCache(each, [batch], 1, "keep").digest() for each in (model, copy.deepcopy(model), s0())]
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_digest_of_parameters_that_are_not_drawn(self, batch):
+        def vit(seed):
+            torch.manual_seed(seed)
+            return timm.create_model("test_vit", img_size=16, num_classes=5)
+
+        digests = [TeacherCache(vit(seed), [batch], 1).digest() for seed in (0, 0, 1)]
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_digest_with_other_threads(self, s0):
+        found = set()
+        batch = batch_of(16, count=16)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.add(TeacherCache(s0("131"), [batch], 1).digest())
+        assert len(found) == 1
+
+
+class TestModelsComeOutAsTheyWentIn:
+    def snapshot(self, model):
+        return {
+            "state": {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()},
+            "grads": [None if each.grad is None else each.grad.clone() for each in model.parameters()],
+            "flags": [each.requires_grad for each in model.parameters()],
+            "modes": [module.training for module in model.modules()],
+            "hooks": [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in model.modules()],
+            "attributes": len(vars(model)),
+            "random": torch.random.get_rng_state(),
+        }
+
+    def prepared(self, model):
+        model.train()
+        first = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        first.eval()
+        next(model.parameters()).requires_grad_(False)
+        list(model.parameters())[-1].grad = torch.ones_like(list(model.parameters())[-1])
+        return model.to(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("name", ["s0", "timm-resnet18", "torchvision-resnet18"])
+    @pytest.mark.parametrize("init", ["gaussian", "keep"])
+    def test_after_scoring(self, name, init):
+        make, _, _, size = NETWORKS[name]
+        teacher, student = self.prepared(make()), self.prepared(make())
+        before = [self.snapshot(model) for model in (teacher, student)]
+        images, labels = batch_of(size, count=4)
+        torch.random.set_rng_state(before[0]["random"])
+        pixels = images.clone()
+        score(teacher, student, images, labels, init=init, seeds=1)
+        torch.testing.assert_close([self.snapshot(model) for model in (teacher, student)], before, rtol=0, atol=0)
+        torch.testing.assert_close(images, pixels, rtol=0, atol=0)
+
+    def test_after_an_exception(self, s0, batch):
+        student = self.prepared(s0("113"))
+        cache = TeacherCache(s0(), [batch])
+        calls = []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("no more")
+
+        student.layer3[1].register_forward_pre_hook(fail)
+        before = self.snapshot(student)
+        with pytest.raises(RuntimeError, match="no more"):
+            cache.score(student)
+        torch.testing.assert_close(self.snapshot(student), before, rtol=0, atol=0)
+
+    def test_under_no_grad(self, s0, batch):
+        expected = score(s0("131"), s0(), *batch)
+        with torch.no_grad():
+            assert score(s0("131"), s0(), *batch).by_seed == expected.by_seed
+
+
+class TestErrors:
+    @pytest.mark.parametrize("combine", ["rank", "zscore"])
+    def test_combine(self, s0, batch, combine):
+        with pytest.raises(ValueError, match=f"combine='{combine}' is defined over a set of students; use diswot.rank"):
+            score(s0(), s0(), *batch, combine=combine)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"terms": ["semantics"]}, "unknown term 'semantics'; did you mean 'semantic'"),
+            ({"terms": ()}, "terms are none; give one or more of semantic"),
+            ({"init": "zeros"}, "init='zeros' must be one of 'gaussian', 'kaiming', 'keep'"),
+            ({"init": "keep"}, "seeds=3 must be 1 with init='keep'"),
+            ({"seeds": 0}, "seeds=0 must be at least 1"),
+            ({"mode": "test"}, "mode='test' must be 'train' or 'eval'"),
+            ({"project": "crop"}, "project='crop' must be one of 'none', 'pad', 'class_gram'"),
+            ({"head": "classifier"}, "head='classifier' is no linear layer; linear layers: fc"),
+            ({"feature": "layer9"}, "feature='layer9' is no module of CifarResNet; near: layer3"),
+        ],
+    )
+    def test_options(self, s0, batch, options, message):
+        with pytest.raises(ValueError, match=message):
+            score(s0(), s0(), *batch, **options)
+
+    def test_batch(self, s0, batch):
+        images, labels = batch
+        with pytest.raises(ValueError, match=r"labels are torch.int64 \[5\]; they must be int64 \[6\]"):
+            score(s0(), s0(), images, labels[:5])
+        with pytest.raises(ValueError, match="labels reach from 1 to 5; the network has 5 classes"):
+            score(s0(), s0(), images, labels + 1)
+        with pytest.raises(ValueError, match=r"labels are torch.float32"):
+            score(s0(), s0(), images, labels.float())
+        with pytest.raises(ValueError, match="images are a batch of 1"):
+            score(s0(), s0(), images[:1], labels[:1])
+        with pytest.raises(ValueError, match="images and labels are missing"):
+            score(s0(), s0(), images)
+        with pytest.raises(ValueError, match="images and labels are those of the teacher's cache"):
+            score(TeacherCache(s0(), [batch]), s0(), images, labels)
+        with pytest.raises(ValueError, match=r"batches are 2; give one, or one for each of the 3 seeds"):
+            TeacherCache(s0(), [batch, batch])
+        with pytest.raises(ValueError, match=r"draws='mine' must be one of 'own', 'shared'"):
+            TeacherCache(s0(), [batch], draws="mine")
+
+    def test_class_counts(self, s0, batch):
+        six = timm.create_model("s0_111", num_classes=6)
+        for project in ("none", "pad"):
+            with pytest.raises(ValueError, match="have 6 and 5 items"):
+                score(s0(), six, *batch, project=project)
+        with pytest.raises(ValueError, match="the student has 6 classes, the teacher 5"):
+            score(s0(), six, *batch, project="class_gram")
+        with pytest.raises(ValueError, match="the network has 3 classes"):
+            score(s0(), timm.create_model("s0_111", num_classes=3), *batch)
+
+    def test_networks(self, s0, batch):
+        with pytest.raises(ValueError, match="Flatten has no parameters"):
+            score(s0(), nn.Flatten(), *batch)
+        with pytest.raises(ValueError, match="has no linear classifier"):
+            score(s0(), nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()), *batch)
+        pooled = nn.Sequential(nn.Conv2d(3, 8, 16), nn.Flatten(), nn.Linear(8, 5))
+        with pytest.raises(ValueError, match=r"no module of Sequential before the classifier with positions"):
+            score(s0(), pooled, *batch)
+
+    def test_correlation_needs_positions(self, s0):
+        with pytest.raises(ValueError, match=r"correlation: the last map of the student is \[6, 64, 1, 1\]"):
+            score(s0(), s0(), *batch_of(4), terms=["correlation"])
+
+
+class TestEdges:
+    @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+    def test_cell_without_operations(self, batch, init):
+        from diswot.spaces import create
+
+        space, cell = create("nasbench201", width=8, cells=1), "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+        empty = space.build(cell, num_classes=5)
+        full = space.build(cell.replace("none", "nor_conv_3x3"), num_classes=5)
+        found = score(full, empty, *batch, init=init, terms=tuple(TERMS))
+        assert all(math.isfinite(value) and value < 0 for value in found.terms.values())
+        # every sample has the teacher's row of length one against zero
+        assert found.relation == pytest.approx(-1 / 6, rel=1e-4)
+
+    def test_saturated_softmax(self, batch):
+        """Logits hundreds apart give gradient rows of exactly zero."""
+        student, teacher = timm.create_model("test_vit", num_classes=5, img_size=16), HeadOnTokens(64)
+        found = score(teacher, student, *batch)
+        assert all(math.isfinite(value) and value < 0 for value in found.terms.values())
+
+    def test_single_class(self, s0, batch):
+        images, labels = batch
+        found = score(s0("131"), s0(), images, torch.zeros_like(labels))
+        assert math.isfinite(found.total)
+
+    def test_nan_weights(self, s0, batch):
+        broken = s0()
+        broken.conv1.weight.data[0] = math.nan
+        with pytest.warns(RuntimeWarning, match="is nan; it counts as NaN and ranks last"):
+            found = score(s0(), broken, *batch, init="keep", seeds=1)
+        assert math.isnan(found.total)
+        assert broken.conv1.weight[0].isnan().all()
+        # drawn anew they are like any other
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert math.isfinite(score(s0(), broken, *batch).total)
+
+    def test_terms_that_were_not_asked_for(self, s0, batch):
+        found = score(s0(), s0(), *batch, terms=["relation"])
+        assert found.total == found.relation
+        with pytest.raises(KeyError, match="semantic"):
+            _ = found.semantic
+
+
+class TestRankable:
+    def test_values(self):
+        assert rankable("x", -math.inf) == -math.inf
+        for value in (math.nan, math.inf):
+            with pytest.warns(RuntimeWarning, match=f"x is {value}; it counts as NaN"):
+                assert math.isnan(rankable("x", value))
