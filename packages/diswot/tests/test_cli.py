@@ -113,6 +113,13 @@ class TestRank:
         assert [row["key"] for row in found["scores"]] == ["111", "311", "113"]
         assert found["rows"][0]["kendall"] == 1.0
 
+    def test_budget(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        options = ("--teacher", "s0_111", "--proxies", "params", *SMALL, "--keys", "111,131,113")
+        report = tmp_path / "rank.json"
+        run(capsys, "rank", *options, "--budget", "params=200K", "--json", report)
+        assert [row["key"] for row in json.loads(report.read_text())["scores"]] == ["111", "131"]
+        assert "none of 3 networks" in fails(capsys, "rank", *options, "--budget", "params=1K")
+
     def test_no_accuracies(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         report = tmp_path / "rank.json"
         out = run(

@@ -16,6 +16,7 @@ from visionkernels.training import FitOptions
 from visionkernels.training.options import Own
 
 if TYPE_CHECKING:
+    from diswot.budget import Budget
     from diswot.recipes import DistillRecipe
 
 __all__ = ["main"]
@@ -128,6 +129,7 @@ def rank(
     *,
     space: str = "s0",
     keys: Names = "",
+    budget: str = "",
     teacher: str = "cifar_resnet56",
     proxies: Names = "diswot,semantic,relation,channel,rank,correlation,correlation+params,snip,params",
     truth: str = "auto",
@@ -148,6 +150,7 @@ def rank(
     Args:
         space: a search space, see `diswot info`
         keys: only these networks; default: those of the truth, or the whole space
+        budget: only networks within it, such as params=300K,macs=50M
         teacher: model of timm, torchvision:NAME, or module:callable
         proxies: diswot (semantic + relation), semantic, relation, channel, correlation, rank and zscore (of semantic
             and channel), any zero-cost proxy, or a+b, which adds ranks
@@ -165,6 +168,7 @@ def rank(
         overwrite: replace existing outputs
     """
     from diswot import spaces
+    from diswot.budget import Budget
     from diswot.ranking import rank as order
     from diswot.reports import agreement_table, order_table, ranking_json, write_csv, write_scatter
     from diswot.scoring import TeacherCache
@@ -174,6 +178,7 @@ def rank(
     chosen = spaces.create(space)
     known = _truth(truth, chosen)
     wanted = [chosen.parse(key) for key in _listed(keys)] or list(known) or list(chosen.enumerate())
+    wanted = _within(Budget.parse(budget), {key: _Build(chosen, key, num_classes) for key in wanted}, chosen.input_size)
     batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
     network = _network(teacher, num_classes)
     cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
@@ -449,6 +454,20 @@ def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1")
     return batches(data, seeds, batch_size, size=size, num_classes=num_classes)
+
+
+def _within(budget: "Budget", networks: dict[str, _Build], input_size: tuple[int, int, int]) -> list[str]:
+    from diswot.budget import cost_of, latency_of
+
+    found = [
+        key
+        for key, build in networks.items()
+        if budget.allows(cost_of(build, input_size))
+        and (budget.latency_ms is None or latency_of(build(), input_size) <= budget.latency_ms)
+    ]
+    if not found:
+        raise ValueError(f"budget {budget}: none of {len(networks)} networks is within it")
+    return found
 
 
 def _truth(source: str, space: Any) -> dict[str, float]:

@@ -208,12 +208,16 @@ def _accuracies() -> dict[str, list[float]]:
     result = search(space, cache_, budget=budget, algorithm="random", evaluations=200)
     within = [each.key for each in result.candidates]
     random = np.random.default_rng(0).choice(within[1:], 5, replace=False).tolist()
-    students = {"found": result.best.key, **{f"random {i}": key for i, key in enumerate(random)}}
+    recipe, accuracies = find_recipe("mnist5k_kd"), {}
     with tempfile.TemporaryDirectory() as folder:
-        seeds = tuple(range(5))
-        build = {name: partial(space.build, key, num_classes=10) for name, key in students.items()}
-        table = compare_students(build, find_recipe("mnist5k_kd"), seeds, Path(folder) / "runs")
-    return {"found": list(table["found"]), "random": [table[f"random {i}"][i] for i in range(5)]}
+        for name, keys in (("found", [result.best.key] * 5), ("random", random)):
+            accuracies[name] = [
+                compare_students(
+                    {f"{name} {key}": partial(space.build, key, num_classes=10)}, recipe, (seed,), Path(folder) / "runs"
+                )[f"{name} {key}"][0]
+                for seed, key in enumerate(keys)
+            ]
+    return accuracies
 
 
 def _distilled(row: str) -> Measured:
