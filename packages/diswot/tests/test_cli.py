@@ -157,6 +157,13 @@ class TestSearch:
         assert "folder of other files" in fails(capsys, "search", *options, "--out", tmp_path)
         assert "params=10" in fails(capsys, "search", *options, "--budget", "params=10", code=1)
 
+    def test_any_teacher(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A teacher of timm finds students of its kind, whatever their width."""
+        code = main(["search", "--teacher", "resnet10t", "--budget", "params=5M", "--evaluations", "2", *SMALL])
+        captured = capsys.readouterr()
+        assert code == 0 and "space timm_resnet" in captured.err
+        assert "best: resnet18?" in captured.out
+
 
 class TestInfo:
     def test_lists(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,18 +200,18 @@ def rank(
 def search(
     *,
     teacher: str = "cifar_resnet56",
-    space: str = "s0",
+    space: str = "auto",
     budget: str = "",
     algorithm: Literal["aging", "evolution", "random"] = "aging",
     evaluations: int = 200,
     terms: Names = "correlation",
     combined: Literal["sum", "rank", "zscore"] = "sum",
-    project: Literal["none", "pad", "class_gram"] = "none",
+    project: Literal["none", "pad", "class_gram"] = "pad",
     seeds: int = 3,
     init: Init = "kaiming",
     draws: Draws = "shared",
     data: str = "patches",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_classes: int = 100,
     seed: int = 0,
     jobs: int = 1,
@@ -224,18 +224,18 @@ def search(
 
     Args:
         teacher: model of timm, torchvision:NAME, or module:callable
-        space: see `diswot info`
+        space: see `diswot info`; auto: s0 for teachers of 32 pixels, else timm's networks of the teacher's kind
         budget: such as params=300K,macs=50M,latency=20 (milliseconds, here)
         algorithm: aging (regularised evolution), evolution, or random
         evaluations: candidates that are asked for
         terms: of semantic, relation, channel, correlation, and zero-cost proxies
         combined: add terms as they are (sum), or over the population as ranks or standard scores
-        project: for classifiers of unequal width: pad, or compare classes (class_gram)
+        project: for networks of unequal width: pad with empty channels, or compare classes (class_gram)
         seeds: draws of weights and batch that are averaged
         init: kaiming, gaussian as the official code, or keep the weights
         draws: of the students' weights: shared by layers of one name, or each its own
         data: patches of photographs, mnist5k, or a folder of pictures
-        batch_size: images a batch
+        batch_size: images a batch; default: 64 of up to 64 pixels, else 16
         num_classes: of all networks
         seed: of the search
         jobs: processes; -1: one a core
@@ -248,9 +248,14 @@ def search(
     from diswot.scoring import TeacherCache
     from diswot.searching import search as find
 
-    chosen = spaces.create(space)
     limits = Budget.parse(budget)
-    batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
+    if space == "auto":
+        space = spaces.kin_of(teacher)
+        if space != "s0":
+            print(f"space {space}, as the teacher is {teacher}; --space names another", file=sys.stderr)
+    chosen = spaces.create(space)
+    size = chosen.input_size[1]
+    batches = _batches(data, seeds, batch_size or (64 if size <= 64 else 16), size, num_classes)
     network = _network(teacher, num_classes)
     cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
     result = find(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diswot.spaces import SPACES, Space, create
+from diswot.spaces import SPACES, Space, create, kin_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 NAMES = ("s0", "nasbench201", "nasbench101", "xxbl", "res18", *(name for name in SPACES if name.startswith("timm_")))
@@ -96,3 +96,21 @@ class TestCreate:
         for name in ("nasbench201", "nasbench101", "res18", "timm_vit"):
             with pytest.raises(ValueError, match="image_size=4 must be"):
                 create(name, image_size=4)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "space"),
+    [
+        ("cifar_resnet56", "s0"),
+        ("s0:713", "s0"),
+        ("resnet50", "timm_resnet"),
+        ("torchvision:resnet18", "timm_resnet"),
+        ("convnext_base", "timm_convnext"),
+        ("vit_base_patch16_224", "timm_vit"),
+        ("mobilenetv3_large_100", "timm_mobilenet"),
+        ("tf_efficientnet_b0", "timm_efficientnet"),
+    ],
+)
+def test_kin_of(teacher: str, space: str) -> None:
+    assert kin_of(teacher) == space
+    assert space in SPACES

@@ -1,7 +1,7 @@
 """Search spaces: architectures under text keys that can be drawn, changed and built."""
 
 from diswot.spaces.benchmarks import read_truth
-from diswot.spaces.catalogue import SPACES, create
+from diswot.spaces.catalogue import SPACES, create, kin_of
 from diswot.spaces.nasbench101 import NasBench101
 from diswot.spaces.nasbench201 import NasBench201
 from diswot.spaces.protocol import Space
@@ -19,6 +19,7 @@ __all__ = [
     "StructureSpace",
     "TimmSpace",
     "create",
+    "kin_of",
     "mutation_candidates",
     "read_truth",
 ]

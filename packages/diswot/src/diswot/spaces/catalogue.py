@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from diswot.networks.checkpoint import variant_names
 from diswot.spaces.nasbench101 import NasBench101
 from diswot.spaces.nasbench201 import NasBench201
 from diswot.spaces.protocol import Space
@@ -12,7 +13,7 @@ from diswot.spaces.structures import StructureSpace
 from diswot.spaces.timm_models import TIMM_PRESETS, TimmSpace
 from visionkernels.recipes import check_known
 
-__all__ = ["SPACES", "create"]
+__all__ = ["SPACES", "create", "kin_of"]
 
 SPACES: dict[str, Callable[..., Space]] = {
     "s0": S0,
@@ -36,3 +37,23 @@ def create(name: str, **options: Any) -> Space:
         return SPACES[name](**options)
     except TypeError as error:
         raise ValueError(f"space {name} does not take the options {', '.join(options) or '(none)'}: {error}") from error
+
+
+# what names of teachers begin with
+_KINDS = {
+    "timm_convnext": ("convnext",),
+    "timm_vit": ("vit_", "deit", "beit", "eva", "flexivit"),
+    "timm_efficientnet": ("efficientnet", "tf_efficientnet", "mixnet"),
+    "timm_mobilenet": ("mobilenet", "tf_mobilenet", "lcnet", "tinynet"),
+}
+
+
+def kin_of(teacher: str) -> str:
+    """Return the space whose networks are of the kind of a teacher, by its name: s0 for this package's own.
+
+    A teacher of no kind that has a space gets "timm_resnet".
+    """
+    if teacher in variant_names() or teacher.partition(":")[0] == "s0":
+        return "s0"
+    kinds = (space for space, starts in _KINDS.items() if teacher.startswith(starts))
+    return next(kinds, "timm_resnet")
