@@ -52,7 +52,7 @@ class TestScore:
         assert "unknown term 'semantics'; did you mean 'semantic'" in fails(
             capsys, "score", "s0_131", "s0_111", "--terms", "semantics", *SMALL
         )
-        assert "neither 'patches' nor 'mnist5k' nor a folder" in fails(
+        assert "none of 'patches', 'mnist5k' and 'noise', and no folder" in fails(
             capsys, "score", "s0_131", "s0_111", "--data", "nowhere", *SMALL
         )
         assert "batch_size=1" in fails(capsys, "score", "s0_131", "s0_111", "--batch-size", 1)

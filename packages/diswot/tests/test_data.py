@@ -34,6 +34,16 @@ class TestNormalised:
             torch.testing.assert_close(found[:, channel], expected)
 
 
+class TestNoise:
+    def test_is_normal(self):
+        ((images, labels),) = data.batches("noise", 1, 64, size=16, num_classes=7)
+        assert list(images.shape) == [64, 3, 16, 16] and labels.dtype == torch.int64
+        assert abs(float(images.mean())) < 0.02 and abs(float(images.std()) - 1) < 0.02
+        assert set(labels.tolist()) == set(range(7))
+        first, second = data.batches("noise", 2, 4)
+        assert not torch.equal(first[0], second[0]) and torch.equal(first[0], data.noise(4)[0])
+
+
 class TestPatches:
     @pytest.mark.parametrize(("batch_size", "size", "num_classes"), [(5, 32, 100), (3, 7, 1), (2, 224, 10)])
     def test_shapes_and_ranges(self, batch_size, size, num_classes):
@@ -83,7 +93,9 @@ class TestFolder:
         assert data.folder(tmp_path, 3)[0].shape == (3, 3, 32, 32)
 
     def test_errors(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"data .*missing is neither 'patches' nor 'mnist5k' nor a folder"):
+        with pytest.raises(
+            FileNotFoundError, match=r"data .*missing is none of 'patches', 'mnist5k' and 'noise', and no folder"
+        ):
             data.folder(tmp_path / "missing", 2)
         with pytest.raises(ValueError, match=r"holds no pictures \(.jpg, .png"):
             data.folder(tmp_path, 2)
@@ -145,7 +157,9 @@ class TestBatches:
             data.batches(**{"source": "patches", "count": 1, "batch_size": 2, **options})
 
     def test_source(self):
-        with pytest.raises(FileNotFoundError, match="data patch is neither 'patches' nor 'mnist5k' nor a folder"):
+        with pytest.raises(
+            FileNotFoundError, match="data patch is none of 'patches', 'mnist5k' and 'noise', and no folder"
+        ):
             data.batches("patch", 1, 2)
 
 

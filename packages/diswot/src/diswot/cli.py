@@ -49,7 +49,7 @@ def score(
         teacher: model of timm (ours are s0_713, cifar_resnet56, ...), torchvision:NAME, or module:callable
         student: the same
         terms: of semantic, relation, channel, correlation
-        data: patches of photographs, mnist5k, or a folder of pictures
+        data: patches of photographs, mnist5k, noise, or a folder of pictures
         batch_size: images a batch
         size: pixels a side
         num_classes: of both networks
@@ -96,7 +96,7 @@ def proxies(
     Args:
         model: of timm, torchvision:NAME, or module:callable
         names: which ones; default: all
-        data: patches of photographs, mnist5k, or a folder of pictures
+        data: patches of photographs, mnist5k, noise, or a folder of pictures
         batch_size: images a batch
         size: pixels a side
         num_classes: of the network
@@ -158,7 +158,7 @@ def rank(
         seeds: draws of weights and batch that are averaged
         init: kaiming, gaussian as the official code, or keep the weights
         draws: of the students' weights: shared by layers of one name, or each its own
-        data: patches of photographs, mnist5k, or a folder of pictures
+        data: patches of photographs, mnist5k, noise, or a folder of pictures
         batch_size: images a batch
         num_classes: of all networks
         jobs: processes; -1: one a core
@@ -234,7 +234,7 @@ def search(
         seeds: draws of weights and batch that are averaged
         init: kaiming, gaussian as the official code, or keep the weights
         draws: of the students' weights: shared by layers of one name, or each its own
-        data: patches of photographs, mnist5k, or a folder of pictures
+        data: patches of photographs, mnist5k, noise, or a folder of pictures
         batch_size: images a batch; default: 64 of up to 64 pixels, else 16
         num_classes: of all networks
         seed: of the search

@@ -15,7 +15,17 @@ from diswot.networks.staged import CIFAR_MEAN, CIFAR_STD
 from visionkernels.recipes import check
 from visionkernels.samples import mnist5k, photographs
 
-__all__ = ["CIFAR_MEAN", "CIFAR_STD", "batches", "digits", "folder", "normalised", "patches", "s0_ground_truth"]
+__all__ = [
+    "CIFAR_MEAN",
+    "CIFAR_STD",
+    "batches",
+    "digits",
+    "folder",
+    "noise",
+    "normalised",
+    "patches",
+    "s0_ground_truth",
+]
 
 _SMALLEST_CROP = 48
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif")
@@ -29,7 +39,7 @@ def normalised(images: Tensor, mean: Sequence[float] = CIFAR_MEAN, std: Sequence
 def batches(
     source: str | Path, count: int, batch_size: int, *, size: int = 32, num_classes: int = 100
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return a batch for each of `count` seeds: "patches", "mnist5k", or the pictures of a folder.
+    """Return a batch for each of `count` seeds: "patches", "mnist5k", "noise", or the pictures of a folder.
 
     Images are float32 [B, 3, size, size], normalised by CIFAR's statistics; labels int64 [B] are random in
     [0, num_classes), but for digits, which have their own. Raises ValueError for batches below 2, ImportError without
@@ -40,6 +50,8 @@ def batches(
     check(num_classes >= 1, "num_classes", num_classes, "at least 1")
     if source == "patches":
         return [patches(batch_size, size=size, num_classes=num_classes, seed=seed) for seed in range(count)]
+    if source == "noise":
+        return [noise(batch_size, size=size, num_classes=num_classes, seed=seed) for seed in range(count)]
     if source == "mnist5k":
         check(num_classes >= 10, "num_classes", num_classes, "at least 10 for digits")
         return [digits(batch_size, size=size, seed=seed) for seed in range(count)]
@@ -54,6 +66,13 @@ def patches(batch_size: int, *, size: int = 32, num_classes: int = 100, seed: in
     return _crops(list(photographs().values()), batch_size, size, num_classes, np.random.default_rng(seed))
 
 
+def noise(batch_size: int, *, size: int = 32, num_classes: int = 100, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return images of independent normal pixels, mean 0 and deviation 1, and random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch_size, 3, size, size, generator=generator)
+    return images, torch.randint(num_classes, (batch_size,), generator=generator)
+
+
 def folder(
     path: str | Path, batch_size: int, *, size: int = 32, num_classes: int = 100, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +84,7 @@ def folder(
 
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"data {path} is neither 'patches' nor 'mnist5k' nor a folder")
+        raise FileNotFoundError(f"data {path} is none of 'patches', 'mnist5k' and 'noise', and no folder")
     files = sorted(each for each in path.rglob("*") if each.suffix.lower() in _PICTURES and each.is_file())
     if not files:
         raise ValueError(f"data {path} holds no pictures (.jpg, .png, .bmp, .webp, .tif)")

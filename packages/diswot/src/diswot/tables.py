@@ -168,7 +168,8 @@ def _sources() -> Table:
     cells = []
     for order in ("semantic", "channel", "correlation", "correlation+params"):
         for teacher, data in (("cifar_resnet20", "patches"), ("cifar_resnet110", "patches"),
-                              ("cifar_wrn_40_1", "patches"), ("cifar_resnet56", "mnist5k")):  # fmt: skip
+                              ("cifar_wrn_40_1", "patches"), ("cifar_resnet56", "mnist5k"),
+                              ("cifar_resnet56", "noise")):  # fmt: skip
             cells.append(
                 Cell(row=order, column=f"{teacher}, {data}", paper=None, digits=3, tolerance=0.05,
                      measure=partial(_kendall, order, "distilled", "kaiming", "shared", teacher, data),
