@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tinc.cli import main
 from tinc.official import find_recipe, load_official, normalise, plan_tree, save_official
-from tinc.official.export import export_onnx
+from tinc.official.export import export_tree
 from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.sweep import run_sweep
@@ -55,14 +55,14 @@ def test_onnx(tmp_path: Path, volume: Path) -> None:
     model = OctreeMLP(plan_tree(recipe, normalised, 100_000))
     save_official(tmp_path / "folder", model, recipe, side_info=side_info)
     model = load_official(tmp_path / "folder").model
-    export_onnx(model, tmp_path / "tree.onnx")
+    export_tree(model, tmp_path / "tree.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "tree.onnx"), providers=["CPUExecutionProvider"])
     for count in (5, 32):
         points = torch.arange(count)
         (found,) = session.run(None, {"points": points.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(points).detach(), rtol=1e-4, atol=1e-4)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        export_onnx(model, tmp_path / "tree.onnx")
+        export_tree(model, tmp_path / "tree.onnx")
 
 
 def test_eval(tmp_path: Path, volume: Path, capsys: pytest.CaptureFixture[str]) -> None:

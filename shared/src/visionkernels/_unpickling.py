@@ -20,7 +20,11 @@ class CheckpointError(ValueError):
 
 
 def read_torch(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the content of a file of `torch.save`, and its plain entries as text."""
+    """Return the content of a file of `torch.save`, a dictionary, and its plain entries as text.
+
+    No code of the file runs: objects beside tensors, numbers, text and containers are stand-ins. Raises CheckpointError
+    for a damaged file, one that needs code to load, and one that is no dictionary.
+    """
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)

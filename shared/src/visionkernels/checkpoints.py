@@ -29,6 +29,7 @@ __all__ = [
     "download",
     "load_strict",
     "read_state",
+    "read_torch",
     "save_weights",
     "stored_options",
 ]

@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from biformer.checkpoint import convert_stl, load_official
 from visionkernels.checkpoints import CheckpointError, read_state, save_weights
-from visionkernels.extras import require
-from visionkernels.files import replace_file
-from visionkernels.ops import use_backend
+from visionkernels.export import export_program
 
 __all__ = ["ExportFormat", "convert_checkpoint", "export_model"]
 
@@ -32,26 +30,17 @@ def export_model(
     `torch.export.load`. `format` is by default what the suffix of `path` says. Weights are inside the file. Raises
     ValueError for another format, FileExistsError unless `overwrite`.
     """
-    path = Path(path)
-    chosen = format or path.suffix.removeprefix(".")
-    if chosen not in get_args(ExportFormat):
-        raise ValueError(f"format={chosen!r} must be onnx or pt2, or the suffix of {path.name} one of them")
     if min(size) < 1:
         raise ValueError(f"size={size} must be at least 1 x 1")
-    if chosen == "onnx":
-        for module in ("onnx", "onnxscript"):
-            require(module, "biformer[export]")
-    channels = _in_channels(model)
-    # two images: torch.export takes a batch of one for a constant. strict: else len() of a tensor is one too
-    images = torch.zeros(2, channels, *size, device=next(model.parameters()).device)
-    with replace_file(path, overwrite=overwrite) as temporary, torch.no_grad(), use_backend("eager"):
-        program = torch.export.export(
-            model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True
-        )
-        if chosen == "pt2":
-            torch.export.save(program, temporary, extra_files={"model.json": _description(model, size)})
-        else:
-            _write_onnx(program, images, temporary)
+    export_program(
+        model,
+        torch.zeros(2, _in_channels(model), *size, device=next(model.parameters()).device),
+        path,
+        install="biformer[export]",
+        format=format,
+        description=_description(model, size),
+        overwrite=overwrite,
+    )
 
 
 def convert_checkpoint(
@@ -84,26 +73,12 @@ def convert_checkpoint(
     return f"{target}: biformer_{to}, {len(state)} tensors under official keys"
 
 
-def _write_onnx(program: torch.export.ExportedProgram, images: Tensor, path: Path) -> None:
-    written = torch.onnx.export(
-        program,
-        (images,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
-    if written is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    written.save(path, external_data=False)
-
-
 def _in_channels(model: nn.Module) -> int:
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     return first.in_channels
 
 
-def _description(model: nn.Module, size: tuple[int, int]) -> str:
+def _description(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     kept = {key: config.get(key) for key in ("architecture", "mean", "std", "interpolation", "crop_pct", "label_names")}
-    return json.dumps({**kept, "size": size})
+    return {**kept, "size": size}

@@ -1,21 +1,17 @@
 """Networks as files for others: ONNX, and programs of torch.export."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diswot import spaces
 from diswot.evaluation import load_network
 from diswot.models import create_network
-from visionkernels.extras import require
-from visionkernels.files import replace_file
+from visionkernels.export import export_program
 
 __all__ = ["export_model"]
-
-_FORMATS = (".onnx", ".pt2")
 
 
 def export_model(
@@ -34,14 +30,8 @@ def export_model(
     inside: those of `checkpoint`, which then tells the number of classes, or random ones. Raises ValueError for another
     suffix, FileExistsError unless `overwrite`, and as `create_network` and `diswot.evaluation.load_network` do.
     """
-    out = Path(out)
-    if out.suffix not in _FORMATS:
-        raise ValueError(f"out={out} must end in {' or '.join(_FORMATS)}")
     if size is not None and min(size) < 1:
         raise ValueError(f"size={size} must be at least 1 x 1")
-    if out.suffix == ".onnx":
-        for module in ("onnx", "onnxscript"):
-            require(module, "diswot[export]")
     if checkpoint is None:
         model, trained = create_network(name, num_classes=num_classes).eval(), None
     else:
@@ -49,15 +39,14 @@ def export_model(
         model, trained, num_classes = network.model, network, network.num_classes
     height, width = size or ((trained.pictures.size,) * 2 if trained else _own_size(model, name))
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    # two images: torch.export takes a batch of one for a constant
-    images = torch.zeros(2, channels, height, width)
-    with replace_file(out, overwrite=overwrite) as temporary, torch.no_grad():
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
-        if out.suffix == ".pt2":
-            described = {"name": name, "num_classes": num_classes, "size": [height, width]}
-            torch.export.save(program, temporary, extra_files={"model.json": json.dumps(described)})
-        else:
-            _write_onnx(program, images, temporary)
+    export_program(
+        model,
+        torch.zeros(2, channels, height, width),
+        out,
+        install="diswot[export]",
+        description={"name": name, "num_classes": num_classes, "size": [height, width]},
+        overwrite=overwrite,
+    )
     return f"images [batch, {channels}, {height}, {width}] to logits [batch, {num_classes}]"
 
 
@@ -70,17 +59,3 @@ def _own_size(model: nn.Module, name: str) -> tuple[int, int]:
         default = spaces.create(source).input_size
     _, height, width = cfg.get("input_size", default)
     return height, width
-
-
-def _write_onnx(program: torch.export.ExportedProgram, images: Tensor, path: Path) -> None:
-    written = torch.onnx.export(
-        program,
-        (images,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
-    if written is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    written.save(path, external_data=False)

@@ -369,19 +369,19 @@ def sweep(
 
 
 def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bool = False) -> None:
-    """Write an official tree as ONNX: indices of a leaf's points to the values of all leaves.
+    """Write an official tree for other runtimes: indices of a leaf's points to the values of all leaves.
 
     Args:
         checkpoint: the official folder
         data: the volume that it stands for
-        out: the .onnx to write
+        out: the .onnx, or .pt2 (torch.export), to write
         overwrite: replace an existing output
     """
-    from tinc.official.export import export_onnx
+    from tinc.official.export import export_tree
     from tinc.official.folder import load_official
 
     refuse_existing(out, overwrite)
-    export_onnx(load_official(checkpoint, volume=data).model, out, overwrite=overwrite)
+    export_tree(load_official(checkpoint, volume=data).model, out, overwrite=overwrite)
     print(out)
 
 

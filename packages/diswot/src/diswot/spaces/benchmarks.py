@@ -17,8 +17,7 @@ from diswot.spaces.nasbench101 import NasBench101, nb101_key
 from diswot.spaces.nasbench201 import NasBench201
 from diswot.spaces.protocol import Space
 from diswot.spaces.tfrecord import CorruptFileError, read_records
-from visionkernels._unpickling import read_torch
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.checkpoints import CheckpointError, read_torch
 from visionkernels.recipes import check, check_choice, check_known
 
 __all__ = ["read_truth"]
