@@ -141,7 +141,7 @@ class TestRank:
 
 class TestSearch:
     def test_goes_on(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        options = ("--teacher", "s0_131", "--budget", "params=200K", "--evaluations", 6, *SMALL)
+        options = ("--teacher", "s0_131", "--budget", "params=200K", "--evaluations", 6, "--final-seeds", 2, *SMALL)
         first = run(capsys, "search", *options, "--out", tmp_path / "run")
         kept = (tmp_path / "run" / "scores.jsonl").read_bytes()
         assert run(capsys, "search", *options, "--out", tmp_path / "run") == first
@@ -153,13 +153,26 @@ class TestSearch:
     def test_errors(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "such as params=5M" in fails(capsys, "search", "--budget", "5M")
         (tmp_path / "notes.txt").write_text("mine")
-        options = ("--teacher", "s0_111", "--evaluations", 1, *SMALL)
+        options = ("--teacher", "s0_111", "--evaluations", 1, "--final-seeds", 0, *SMALL)
         assert "folder of other files" in fails(capsys, "search", *options, "--out", tmp_path)
         assert "params=10" in fails(capsys, "search", *options, "--budget", "params=10", code=1)
 
     def test_any_teacher(self, capsys: pytest.CaptureFixture[str]) -> None:
         """A teacher of timm finds students of its kind, whatever their width."""
-        code = main(["search", "--teacher", "resnet10t", "--budget", "params=5M", "--evaluations", "2", *SMALL])
+        code = main(
+            [
+                "search",
+                "--teacher",
+                "resnet10t",
+                "--budget",
+                "params=5M",
+                "--evaluations",
+                "2",
+                "--final-seeds",
+                "0",
+                *SMALL,
+            ]
+        )
         captured = capsys.readouterr()
         assert code == 0 and "space timm_resnet" in captured.err
         assert "best: resnet18?" in captured.out

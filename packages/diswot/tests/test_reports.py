@@ -56,10 +56,12 @@ class TestOrderTable:
 
 class TestShortlistTable:
     def test_rows(self):
-        best = Candidate("x", -0.5, {"semantic": -0.5}, 0.1, 1_234_567, 8_900_000)
-        worst = Candidate("y", math.nan, {"semantic": math.nan}, math.nan, 1, 2)
+        best = Candidate("x", -0.5, {"semantic": -0.5}, 0.1, 3, 1_234_567, 8_900_000)
+        worst = Candidate("y", math.nan, {"semantic": math.nan}, math.nan, 3, 1, 2)
         lines = shortlist_table(SearchResult((best, worst), ("x", "y", "x")), 5).splitlines()
-        assert [part.strip() for part in lines[2].strip("|").split("|")] == ["x", "-0.5", "-0.5", "1,234,567", "8.90 M"]
+        assert [part.strip() for part in lines[2].strip("|").split("|")] == [
+            "x", "-0.5", "0.1", "-0.5", "3", "1,234,567", "8.90 M",
+        ]  # fmt: skip
         assert len(lines) == 4
         assert len(shortlist_table(SearchResult((best, worst), ()), 1).splitlines()) == 3
 

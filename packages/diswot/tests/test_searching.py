@@ -18,6 +18,7 @@ from torch import nn
 
 from diswot import spaces
 from diswot.budget import Budget
+from diswot.networks.structure import parse_structure
 from diswot.scoring import TeacherCache
 from diswot.searching import search
 
@@ -203,6 +204,35 @@ class TestSearch:
         # read back from there, the same
         assert repr(run(Sick(6), cache, **options)) == repr(found)
 
+    def test_finalists(self, line, cache, tmp_path):
+        """The best are scored again with more seeds and ordered by that; the others follow as they were."""
+        final = replace(cache, batches=list(cache.batches) * 3, seeds=3)
+        options = {"terms": ("relation",), "evaluations": 30, "algorithm": "random"}
+        plain = run(line, cache, **options)
+        found = run(line, cache, final=final, finalists=4, out=tmp_path / "out", **options)
+        assert {each.key for each in found.candidates[:4]} == {each.key for each in plain.candidates[:4]}
+        assert repr(found.candidates[4:]) == repr(plain.candidates[4:])
+        assert [each.seeds for each in found.candidates[:5]] == [3, 3, 3, 3, 1]
+        scores = [each.score for each in found.candidates[:4]]
+        assert scores == sorted(scores, reverse=True)
+        again = final.score(line.build(found.best.key), key=found.best.key, terms=["relation"])
+        assert found.best.score == pytest.approx(again.total)
+        line.built.clear()
+        assert repr(run(line, cache, final=final, finalists=4, out=tmp_path / "out", **options)) == repr(found)
+        # only counted, not scored
+        assert max(Counter(line.built).values()) == 1
+
+    def test_evolution_starts_from_the_initial_structure(self, cache):
+        """The first eleven members differ from it in one block; later ones are changes of members."""
+        space = spaces.create("xxbl", image_size=8)
+        found = run(space, cache, algorithm="evolution", evaluations=24, round_size=1)
+        initial = parse_structure(space.initial).blocks
+        for key in found.history[:11]:
+            blocks = parse_structure(key).blocks
+            # one block in another form, or cut in two, and the input of the next one
+            assert sum(block not in initial for block in blocks) <= 3
+            assert len(blocks) <= len(initial) + 1
+
     @pytest.mark.slow  # two processes import torch
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_jobs(self, cache, algorithm):
@@ -289,6 +319,7 @@ class TestFolder:
             ({"project": "pad"}, "project"),
             ({"num_classes": 6}, "num_classes"),
             ({"space": Line(41)}, "space"),
+            ({"final": True}, "final"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -296,6 +327,8 @@ class TestFolder:
         run(line, cache, out=tmp_path, evaluations=2)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(ValueError, match=rf"holds a search with other {named}; give another folder"):
+            if "final" in changes:
+                changes = {"final": cache}
             run(changes.pop("space", line), cache, out=tmp_path, **changes)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -413,6 +446,7 @@ class TestErrors:
             ({"population": 1}, "population=1 must be at least 2"),
             ({"tournament": 0}, "tournament=0 must be at least 1"),
             ({"round_size": 0}, "round_size=0 must be at least 1"),
+            ({"finalists": 0}, "finalists=0 must be at least 1"),
             ({"terms": ()}, r"terms=\(\) must be one or more"),
             ({"terms": ("snap",)}, "unknown term 'snap'; did you mean 'snip'"),
             ({"terms": ("rank",)}, "unknown term 'rank'"),

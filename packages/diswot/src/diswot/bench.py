@@ -1,5 +1,6 @@
 """Scoring and its losses beside the official algorithm, in turns in one process."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import nn
 import diswot.networks  # noqa: F401 - registers the models
 from diswot.baselines import dense_semantic, looped_nst, plain_score
 from diswot.data import batches
-from diswot.initialisation import draws_of, initialise
+from diswot.initialisation import Draws, draws_of, initialise
 from diswot.losses import create
 from diswot.scoring import TeacherCache
 from diswot.searching import search
@@ -28,10 +29,10 @@ _CANDIDATES, _SECONDS = 1000, 600
 
 
 def measure(*, full: bool = False) -> Iterator[BenchRow]:
-    """Yield the rows, one thread each; `full` also two threads, and a search of 1,000 candidates on two processes."""
+    """Yield the rows, one thread each; `full` also two threads, and a search of 1,000 candidates."""
     for threads in (1, 2) if full else (1,):
         yield from _losses(threads, repeats=9 if full else 5)
-        yield _sweep(threads)
+        yield from _sweep(threads)
     if full:
         yield _search()
 
@@ -58,35 +59,45 @@ def _losses(threads: int, repeats: int) -> Iterator[BenchRow]:
                "beside the products of all pairs of channels at full size")  # fmt: skip
 
 
-def _sweep(threads: int) -> BenchRow:
-    """Score all of S0, each student by ours and by the official algorithm in turn, with the same weights."""
+def _sweep(threads: int) -> Iterator[BenchRow]:
+    """Score all of S0, each student by ours and by the official algorithm in turn.
+
+    The weights are the same where draws are shared, so that the scores can be compared.
+    """
     space, batch = S0(), batches("patches", 1, _BATCH)[0]
     teacher = timm.create_model("cifar_resnet56")
+    draws: tuple[Draws, ...] = ("shared", "own")
+    seconds: dict[str, float] = {"plain": 0.0}
+    worst, expected = 0.0, (math.nan, math.nan)
     with torch_threads(threads):
-        start = time.perf_counter()
-        cache = TeacherCache(teacher, [batch], seeds=1, init="kaiming")
-        ours, plain, worst = time.perf_counter() - start, 0.0, 0.0
-        initialise(teacher.train(), "kaiming", draws_of(0, cache.key, "own"))
+        caches: dict[str, TeacherCache] = {}
+        for each in draws:
+            start = time.perf_counter()
+            caches[each] = TeacherCache(teacher, [batch], seeds=1, init="kaiming", draws=each)
+            seconds[each] = time.perf_counter() - start
+        initialise(teacher.train(), "kaiming", draws_of(0, caches["own"].key, "own"))
         for number, key in enumerate(space.enumerate()):
-            student = space.build(key)
-            seconds = {}
-            for name in ("ours", "plain")[:: 1 if number % 2 else -1]:
+            student, scores = space.build(key), {}
+            for name in list(seconds)[:: 1 if number % 2 else -1]:
                 start = time.perf_counter()
-                if name == "ours":
-                    found = cache.score(student, key=key)
-                else:
+                if name == "plain":
                     expected = _plain(teacher, student, key, *batch)
-                seconds[name] = time.perf_counter() - start
-            ours, plain = ours + seconds["ours"], plain + seconds["plain"]
+                else:
+                    scores[name] = caches[name].score(student, key=key)
+                seconds[name] += time.perf_counter() - start
+            found = scores["shared"]
             worst = max(worst, abs(found.semantic / expected[0] - 1), abs(found.relation / expected[1] - 1))
-    return _row("s0 sweep", ours, plain, 10.0, threads, f"{space.size} students, ResNet-56, batch {_BATCH}",
-                f"beside forward and backward of both networks for each; scores agree to {worst:.1e}")  # fmt: skip
+    shape = f"{space.size} students, ResNet-56, batch {_BATCH}"
+    notes = {"shared": f"of what students have in common once; scores agree to {worst:.1e}", "own": "of each student"}
+    for name in notes:
+        note = f"forward {notes[name]}; beside forward and backward of both networks for each"
+        yield _row(f"s0 sweep/{name} draws", seconds[name], seconds["plain"], 10.0, threads, shape, note)
 
 
 def _plain(
     teacher: nn.Module, student: nn.Module, key: str, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, float]:
-    initialise(student.train(), "kaiming", draws_of(0, key, "own"))
+    initialise(student.train(), "kaiming", draws_of(0, key, "shared"))
     return plain_score(teacher, student, images, labels)
 
 
@@ -98,12 +109,12 @@ def _search() -> BenchRow:
         timm.create_model("cifar_resnet56"), batches("patches", 1, _BATCH), seeds=1, init="kaiming", draws="shared"
     )
     with tempfile.TemporaryDirectory() as folder:
-        result = search(space, cache, algorithm="random", evaluations=_CANDIDATES, jobs=2, out=Path(folder) / "run")
+        result = search(space, cache, algorithm="random", evaluations=_CANDIDATES, out=Path(folder) / "run")
     seconds = time.perf_counter() - start
     return BenchRow(
         id="search", ours_s=seconds, baseline_s=float(_SECONDS), ratio=_SECONDS / seconds, target=1.0, threads=2,
         dtype="float32", shape=f"{_CANDIDATES} evaluations, batch {_BATCH}",
-        note=f"beside ten minutes; {len(result.candidates)} different students, two processes",
+        note=f"beside ten minutes; {len(result.candidates)} different students",
     )  # fmt: skip
 
 

@@ -208,6 +208,7 @@ def search(
     combined: Literal["sum", "rank", "zscore"] = "sum",
     project: Literal["none", "pad", "class_gram"] = "pad",
     seeds: int = 3,
+    final_seeds: int = 9,
     init: Init = "kaiming",
     draws: Draws = "shared",
     data: str = "patches",
@@ -232,6 +233,7 @@ def search(
         combined: add terms as they are (sum), or over the population as ranks or standard scores
         project: for networks of unequal width: pad with empty channels, or compare classes (class_gram)
         seeds: draws of weights and batch that are averaged
+        final_seeds: more draws for the shortlist, which they order; 0: none
         init: kaiming, gaussian as the official code, or keep the weights
         draws: of the students' weights: shared by layers of one name, or each its own
         data: patches of photographs, mnist5k, noise, or a folder of pictures
@@ -255,12 +257,17 @@ def search(
             print(f"space {space}, as the teacher is {teacher}; --space names another", file=sys.stderr)
     chosen = spaces.create(space)
     size = chosen.input_size[1]
-    batches = _batches(data, seeds, batch_size or (64 if size <= 64 else 16), size, num_classes)
+    batches = _batches(data, max(seeds, final_seeds), batch_size or (64 if size <= 64 else 16), size, num_classes)
     network = _network(teacher, num_classes)
-    cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
+    cache, final = (
+        TeacherCache(network, batches[:count], count, init, key=teacher, draws=draws) if count >= seeds else None
+        for count in (seeds, final_seeds)
+    )
+    assert cache is not None
     result = find(
-        chosen, cache, budget=limits, algorithm=algorithm, evaluations=evaluations, terms=_listed(terms),
-        combined=combined, project=project, num_classes=num_classes, seed=seed, jobs=jobs, out=out,
+        chosen, cache, final=final, finalists=shortlist, budget=limits, algorithm=algorithm, evaluations=evaluations,
+        terms=_listed(terms), combined=combined, project=project, num_classes=num_classes, seed=seed, jobs=jobs,
+        out=out,
     )  # fmt: skip
     print(shortlist_table(result, shortlist))
     print(f"{len(result.candidates)} students of {len(result.history)} evaluations; best: {result.best.key}")

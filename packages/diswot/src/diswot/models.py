@@ -16,16 +16,17 @@ __all__ = ["create_network"]
 def create_network(name: str, *, num_classes: int | None = None, **options: Any) -> nn.Module:
     """Return a network with random weights.
 
-    `name` is one of timm's (ours are among them: s0_713, cifar_resnet56, nb201, ...), "torchvision:resnet18",
+    `name` is one of timm's, with or without "timm:" (ours are among them: s0_713, nb201, ...), "torchvision:resnet18",
     "SPACE:KEY" of a search space, or "package.module:callable" for a function that takes `num_classes` and returns a
     network. Raises ValueError for names that nobody knows, with the nearest.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
     source, colon, rest = name.partition(":")
-    if not colon:
-        check_known("model of timm", name, timm.list_models(), listing="timm.list_models() lists them")
-        return timm.create_model(name, **options)
+    if not colon or source == "timm":
+        model_name = rest if colon else name
+        check_known("model of timm", model_name, timm.list_models(), listing="timm.list_models() lists them")
+        return timm.create_model(model_name, **options)
     if source == "torchvision":
         check_known("model of torchvision", rest, torchvision.models.list_models(torchvision.models))
         return torchvision.models.get_model(rest, **options)

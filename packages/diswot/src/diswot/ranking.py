@@ -117,7 +117,8 @@ def rank(
         check_known("order", part, ORDERS)
     check_choice("project", project, Project)
     measure = partial(measure_candidate, teacher=teacher, orders=tuple(orders), project=project)
-    items = list(candidates.items())
+    # neighbours have much in common, which is computed once
+    items = sorted(candidates.items())
     if jobs == 1:
         from tqdm import tqdm
 
@@ -126,6 +127,8 @@ def rank(
         from visionkernels import sweeps
 
         results = sweeps.map(measure, items, jobs=jobs, description="scoring")
+    by_key = dict(zip((key for key, _ in items), results, strict=True))
+    results = [by_key[key] for key in candidates]
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     scores = {name: tuple(result["scores"][name] for result in results) for name in names}
     stderr = {name: tuple(result["stderr"].get(name, math.nan) for result in results) for name in names}

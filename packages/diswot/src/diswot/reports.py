@@ -44,12 +44,14 @@ def order_table(ranking: Ranking, most: int = 20) -> str:
 def shortlist_table(result: "SearchResult", most: int = 10) -> str:
     """Return a GitHub table of the best students."""
     terms = list(result.best.terms)
-    headers = ["student", "score", *terms, "params", "MACs"]
+    headers = ["student", "score", "±", *terms, "seeds", "params", "MACs"]
     rows = [
         [
             each.key,
             f"{each.score:.6g}",
+            _figure(each.stderr, ".2g"),
             *(f"{each.terms[term]:.6g}" for term in terms),
+            str(each.seeds),
             f"{each.params:,}",
             f"{each.macs / 1e6:.2f} M",
         ]
@@ -103,8 +105,8 @@ def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, o
     pyplot.close(figure)
 
 
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def _figure(value: float, form: str = ".3f") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from diswot.initialisation import Draws, Init, draws_of, generator_for, initialise, preserved, undrawn
 from diswot.observation import DEFAULT_READING, Observation, Reading, check_batch, observe
+from diswot.prefixes import KnownPrefixes
 from diswot.similarity import relation_loss, semantic_loss
 from visionkernels.recipes import check, check_choice, check_known
 
@@ -111,6 +113,8 @@ class TeacherCache:
     draws: Draws = "own"
     """Of the students' weights: each its own, or "shared" by layers of one name."""
     observations: tuple[Observation, ...] = field(init=False)
+    known: KnownPrefixes = field(init=False, repr=False, default_factory=KnownPrefixes)
+    """What students with shared draws have in common."""
 
     def __post_init__(self) -> None:
         check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
@@ -148,7 +152,10 @@ class TeacherCache:
                 initialise(model, self.init, draws_of(seed, key, draws))
                 # dropout and the like draw from the global generator
                 torch.manual_seed(generator_for(seed, key).initial_seed())
-                found.append(observe(model, images.to(weight), labels.to(weight.device), reading))
+                images, labels = images.to(weight), labels.to(weight.device)
+                is_shared = draws == "shared" and reading.feature == "auto"
+                with self.known.used(model, images) if is_shared else nullcontext():
+                    found.append(observe(model, images, labels, reading))
         return found
 
     def score(

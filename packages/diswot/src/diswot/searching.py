@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from diswot.ranking import ORDERS, How, best_first, combine, measure_candidate
 from diswot.reports import plain
 from diswot.scoring import Project, TeacherCache
 from diswot.spaces import Space
+from diswot.spaces.structures import StructureSpace
 from visionkernels import sweeps
 from visionkernels.files import write_json
 from visionkernels.recipes import check, check_choice, check_known
@@ -44,6 +46,8 @@ class Candidate:
     terms: Mapping[str, float]
     stderr: float
     """Of the sum of the terms, over seeds."""
+    seeds: int
+    """Draws that the score is the mean of."""
     params: int
     macs: int
     latency_ms: float | None = None
@@ -55,7 +59,7 @@ class SearchResult:
     """All students that were scored, and in which order they were asked for."""
 
     candidates: tuple[Candidate, ...]
-    """Each once, from best to worst."""
+    """Each once, from best to worst; finalists, whose scores are of more draws, before the others."""
     history: tuple[str, ...]
     """Keys in the order of evaluation, repeats too."""
 
@@ -80,17 +84,23 @@ def search(
     num_classes: int = 100,
     seed: int = 0,
     round_size: int = 8,
+    final: TeacherCache | None = None,
+    finalists: int = 10,
     jobs: int = 1,
     out: str | Path | None = None,
 ) -> SearchResult:
     """Return the students of a space by score, best first, all within the budget.
 
     "random" draws; "aging" (regularised evolution) changes the best of `tournament` members that are drawn from the
-    population, and drops the oldest; "evolution" changes any member twice, and drops the worst. `population` is 36 for
-    "aging" and 512 for "evolution". `terms` are terms of the score or proxies, put together by `combined`: "sum", or
-    over the population as ranks or standard scores. `evaluations` counts repeats, which cost nothing. Candidates of a
-    round of `round_size` do not know of each other; so the result does not depend on `jobs`. Where all changes lead
-    beyond the budget, candidates are drawn anew.
+    population, and drops the oldest; "evolution" changes any member twice, and drops the worst; in spaces with an
+    initial structure its first members are changes of that one. `population` is 36 for "aging" and 512 for
+    "evolution". `terms` are terms of the score or proxies, put together by `combined`: "sum", or over the population as
+    ranks or standard scores. `evaluations` counts repeats, which cost nothing. Candidates of a round of `round_size` do
+    not know of each other; so the result does not depend on `jobs`. Where all changes lead beyond the budget,
+    candidates are drawn anew.
+
+    Few seeds are fast and noisy: with `final`, the same teacher with more of them, the best `finalists` are scored
+    again and ordered among themselves by that.
 
     `out` is a folder that keeps settings and scores; the same call goes on where it stopped. Raises RuntimeError if
     2,000 candidates in a row are beyond the budget, ValueError for settings that cannot be, or for a folder of others.
@@ -102,7 +112,10 @@ def search(
         check_known("term", term, _TERMS)
     if population is None:
         population = 512 if algorithm == "evolution" else 36
-    for name, value in (("evaluations", evaluations), ("round_size", round_size), ("tournament", tournament)):
+    counts = {
+        "evaluations": evaluations, "round_size": round_size, "tournament": tournament, "finalists": finalists
+    }  # fmt: skip
+    for name, value in counts.items():
         check(value >= 1, name, value, "at least 1")
     check(population >= 2, "population", population, "at least 2")
     check(bool(terms), "terms", terms, "one or more")
@@ -110,9 +123,11 @@ def search(
         "space": _described(space), "budget": str(budget), "algorithm": algorithm, "terms": list(terms),
         "combined": combined, "project": project, "population": population, "tournament": tournament,
         "num_classes": num_classes, "seed": seed, "round_size": round_size, "teacher": teacher.digest(),
+        "final": final and final.digest(),
     }  # fmt: skip
     folder = None if out is None else _claimed(Path(out), settings)
-    students = _Students(space, teacher, tuple(terms), combined, project, budget, num_classes, jobs, folder)
+    students = _Students(space, tuple(terms), combined, project, budget, num_classes, jobs, folder)
+    first_round = students.scored_by(teacher, "scores")
     rng = np.random.default_rng(seed)
     history: list[str] = []
     members: list[str] = []
@@ -121,20 +136,27 @@ def search(
             count = min(round_size, evaluations - len(history))
             draws: list[Callable[[], str]] = [partial(space.sample, rng)]
             if algorithm == "aging" and len(members) >= population:
-                draws.insert(0, partial(_child, space, members, students.scores(members), tournament, rng))
-            elif algorithm == "evolution" and len(members) >= _FIRST_MEMBERS:
+                draws.insert(0, partial(_child, space, members, first_round.combined(members), tournament, rng))
+            elif algorithm == "evolution" and len(members) > _FIRST_MEMBERS:
                 draws.insert(0, partial(_grandchild, space, members, rng))
+            elif algorithm == "evolution" and isinstance(space, StructureSpace):
+                draws.insert(0, partial(space.mutate, space.initial, rng, replacements=1))
             keys = [students.within_budget(draws) for _ in range(count)]
-            students.evaluate(keys)
+            first_round.evaluate(keys)
             history += keys
             members += keys
             if algorithm == "aging":
                 members = members[-population:]
             elif len(members) > population:
-                order = np.argsort(_lowest(students.scores(members)), kind="stable")[-population:]
+                order = np.argsort(_lowest(first_round.combined(members)), kind="stable")[-population:]
                 members = [members[i] for i in sorted(order)]
             bar.update(count)
-    result = SearchResult(students.candidates(history), tuple(history))
+    candidates = first_round.candidates(list(dict.fromkeys(history)))
+    if final is not None:
+        last_round = students.scored_by(final, "finals")
+        last_round.evaluate([each.key for each in candidates[:finalists]])
+        candidates = [*last_round.candidates([each.key for each in candidates[:finalists]]), *candidates[finalists:]]
+    result = SearchResult(tuple(candidates), tuple(history))
     if folder is not None:
         write_json(folder / "result.json", plain({"settings": settings, **asdict(result)}), overwrite=True)
     return result
@@ -156,19 +178,17 @@ def _grandchild(space: Space, members: Sequence[str], rng: np.random.Generator) 
 
 
 class _Students:
-    """Costs and scores of all keys that came up, each computed once; in a folder they outlive the process."""
+    """What keys cost, each computed once; latencies in a folder outlive the process."""
 
     def __init__(
-        self, space: Space, teacher: TeacherCache, terms: tuple[str, ...], combined: How, project: Project,
-        budget: Budget, num_classes: int, jobs: int, folder: Path | None,
+        self, space: Space, terms: tuple[str, ...], combined: How, project: Project, budget: Budget, num_classes: int,
+        jobs: int, folder: Path | None,
     ) -> None:  # fmt: skip
-        self.space, self.combined, self.terms, self.budget, self.jobs = space, combined, terms, budget, jobs
-        self.folder = folder
+        self.space, self.terms, self.how, self.project, self.budget = space, terms, combined, project, budget
+        self.jobs, self.folder = jobs, folder
         self.costs: dict[str, Cost] = {}
         self.latencies: dict[str, float] = {}
-        self.results: dict[str, dict[str, Any]] = {}
-        self._build = partial(_built, space=space, num_classes=num_classes)
-        self._measure = partial(_measured, build=self._build, teacher=teacher, terms=terms, project=project)
+        self.build = partial(_built, space=space, num_classes=num_classes)
 
     def within_budget(self, draws: Sequence[Callable[[], str]]) -> str:
         """Return the first key drawn that the budget allows; the next way to draw is for where there is none."""
@@ -176,7 +196,7 @@ class _Students:
             for _ in range(_MAX_TRIES):
                 key = draw()
                 if key not in self.costs:
-                    self.costs[key] = cost_of(partial(self._build, key), self.space.input_size)
+                    self.costs[key] = cost_of(partial(self.build, key), self.space.input_size)
                 if self.budget.allows(self.costs[key]) and self._is_fast(key):
                     return key
         smallest = min(self.costs.values(), key=lambda cost: (cost.params, cost.macs))
@@ -190,43 +210,63 @@ class _Students:
         if self.budget.latency_ms is None:
             return True
         if key not in self.latencies:
-            measure = partial(_latency, build=self._build, input_size=self.space.input_size)
-            self.latencies |= self._kept("latencies", measure, [key], jobs=1)
+            measure = partial(_latency, build=self.build, input_size=self.space.input_size)
+            self.latencies |= self.kept("latencies", measure, [key], jobs=1)
         return self.latencies[key] <= self.budget.latency_ms
+
+    def kept(self, name: str, measure: Callable[[str], Any], keys: Sequence[str], *, jobs: int) -> dict[str, Any]:
+        """Return what `measure` gives for each key; what the folder has of it is not measured again."""
+        done = None if self.folder is None else self.folder / f"{name}.jsonl"
+        if done is None and jobs == 1:
+            return {key: measure(key) for key in keys}
+        threads = torch.get_num_threads() if jobs == 1 else 1
+        found = sweeps.map(measure, keys, jobs=jobs, threads=threads, done=done, key=str, show_progress=False)
+        return dict(zip(keys, found, strict=True))
+
+    def scored_by(self, teacher: TeacherCache, name: str) -> "_Round":
+        """Return the scores of these students for a teacher; the folder keeps them under `name`."""
+        return _Round(self, teacher, name)
+
+
+class _Round:
+    """Scores of all keys that were asked for, each computed once."""
+
+    def __init__(self, students: _Students, teacher: TeacherCache, name: str) -> None:
+        self.students, self.name, self.seeds = students, name, teacher.seeds
+        self.results: dict[str, dict[str, Any]] = {}
+        self._measure = partial(
+            _measured, build=students.build, teacher=teacher, terms=students.terms, project=students.project
+        )
 
     def evaluate(self, keys: Sequence[str]) -> None:
         """Score those keys that were not scored yet."""
         new = [key for key in dict.fromkeys(keys) if key not in self.results]
-        found = self._kept("scores", self._measure, new, jobs=self.jobs)
+        found = self.students.kept(self.name, self._measure, new, jobs=self.students.jobs)
         for key, result in found.items():
             try:
                 self.results[key] = {
-                    name: {term: float(result[name][term]) for term in self.terms} for name in ("scores", "stderr")
+                    name: {term: float(result[name][term]) for term in self.students.terms}
+                    for name in ("scores", "stderr")
                 }
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{self.folder}/scores.jsonl has {result!r} for {key}; remove that line") from error
+                where = f"{self.students.folder}/{self.name}.jsonl"
+                raise ValueError(f"{where} has {result!r} for {key}; remove that line") from error
 
-    def _kept(self, name: str, measure: Callable[[str], Any], keys: Sequence[str], *, jobs: int) -> dict[str, Any]:
-        done = None if self.folder is None else self.folder / f"{name}.jsonl"
-        if done is None and jobs == 1:
-            return {key: measure(key) for key in keys}
-        found = sweeps.map(measure, keys, jobs=jobs, done=done, key=str, show_progress=False)
-        return dict(zip(keys, found, strict=True))
-
-    def scores(self, keys: Sequence[str]) -> np.ndarray:
+    def combined(self, keys: Sequence[str]) -> np.ndarray:
         """Return the combined scores of keys among each other; NaN for those that lack one."""
-        return combine([[self.results[key]["scores"][term] for key in keys] for term in self.terms], how=self.combined)
+        table = [[self.results[key]["scores"][term] for key in keys] for term in self.students.terms]
+        return combine(table, how=self.students.how)
 
-    def candidates(self, history: Sequence[str]) -> tuple[Candidate, ...]:
-        """Return all students, best first; NaN last, -infinity before it."""
-        keys = list(dict.fromkeys(history))
-        scores = self.scores(keys)
-        return tuple(self._candidate(keys[i], float(scores[i])) for i in best_first(scores))
+    def candidates(self, keys: Sequence[str]) -> list[Candidate]:
+        """Return students, best first; NaN last, -infinity before it."""
+        scores = self.combined(keys)
+        return [self._candidate(keys[i], float(scores[i])) for i in best_first(scores)]
 
     def _candidate(self, key: str, score: float) -> Candidate:
-        result, cost = self.results[key], self.costs[key]
+        result, cost = self.results[key], self.students.costs[key]
         stderr = math.sqrt(sum(each**2 for each in result["stderr"].values()))
-        return Candidate(key, score, result["scores"], stderr, cost.params, cost.macs, self.latencies.get(key))
+        latency = self.students.latencies.get(key)
+        return Candidate(key, score, result["scores"], stderr, self.seeds, cost.params, cost.macs, latency)
 
 
 def _built(key: str, *, space: Space, num_classes: int) -> nn.Module:

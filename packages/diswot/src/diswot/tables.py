@@ -203,10 +203,9 @@ def _accuracies() -> dict[str, list[float]]:
     from diswot.training import compare_students
 
     space, budget = S0(), Budget(params=200_000)
-    cache_ = TeacherCache(
-        timm.create_model("cifar_resnet56"), batches("patches", 3, BATCH), 3, "kaiming", draws="shared"
-    )
-    result = search(space, cache_, budget=budget, algorithm="random", evaluations=200)
+    teacher, batches_ = timm.create_model("cifar_resnet56"), batches("patches", 9, BATCH)
+    first, final = (TeacherCache(teacher, batches_[:n], n, "kaiming", draws="shared") for n in (3, 9))
+    result = search(space, first, final=final, budget=budget, algorithm="random", evaluations=200)
     within = [each.key for each in result.candidates]
     random = np.random.default_rng(0).choice(within[1:], 5, replace=False).tolist()
     recipe, accuracies = find_recipe("mnist5k_kd"), {}

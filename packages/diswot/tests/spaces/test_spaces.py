@@ -91,7 +91,7 @@ class TestCreate:
     def test_errors(self):
         with pytest.raises(ValueError, match="unknown space 'nasbench2O1'; did you mean 'nasbench201'"):
             create("nasbench2O1")
-        with pytest.raises(ValueError, match=r"space s0 does not take the options width"):
+        with pytest.raises(ValueError, match=r"space s0 cannot be made with the options width"):
             create("s0", width=3)
         for name in ("nasbench201", "nasbench101", "res18", "timm_vit"):
             with pytest.raises(ValueError, match="image_size=4 must be"):

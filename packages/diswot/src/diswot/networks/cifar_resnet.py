@@ -103,6 +103,10 @@ class CifarResNet(StagedClassifier):
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
 
+    def chain(self) -> list[nn.Module]:
+        stages = (getattr(self, f"layer{stage}") for stage in (1, 2, 3))
+        return [self.conv1, self.bn1, self.relu, *(block for stage in stages for block in stage)]
+
     def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         *blocks, last = getattr(self, f"layer{stage}")
         for block in blocks:

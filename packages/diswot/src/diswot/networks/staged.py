@@ -96,6 +96,10 @@ class StagedClassifier(nn.Module):
         """Go from the map before (or the images) to that of `stage`."""
         raise NotImplementedError
 
+    def chain(self) -> list[nn.Module]:
+        """Return modules that `forward_features` applies first, one after another and with nothing between."""
+        return []
+
     def forward_last(self, x: Tensor) -> Tensor:
         """Apply what stands between the last stage and the pooling."""
         return x

@@ -121,6 +121,9 @@ class StructureNet(StagedClassifier):
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         return self._drop(self.module_list[stage](x), stage)
 
+    def chain(self) -> list[nn.Module]:
+        return [] if self.block_drop_rate else list(self.module_list)
+
     def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         chain: Any = self.module_list[stage]
         before, after = chain.forward_pair(x)

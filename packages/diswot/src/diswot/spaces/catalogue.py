@@ -36,7 +36,8 @@ def create(name: str, **options: Any) -> Space:
     try:
         return SPACES[name](**options)
     except TypeError as error:
-        raise ValueError(f"space {name} does not take the options {', '.join(options) or '(none)'}: {error}") from error
+        given = f"the options {', '.join(options)}" if options else "no options"
+        raise ValueError(f"space {name} cannot be made with {given}: {error}") from error
 
 
 # what names of teachers begin with
