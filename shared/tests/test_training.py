@@ -653,6 +653,18 @@ class TestLearningRate:
         assert rates(schedule)[::4] == pytest.approx(expected)
         assert rates(schedule) == [rate for rate in rates(schedule)[::4] for _ in range(4)]
 
+    def test_the_curve_may_count_from_the_end_of_the_warm_up(self):
+        """Two epochs of four updates up, four epochs of a whole half cosine down."""
+        schedule = ScheduleRecipe(unit="update", warmup_epochs=2, warmup_lr=0.0, min_lr=0.1, after_warmup=True)
+        curve = [0.1 + 0.9 * (1 + math.cos(math.pi * update / 16)) / 2 for update in range(16)]
+        assert rates(schedule) == pytest.approx([update / 8 for update in range(8)] + curve)
+        per_epoch = ScheduleRecipe(unit="epoch", warmup_epochs=2, warmup_lr=0.0, min_lr=0.1, after_warmup=True)
+        assert rates(per_epoch)[::4] == pytest.approx([0, 0.5, *curve[::4]])
+        with pytest.raises(ValueError, match="warmup_epochs=2 must be above 0 with warmup=0"):
+            ScheduleRecipe(warmup=1, warmup_epochs=2)
+        with pytest.raises(ValueError, match="after_warmup=True must be False for name='step'"):
+            ScheduleRecipe(name="step", after_warmup=True)
+
     def test_by_update(self):
         expected = [(1 + math.cos(math.pi * update / 24)) / 2 for update in range(24)]
         assert rates(ScheduleRecipe(unit="update")) == pytest.approx(expected)

@@ -34,7 +34,9 @@ class AugmentationRecipe:
     """How training pictures and labels vary."""
 
     random_crop: bool = True
-    """Crop 8 to 100 % of the area at random and flip half of the pictures, instead of resizing them."""
+    """Crop a share of the area at random and flip half of the pictures, instead of resizing them."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest share of the area of such a crop."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """As `timm.data.create_transform` takes it; None: no RandAugment."""
     erasing: float = 0.25
@@ -58,6 +60,8 @@ class AugmentationRecipe:
             check(0 <= value <= 1, name, value, "in [0, 1]")
         for name in ("mixup", "cutmix"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, "crop_scale", self.crop_scale, "two rising numbers in (0, 1]")
         check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
         check(self.repeats >= 1, "repeats", self.repeats, "at least 1")
 

@@ -86,6 +86,7 @@ def _timm_training_transform(
         pictures.size,
         is_training=True,
         no_aug=not augmentation.random_crop,
+        scale=augmentation.crop_scale,
         color_jitter=0.0,
         auto_augment=augmentation.rand_augment,
         interpolation=pictures.interpolation,

@@ -76,18 +76,20 @@ class LearningRate:
         ticks_per_epoch = updates_per_epoch // self.updates_per_tick
         ticks = math.ceil(total_updates / self.updates_per_tick)
         self.lag = recipe.lag_epochs * ticks_per_epoch
+        warmup = recipe.warmup or round(recipe.warmup_epochs * ticks_per_epoch)
         self.scheduler: Scheduler
         if recipe.name == "onecycle":
-            self.scheduler = _Curve(optimizer, _one_cycle(ticks, recipe.warmup))
+            self.scheduler = _Curve(optimizer, _one_cycle(ticks, warmup))
             return
         if recipe.name == "loglinear":
-            self.scheduler = _Curve(optimizer, _log_linear(ticks, recipe))
+            self.scheduler = _Curve(optimizer, _log_linear(ticks, warmup, recipe))
             return
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=recipe.name,
-            num_epochs=ticks,
-            warmup_epochs=recipe.warmup,
+            num_epochs=max(ticks - warmup, 1) if recipe.after_warmup else ticks,
+            warmup_epochs=warmup,
+            warmup_prefix=recipe.after_warmup,
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
             # timm multiplies one tick before a milestone
@@ -126,14 +128,14 @@ def _one_cycle(ticks: int, warmup: int) -> Callable[[int, float], float]:
     return rate
 
 
-def _log_linear(ticks: int, recipe: ScheduleRecipe) -> Callable[[int, float], float]:
+def _log_linear(ticks: int, warmup: int, recipe: ScheduleRecipe) -> Callable[[int, float], float]:
     """From the peak to min_lr, linear in the logarithm, times a factor that rises to 1 by a quarter of a sine."""
 
     def rate(tick: int, peak: float) -> float:
         decayed = peak * (recipe.min_lr / peak) ** (tick / ticks)
-        if tick >= recipe.warmup:
+        if tick >= warmup:
             return decayed
         start = recipe.warmup_lr / peak
-        return decayed * (start + (1 - start) * math.sin(math.pi / 2 * tick / recipe.warmup))
+        return decayed * (start + (1 - start) * math.sin(math.pi / 2 * tick / warmup))
 
     return rate

@@ -51,7 +51,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRecipe:
-    """The learning rate over time: a linear warm-up laid over a curve that counts from the start of training."""
+    """The learning rate over time: a linear warm-up, and a curve that counts from the start of training below it."""
 
     name: ScheduleName = "cosine"
     """"onecycle" is torch's OneCycleLR without its momentum cycle: `warmup` is its rise, by default 30 %. "loglinear"
@@ -61,6 +61,10 @@ class ScheduleRecipe:
     """Whether the rate changes with every epoch or with every update."""
     warmup: int = 0
     """In `unit`."""
+    warmup_epochs: float = 0.0
+    """Instead of `warmup`, in epochs whatever the unit."""
+    after_warmup: bool = False
+    """Whether cosine and poly count from the end of the warm-up, so that they start at the peak."""
     warmup_lr: float = 1e-6
     """Where the warm-up starts."""
     min_lr: float = 0.0
@@ -79,6 +83,10 @@ class ScheduleRecipe:
         check_choice("name", self.name, ScheduleName)
         check_choice("unit", self.unit, Unit)
         check(self.warmup >= 0, "warmup", self.warmup, "at least 0")
+        once = self.warmup_epochs == 0 or (self.warmup_epochs > 0 and self.warmup == 0)
+        check(once, "warmup_epochs", self.warmup_epochs, "above 0 with warmup=0, or 0")
+        counted = not self.after_warmup or self.name in ("cosine", "poly")
+        check(counted, "after_warmup", self.after_warmup, f"False for name={self.name!r}")
         check(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
         check(self.min_lr > 0 or self.name != "loglinear", "min_lr", self.min_lr, "above 0 for name='loglinear'")
         check(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")

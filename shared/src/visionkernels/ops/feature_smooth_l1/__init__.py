@@ -1,0 +1,71 @@
+"""Smooth L1 loss to layer-normalised features of a teacher (G2SD, sec. 3)."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops.feature_smooth_l1 import eager, reference
+
+__all__ = ["feature_smooth_l1"]
+
+_MAX_KERNEL_CHANNELS = 8192  # what the kernels' tiles hold in registers
+
+
+def feature_smooth_l1(
+    prediction: Float[Tensor, "*batch channels"],
+    hidden: Float[Tensor, "*batch channels"],
+    *,
+    beta: float = 2.0,
+    eps: float = 1e-6,
+    backend: Backend = "auto",
+) -> Float[Tensor, ""]:
+    r"""Compare predicted features with the layer-normalised hidden state of a teacher (G2SD, sec. 3).
+
+    With the mean and the biased variance of `hidden` over its channels,
+
+        e = prediction - (hidden - mean) / sqrt(variance + eps)
+        loss = mean over all elements of  e**2 / (2 * beta) if |e| < beta else |e| - beta / 2.
+
+    Computes in float32 (float64 where an input is float64), under autocast too, and returns that dtype. `hidden` may
+    have another floating dtype than `prediction`, and gets no gradient. Triton keeps the inputs for backward, takes at
+    most 8192 channels and has no second derivative.
+
+    Raises TypeError for dtypes and devices, ValueError for shapes that differ or are empty and a `beta` that is not
+    positive, RuntimeError for `backend="triton"` where it cannot run.
+    """
+    _check(prediction, hidden, beta)
+    arguments = (prediction, hidden.detach(), float(beta), float(eps))
+    kind, channels = prediction.device.type, prediction.shape[-1]
+    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    wider = hidden if hidden.dtype == torch.float64 else prediction
+    unsupported = None
+    if channels > _MAX_KERNEL_CHANNELS:
+        unsupported = f"rows of {channels} channels exceed the kernels' {_MAX_KERNEL_CHANNELS}"
+    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
+        match choose_backend("feature_smooth_l1", backend, wider, unsupported=unsupported):
+            case "triton":
+                from visionkernels.ops.feature_smooth_l1 import triton
+
+                return triton.feature_smooth_l1(*arguments)
+            case "reference":
+                return reference.feature_smooth_l1(*arguments)
+            case _:
+                return eager.feature_smooth_l1(*arguments)
+
+
+def _check(prediction: Tensor, hidden: Tensor, beta: float) -> None:
+    for name, feature in (("prediction", prediction), ("hidden", hidden)):
+        if not feature.is_floating_point():
+            raise TypeError(f"{name} is {feature.dtype}; feature_smooth_l1 takes floating-point features")
+    if hidden.device != prediction.device:
+        raise TypeError(f"hidden is on {hidden.device}; expected {prediction.device}, as prediction")
+    if not prediction.ndim or not prediction.numel():
+        raise ValueError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
+    if hidden.shape != prediction.shape:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}; expected {list(prediction.shape)}, as prediction")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta={beta} must be a positive number")

@@ -1,0 +1,100 @@
+"""The input of a masked autoencoder's decoder: visible tokens at their patches, the mask token elsewhere (MAE)."""
+
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops.restore_tokens import eager, reference
+
+__all__ = ["restore_tokens"]
+
+
+def restore_tokens(
+    visible: Float[Tensor, "batch visible_tokens channels"],
+    mask_token: Float[Tensor, " channels"],
+    positions: Float[Tensor, "tokens channels"],
+    ids_restore: Int[Tensor, "batch patches"],
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "batch tokens channels"]:
+    r"""Put visible tokens back at their patches, fill the others with the mask token, and add positions (MAE, sec. 3).
+
+    `visible` holds the class token and K visible patches, `positions` one row for the class token and each of the L
+    patches. With r = ids_restore[b, i] in [0, L),
+
+        out[b, 0]     = visible[b, 0] + positions[0]
+        out[b, 1 + i] = (visible[b, 1 + r] if r < K else mask_token) + positions[1 + i].
+
+    Each row of `ids_restore` is a permutation: patch i was the r-th of the shuffled patches, of which the first K were
+    kept. The output has the dtype that `visible`, `mask_token` and `positions` promote to; additions are float32
+    (float64 for float64 input), under autocast too. `ids_restore` is not differentiable. Triton is deterministic in
+    backward, as eager is on a CPU, and has no second derivative.
+
+    Raises TypeError for dtypes and devices, ValueError for shapes that disagree, K outside [1, L], and rows of
+    `ids_restore` that are no permutation of 0 ... L - 1 (on a GPU: a device-side assertion), RuntimeError for
+    `backend="triton"` where it cannot run.
+    """
+    _check_tokens(visible, mask_token, positions)
+    _check_ids(ids_restore, visible, len(positions) - 1)
+    arguments = (visible, mask_token, positions, ids_restore)
+    kind = visible.device.type
+    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    widest = next((each for each in arguments if each.dtype == torch.float64), visible)
+    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
+        match choose_backend("restore_tokens", backend, widest):
+            case "triton":
+                from visionkernels.ops.restore_tokens import triton
+
+                return triton.restore_tokens(*arguments)
+            case "reference":
+                return reference.restore_tokens(*arguments)
+            case _:
+                return eager.restore_tokens(*arguments)
+
+
+def _check_tokens(visible: Tensor, mask_token: Tensor, positions: Tensor) -> None:
+    for name, each in (("visible", visible), ("mask_token", mask_token), ("positions", positions)):
+        if not each.is_floating_point():
+            raise TypeError(f"{name} is {each.dtype}; restore_tokens takes floating-point tokens")
+        if each.device != visible.device:
+            raise TypeError(f"{name} is on {each.device}; expected {visible.device}, as visible")
+    if visible.ndim != 3 or not visible.shape[2]:
+        raise ValueError(f"visible has shape {list(visible.shape)}; expected [batch, 1 + visible patches, channels]")
+    channels = visible.shape[2]
+    if mask_token.shape != (channels,):
+        raise ValueError(f"mask_token has shape {list(mask_token.shape)}; expected [{channels}], the channels")
+    if positions.ndim != 2 or positions.shape[1] != channels:
+        raise ValueError(f"positions has shape {list(positions.shape)}; expected [1 + patches, {channels}]")
+    patches, kept = len(positions) - 1, visible.shape[1] - 1
+    if not 1 <= kept <= patches:
+        raise ValueError(
+            f"visible has {kept} patches after the class token, and positions {patches}; expected 1 to {patches}"
+        )
+
+
+def _check_ids(ids_restore: Tensor, visible: Tensor, patches: int) -> None:
+    if ids_restore.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids_restore is {ids_restore.dtype}; expected int64 or int32")
+    if ids_restore.device != visible.device:
+        raise TypeError(f"ids_restore is on {ids_restore.device}; expected {visible.device}, as visible")
+    if ids_restore.shape != (len(visible), patches):
+        raise ValueError(f"ids_restore has shape {list(ids_restore.shape)}; expected [{len(visible)}, {patches}]")
+    if torch.compiler.is_compiling() or ids_restore.is_meta or not ids_restore.numel():
+        return
+    if ids_restore.is_cpu:
+        low, high = (int(extreme) for extreme in ids_restore.aminmax())
+        if low < 0 or high >= patches:
+            raise ValueError(f"ids_restore spans [{low}, {high}]; allowed is [0, {patches - 1}]")
+        if not _names_all(ids_restore):
+            raise ValueError(f"ids_restore has a row that names a patch twice; expected permutations of {patches}")
+    else:
+        torch._assert_async(((ids_restore >= 0) & (ids_restore < patches)).all())
+        torch._assert_async(_names_all(ids_restore))
+
+
+def _names_all(ids_restore: Tensor) -> Tensor:
+    named = torch.zeros_like(ids_restore, dtype=torch.bool)
+    return named.scatter_(1, ids_restore.long(), True).all()

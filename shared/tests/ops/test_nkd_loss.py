@@ -1,0 +1,243 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionkernels.ops.nkd_loss import nkd_loss
+from visionkernels.testing.ops import check_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["eager", "triton"]
+CASES = {
+    # batch, classes, options
+    "plain": (6, 12, {}),
+    "tempered": (6, 12, {"alpha": 1.5, "temperature": 2.0}),
+    "cold": (3, 7, {"temperature": 0.25}),
+    "label-only": (5, 9, {"alpha": 0.0}),
+    "two-classes": (5, 2, {"temperature": 3.0}),
+    "one-sample": (1, 31, {}),
+    "many-classes": (2, 2311, {"temperature": 4.0}),
+}
+
+
+def make(case, dtype=torch.float32):
+    batch, classes, options = CASES[case]
+    student, teacher = (k * torch.randn(batch, classes, dtype=torch.float64).to(DEVICE, dtype) for k in (2, 3))
+    labels = torch.randint(classes, (batch,), device=DEVICE)
+    labels[0] = classes - 1
+    return [student, teacher, labels], options
+
+
+def run(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
+    """Return the loss times up to 256, so that gradients are not far below one, in the dtype of the student."""
+    loss = nkd_loss(student, teacher.to(student.dtype), labels, **options)
+    return (loss * min(student.numel(), 256)).to(student.dtype)
+
+
+def gradient(student: Tensor, *rest: Tensor, **options: object) -> Tensor:
+    leaf = student.detach().requires_grad_()
+    return torch.autograd.grad(nkd_loss(leaf, *rest, **options), leaf)[0]
+
+
+class TestNkdLoss:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_reference(self, backend, case, dtype):
+        if backend == "triton" and dtype == torch.float64:
+            pytest.skip("the kernels take at most float32")
+        (student, teacher, labels), options = make(case, dtype)
+        function = partial(run, teacher=teacher, labels=labels, **options)
+        check_backend(partial(function, backend=backend), partial(function, backend="reference"), [student])
+
+    def test_definition(self):
+        """Three classes by hand: p_T = (1/2, 1/4, 1/4) and p_S = (1/4, 1/4, 1/2), label 0."""
+        student, teacher = torch.tensor([[1.0, 1.0, 2.0]]).log(), torch.tensor([[2.0, 1.0, 1.0]]).log()
+        loss = nkd_loss(student, teacher, torch.tensor([0]), alpha=10.0)
+        # q_T = (1/2, 1/2), q_S = (1/3, 2/3)
+        expected = 0.5 * torch.tensor(4.0).log() + 10 * 0.5 * (torch.tensor(3.0).log() + torch.tensor(1.5).log())
+        torch.testing.assert_close(loss, expected)
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    @pytest.mark.parametrize("temperature", [1.0, 4.0])
+    @pytest.mark.parametrize("gap", [200.0, 1e4])
+    def test_large_gaps(self, gap, temperature, backend):
+        """Each of student and teacher far above or below in the label or in another class: what float64 gives."""
+        rows = [[gap, 0.0, -1.0, 0.5], [-gap, 0.0, 1.0, 0.5], [0.0, gap, 1.0, 0.5], [0.0, -gap, 1.0, gap]]
+        pairs = [(student, teacher) for student in rows for teacher in rows]
+        student, teacher = (torch.tensor(each, device=DEVICE) for each in zip(*pairs, strict=True))
+        labels = torch.zeros(len(pairs), dtype=torch.int64, device=DEVICE)
+        inputs, options = (student, teacher, labels), {"temperature": temperature}
+        exact = (student.double(), teacher.double(), labels)
+        loss, grad = (f(*inputs, backend=backend, **options) for f in (nkd_loss, gradient))
+        assert grad.isfinite().all()
+        expected = [f(*exact, backend="reference", **options) for f in (nkd_loss, gradient)]
+        torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected[1], rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_excluded_class(self, backend):
+        """A logit of -inf in both takes the class out; in the teacher alone, the gradient there is q_S + p_T[y] p_S."""
+        (student, teacher, labels), _ = make("plain")
+        labels = labels % 9
+        without = [torch.cat([each[:, :9], each[:, 10:]], 1) for each in (student, teacher)]
+        student[:, 9] = teacher[:, 9] = -torch.inf
+        out = nkd_loss(student, teacher, labels, backend=backend)
+        torch.testing.assert_close(out, nkd_loss(*without, labels, backend=backend))
+        grad = gradient(student, teacher, labels, backend=backend)
+        expected = gradient(*without, labels, backend=backend)
+        torch.testing.assert_close(torch.cat([grad[:, :9], grad[:, 10:]], 1), expected)
+        assert not grad[:, 9].any()
+        student[:, 9] = 1
+        grad = gradient(student, teacher, labels, backend=backend)
+        own = labels[:, None]
+        q_student = student.scatter(1, own, -torch.inf).softmax(1)[:, 9]
+        p_teacher = teacher.softmax(1).gather(1, own)[:, 0]
+        torch.testing.assert_close(grad[:, 9], (q_student + p_teacher * student.softmax(1)[:, 9]) / len(labels))
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_offset(self, backend):
+        """Adding a large number to all logits of a sample changes neither the loss nor the gradient."""
+        student, teacher = (torch.randint(-4, 5, (3, 20), device=DEVICE).float() for _ in range(2))
+        labels = torch.tensor([0, 7, 19], device=DEVICE)
+        loss, grad = (f(student, teacher, labels, backend=backend) for f in (nkd_loss, gradient))
+        shifted = (student + 2**19, teacher - 2**19, labels)
+        torch.testing.assert_close(nkd_loss(*shifted, backend=backend), loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient(*shifted, backend=backend), grad, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_nan(self, backend):
+        """Makes the loss NaN, and the gradients of its own sample only."""
+        for position in (0, 1):
+            (*logits, labels), _ = make("plain")
+            logits[position][2, 5] = torch.nan
+            assert nkd_loss(*logits, labels, backend=backend).isnan()
+            is_nan = gradient(*logits, labels, backend=backend).isnan()
+            assert is_nan[2].any() and not is_nan[[0, 1, 3, 4, 5]].any()
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_mixed_dtypes(self, backend):
+        """The loss is float32, the gradient of the student's dtype, and the teacher has none; labels may be int32."""
+        (student, teacher, labels), _ = make("plain")
+        half, target = student.bfloat16().requires_grad_(), teacher.requires_grad_()
+        loss = nkd_loss(half, target, labels.int(), backend=backend)
+        loss.backward()
+        assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16 and target.grad is None
+        torch.testing.assert_close(loss, nkd_loss(half.float(), target, labels, backend="reference"))
+        if backend != "triton":
+            assert nkd_loss(student, teacher.double(), labels, backend=backend).dtype == torch.float64
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_autocast(self, backend):
+        inputs, options = make("tempered")
+        expected = gradient(*inputs, backend=backend, **options)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            torch.testing.assert_close(gradient(*inputs, backend=backend, **options), expected)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_strides(self, backend):
+        """Transposed and sliced logits, every other label."""
+        (student, teacher, labels), options = make("tempered")
+        expected = gradient(student, teacher, labels, backend=backend, **options)
+        columns, sliced = student.mT.contiguous().mT, torch.cat([teacher, teacher], 1)[:, :12]
+        labels = torch.stack([labels, 0 * labels], 1)[:, 0]
+        torch.testing.assert_close(gradient(columns, sliced, labels, backend=backend, **options), expected)
+
+    def test_gradcheck(self):
+        for case in ("plain", "tempered", "two-classes"):
+            (student, teacher, labels), options = make(case, torch.float64)
+            for backend in ("reference", "eager"):
+                function = partial(nkd_loss, teacher_logits=teacher, labels=labels, backend=backend, **options)
+                assert torch.autograd.gradcheck(function, [student.requires_grad_()], fast_mode=True)
+
+    def test_triton_has_no_second_derivative(self):
+        (student, teacher, labels), _ = make("plain")
+        loss = nkd_loss(student.requires_grad_(), teacher, labels, backend="triton")
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.sum().backward()
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_properties(self, data):
+        """Classes can be permuted; with p_T[y] as weight of the others it is the cross entropy of all classes."""
+        batch, classes = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 9))
+        student, teacher = (torch.randn(batch, classes, dtype=torch.float64) for _ in range(2))
+        labels = torch.randint(classes, (batch,))
+        loss = nkd_loss(student, teacher, labels)
+        order = torch.randperm(classes)
+        permuted = (student[:, order], teacher[:, order], order.argsort()[labels])
+        torch.testing.assert_close(nkd_loss(*permuted), loss)
+        # p[c] = (1 - p[y]) q[c] for the other classes
+        own = labels[:, None]
+        p_student, p_teacher = student.softmax(1).gather(1, own), teacher.softmax(1).gather(1, own)
+        parts = [nkd_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], alpha=0.0) for i in range(batch)]
+        others = [nkd_loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1]) for i in range(batch)]
+        rest = 1 - p_teacher[:, 0]
+        whole = torch.stack(parts) + rest * (torch.stack(others) - torch.stack(parts) - (1 - p_student[:, 0]).log())
+        torch.testing.assert_close(whole.mean(), F.cross_entropy(student, teacher.softmax(1)))
+
+    def test_compile_export(self):
+        inputs, options = make("tempered")
+
+        class Loss(torch.nn.Module):
+            def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+                return nkd_loss(student, teacher, labels, **options)
+
+        expected = nkd_loss(*inputs, **options)
+        compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), expected)
+        leaf = inputs[0].clone().requires_grad_()
+        (ours,) = torch.autograd.grad(compiled(leaf, *inputs[1:]), leaf)
+        torch.testing.assert_close(ours, gradient(*inputs, **options))
+        torch.testing.assert_close(torch.export.export(Loss(), (*inputs,)).module()(*inputs), expected)
+
+    # opcheck itself reads .grad of tensors that are no leaves
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_opcheck(self):
+        from visionkernels.ops.nkd_loss.triton import _backward_op, _forward_op
+
+        (student, teacher, labels), _ = make("plain")
+        torch.library.opcheck(_forward_op, (student.requires_grad_(), teacher, labels, 1.5, 2.0))
+        statistics = torch.rand(6, 6, device=DEVICE)
+        grad = torch.ones((), device=DEVICE)
+        torch.library.opcheck(_backward_op, (grad, student.detach(), teacher, labels, statistics, 1.5, 2.0))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (
+                {"student_logits": torch.ones(2, 4).long()},
+                TypeError,
+                "student_logits is torch.int64; nkd_loss takes fl",
+            ),
+            ({"teacher_logits": torch.ones(2, 4).int()}, TypeError, "teacher_logits is torch.int32"),
+            ({"teacher_logits": torch.ones(2, 4, device="meta")}, TypeError, "teacher_logits is on meta; expected cpu"),
+            (
+                {"student_logits": torch.ones(4)},
+                ValueError,
+                r"student_logits has shape \[4\]; expected \[batch >= 1, c",
+            ),
+            ({"student_logits": torch.ones(0, 4)}, ValueError, r"student_logits has shape \[0, 4\]"),
+            ({"student_logits": torch.ones(2, 1)}, ValueError, r"student_logits has shape \[2, 1\]; .*classes >= 2"),
+            ({"teacher_logits": torch.ones(2, 5)}, ValueError, r"teacher_logits has shape \[2, 5\]; expected \[2, 4\]"),
+            ({"labels": torch.ones(2)}, TypeError, "labels is torch.float32; expected int64 or int32"),
+            ({"labels": torch.ones(2, device="meta").long()}, TypeError, "labels is on meta; expected cpu"),
+            ({"labels": torch.ones(2, 4).long()}, ValueError, r"labels has shape \[2, 4\]; expected \[2\]"),
+            ({"labels": torch.tensor([0, 4])}, ValueError, r"labels spans \[0, 4\]; allowed is \[0, 3\]"),
+            ({"labels": torch.tensor([-1, 3])}, ValueError, r"labels spans \[-1, 3\]"),
+            ({"temperature": -1.0}, ValueError, "temperature=-1.0 must be a positive number"),
+            ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend"),
+            ({"backend": "triton", "teacher_logits": torch.ones(2, 4).double()}, RuntimeError, "not float64"),
+        ],
+    )
+    def test_errors(self, change, error, message):
+        arguments = {
+            "student_logits": torch.ones(2, 4), "teacher_logits": torch.ones(2, 4), "labels": torch.tensor([0, 3])
+        } | change  # fmt: skip
+        with pytest.raises(error, match=message):
+            nkd_loss(**arguments)
