@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -54,6 +54,7 @@ class TestBudget:
         with pytest.raises(ValueError, match=f"budget {name}={value} must be above 0"):
             Budget(**{name: value})
 
+    @example(1234567, 1234568)
     @given(st.integers(1, 10**12), st.integers(1, 10**12))
     def test_text_is_told_apart(self, params, other):
         """The text stands in the settings of a search, so that two limits must not share one."""

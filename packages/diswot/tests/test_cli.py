@@ -120,6 +120,20 @@ class TestRank:
         assert [row["key"] for row in json.loads(report.read_text())["scores"]] == ["111", "131"]
         assert "none of 3 networks" in fails(capsys, "rank", *options, "--budget", "params=1K")
 
+    def test_keys_with_commas(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        keys = [f"resnet18?layers={layers}&channels=32,64,128,256" for layers in ("1,1,1,1", "1,2,1,1")]
+        report = tmp_path / "rank.json"
+        options = ["--space", "timm_resnet", "--proxies", "params", *SMALL, "--teacher", "s0_111"]
+        run(capsys, "rank", *options, "--keys", ", ".join(keys), "--json", report)
+        assert [each["key"] for each in json.loads(report.read_text())["scores"]] == keys
+        assert "timm key 'resnet18?layers=1,1,1,1' lacks" in fails(
+            capsys, "rank", *options, "--keys", f"{keys[0]}, resnet18?layers=1,1,1,1"
+        )
+
+    def test_a_plot_without_accuracies_scores_nothing(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        options = ["--truth", "none", "--keys", "111,113", "--teacher", "no_such_teacher"]
+        assert "--plot needs accuracies" in fails(capsys, "rank", *options, "--plot", tmp_path / "x.png")
+
     def test_no_accuracies(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         report = tmp_path / "rank.json"
         out = run(
@@ -152,6 +166,10 @@ class TestSearch:
 
     def test_errors(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "such as params=5M" in fails(capsys, "search", "--budget", "5M")
+        assert "shortlist=0 must be at least 1" in fails(capsys, "search", "--shortlist", 0)
+        for seeds in (2, -1):
+            said = fails(capsys, "search", "--seeds", 3, "--final-seeds", seeds)
+            assert f"final_seeds={seeds} must be 0, or at least the 3 of seeds" in said
         (tmp_path / "notes.txt").write_text("mine")
         options = ("--teacher", "s0_111", "--evaluations", 1, "--final-seeds", 0, *SMALL)
         assert "folder of other files" in fails(capsys, "search", *options, "--out", tmp_path)

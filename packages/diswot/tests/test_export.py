@@ -48,6 +48,9 @@ OTHERS = (
 )  # fmt: skip
 
 
+RES18 = "SuperConvK3BNRELU(3,8,2,1)SuperResK3K3(8,8,2,8,1)"
+
+
 class TestExportModel:
     @pytest.mark.parametrize("name", those(("s0_111",), (*OTHERS, "test_resnet", "s0:113")))
     def test_onnx(self, tmp_path, name):
@@ -75,7 +78,7 @@ class TestExportModel:
 
     def test_sizes(self, tmp_path):
         """By default a network's own, and the number of classes what is asked for."""
-        sizes = {"s0:113": 32, "test_resnet": 160}
+        sizes = {"s0:113": 32, "test_resnet": 160, "timm:test_resnet": 160, f"res18:{RES18}": 224}
         for name, size in sizes.items():
             said = export_model(name, tmp_path / "m.pt2", num_classes=4, overwrite=True)
             assert said == f"images [batch, 3, {size}, {size}] to logits [batch, 4]"
@@ -95,6 +98,8 @@ class TestExportModel:
             export_model("s0_111", tmp_path / "m.pt2", size=(0, 64))
         with pytest.raises(ValueError, match="unknown model of timm 's0_112'"):
             export_model("s0_112", tmp_path / "m.pt2")
+        with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
+            export_model("s0_111", tmp_path / "m.pt2", num_classes=0)
         (tmp_path / "m.pt2").touch()
         with pytest.raises(FileExistsError, match="--overwrite"):
             export_model("s0_111", tmp_path / "m.pt2")

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import resnet
 from torch import nn
 
 from diswot import spaces
 from diswot.initialisation import draws_of, initialise
+from diswot.networks.cifar_resnet import CifarResNet
 from diswot.observation import Reading
 from diswot.prefixes import KnownPrefixes
 from diswot.scoring import TeacherCache
@@ -29,6 +31,27 @@ def drawn(name, seed=0, **options):
     model = timm.create_model(name, num_classes=CLASSES, **options)
     initialise(model, "kaiming", draws_of(seed, "", "shared"))
     return model
+
+
+class Loud(nn.Conv2d):
+    """Gives twice what its class gives."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LoudBlock(resnet.BasicBlock):
+    """The same."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Between(CifarResNet):
+    """Doubles the map of its first stage."""
+
+    def forward_stage(self, x, stage):
+        return super().forward_stage(x, stage) * (2 if stage == 1 else 1)
 
 
 class Forgetful(KnownPrefixes):
@@ -84,6 +107,26 @@ class TestScores:
             scored(cache, networks, reading=Reading(feature))
             assert cache.known.size_bytes == 0
 
+    def test_in_modes_that_differ(self, batches):
+        """Running statistics count where a reading is of them, whatever the mode that a student comes in."""
+        plain, moved = (timm.create_model("s0_113", num_classes=CLASSES) for _ in range(2))
+        for norm in (module for module in moved.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_var.fill_(3)
+        teacher = timm.create_model("cifar_resnet20", num_classes=CLASSES)
+        cache = TeacherCache(teacher, batches, 2, "kaiming", draws="shared")
+        for model, mode in ((plain, "train"), (plain, "eval"), (moved, "eval")):
+            found = cache.score(model, reading=Reading(mode=mode)).by_seed
+            assert found == replace(cache).score(model, reading=Reading(mode=mode)).by_seed
+
+    def test_under_autocast(self, batches):
+        model = timm.create_model("s0_113", num_classes=CLASSES)
+        teacher = timm.create_model("cifar_resnet20", num_classes=CLASSES)
+        cache = TeacherCache(teacher, batches, 2, "kaiming", draws="shared")
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = cache.score(model).by_seed
+        expected = replace(cache).score(model).by_seed
+        assert cache.score(model).by_seed == expected != rounded
+
     def test_models_come_out_as_they_went_in(self, batches):
         model = drawn("s0_113")
         known = KnownPrefixes()
@@ -134,6 +177,53 @@ class TestUsed:
         with known.used(other, images) as count:
             other(images)
         assert count == (3 if change == "kind" else 0)
+
+    @pytest.mark.parametrize("change", ["hook", "pre-hook", "forward", "features", "convolution", "block", "twice"])
+    def test_networks_that_do_otherwise_run_as_they_are(self, batches, change):
+        """What a class says of a network is not so: nothing known is used, nothing is kept, nothing is taken away."""
+        known, images, plain, other = KnownPrefixes(), batches[0][0], drawn("resnet18"), drawn("resnet18")
+        if change == "hook":
+            other.layer1.register_forward_hook(lambda _, __, output: 2 * output)
+        elif change == "pre-hook":
+            other.layer1[1].conv1.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+        elif change == "forward":
+            other.conv1.forward = lambda x: 2 * nn.Conv2d.forward(other.conv1, x)
+        elif change == "features":
+            other.forward_features = lambda x: type(other).forward_features(other, 2 * x)
+        elif change == "convolution":
+            other.conv1.__class__ = Loud
+        elif change == "block":
+            other.layer1[0].__class__ = LoudBlock
+        else:
+            other.layer1[1] = other.layer1[0]
+        with torch.no_grad():
+            expected = other(images)
+            for model in (plain, other, other, plain):
+                with known.used(model, images) as count:
+                    found = model(images)
+                assert model is plain or count == (4 if change == "block" and known.size_bytes else 0)
+                torch.testing.assert_close(found, expected if model is other else plain(images), rtol=0, atol=0)
+            torch.testing.assert_close(other(images), expected, rtol=0, atol=0)
+
+    def test_a_subclass_may_put_something_between(self, batches):
+        known, images = KnownPrefixes(), batches[0][0]
+        plain, other = drawn("s0_111"), drawn("s0_111")
+        other.__class__ = Between
+        for model in (plain, other):
+            with torch.no_grad(), known.used(model, images):
+                found = model(images)
+            torch.testing.assert_close(found, model(images), rtol=0, atol=0)
+
+    def test_layers_in_place_on_what_is_known(self, batches):
+        """A second pass inside finds the map as it was, though the activation that follows overwrites what it gets."""
+        known, images = KnownPrefixes(), batches[0][0]
+        for is_in_place in (False, True):
+            model = drawn("resnet18")
+            model.act1 = nn.SiLU(inplace=is_in_place)
+            with torch.no_grad(), known.used(model, images) as count:
+                found = [model(images) for _ in range(2)]
+            assert count == (2 if is_in_place else 0)
+            torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
     def test_layers_in_place(self, batches):
         """The norm of timm's stem is overwritten by its activation, and so is not used again."""

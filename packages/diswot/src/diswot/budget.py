@@ -68,7 +68,7 @@ class Budget:
 
     def __str__(self) -> str:
         given = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) is not None}
-        return ",".join(f"{name}={value:g}" for name, value in given.items()) or "no limit"
+        return ",".join(f"{name}={value:.15g}" for name, value in given.items()) or "no limit"
 
 
 NO_LIMIT = Budget()

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from visionkernels.cli import find_device, print_metrics, report_bench, run
 from visionkernels.files import refuse_existing, write_json
+from visionkernels.recipes import check
 from visionkernels.training import FitOptions
 from visionkernels.training.options import Own
 
@@ -177,14 +178,16 @@ def rank(
         refuse_existing(path, overwrite)
     chosen = spaces.create(space)
     known = _truth(truth, chosen)
-    wanted = [chosen.parse(key) for key in _listed(keys)] or list(known) or list(chosen.enumerate())
+    wanted = _keys(keys, chosen) or list(known) or list(chosen.enumerate())
     wanted = _within(Budget.parse(budget), {key: _Build(chosen, key, num_classes) for key in wanted}, chosen.input_size)
+    has_truth = bool(known) and all(key in known for key in wanted)
+    if plot is not None and not has_truth:
+        raise ValueError("--plot needs accuracies of all networks; give --truth FILE")
     batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
     network = _network(teacher, num_classes)
     cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
     build = {key: _Build(chosen, key, num_classes) for key in wanted}
     ranking = order(build, cache, _listed(proxies), jobs=jobs)
-    has_truth = bool(known) and all(key in known for key in wanted)
     agreements = ranking.agreements(known) if has_truth else []
     print(agreement_table(agreements) if has_truth else order_table(ranking))
     if json is not None:
@@ -192,8 +195,6 @@ def rank(
     if csv is not None:
         write_csv(csv, ranking, known, overwrite=overwrite)
     if plot is not None:
-        if not has_truth:
-            raise ValueError("--plot needs accuracies of all networks; give --truth FILE")
         write_scatter(plot, ranking, known, overwrite=overwrite)
 
 
@@ -208,7 +209,7 @@ def search(
     combined: Literal["sum", "rank", "zscore"] = "sum",
     project: Literal["none", "pad", "class_gram"] = "pad",
     seeds: int = 3,
-    final_seeds: int = 9,
+    final_seeds: Own[int | None] = None,
     init: Init = "kaiming",
     draws: Draws = "shared",
     data: str = "patches",
@@ -233,7 +234,7 @@ def search(
         combined: add terms as they are (sum), or over the population as ranks or standard scores
         project: for networks of unequal width: pad with empty channels, or compare classes (class_gram)
         seeds: draws of weights and batch that are averaged
-        final_seeds: more draws for the shortlist, which they order; 0: none
+        final_seeds: more draws, which order the shortlist; default: 9, or as many as the others; 0: none
         init: kaiming, gaussian as the official code, or keep the weights
         draws: of the students' weights: shared by layers of one name, or each its own
         data: patches of photographs, mnist5k, noise, or a folder of pictures
@@ -251,6 +252,9 @@ def search(
     from diswot.searching import search as find
 
     limits = Budget.parse(budget)
+    check(shortlist >= 1, "shortlist", shortlist, "at least 1")
+    final_seeds = max(9, seeds) if final_seeds is None else final_seeds
+    check(not final_seeds or final_seeds >= seeds, "final_seeds", final_seeds, f"0, or at least the {seeds} of seeds")
     if space == "auto":
         space = spaces.kin_of(teacher)
         if space != "s0":
@@ -260,7 +264,7 @@ def search(
     batches = _batches(data, max(seeds, final_seeds), batch_size or (64 if size <= 64 else 16), size, num_classes)
     network = _network(teacher, num_classes)
     cache, final = (
-        TeacherCache(network, batches[:count], count, init, key=teacher, draws=draws) if count >= seeds else None
+        TeacherCache(network, batches[:count], count, init, key=teacher, draws=draws) if count else None
         for count in (seeds, final_seeds)
     )
     assert cache is not None
@@ -458,6 +462,22 @@ def _network(name: str, num_classes: int) -> Any:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _keys(text: str, space: Any) -> list[str]:
+    """Return the keys of a list with commas, which keys may have as well: each is the shortest that the space knows."""
+    found: list[str] = []
+    key = ""
+    for part in map(str.strip, text.split(",")):
+        key = f"{key},{part}" if key else part
+        try:
+            found.append(space.parse(key))
+        except ValueError:
+            continue
+        key = ""
+    if key:
+        space.parse(key)
+    return found
 
 
 def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int) -> list[Any]:

@@ -10,6 +10,7 @@ from diswot import spaces
 from diswot.evaluation import load_network
 from diswot.models import create_network
 from visionkernels.export import export_program
+from visionkernels.recipes import check
 
 __all__ = ["export_model"]
 
@@ -30,6 +31,7 @@ def export_model(
     inside: those of `checkpoint`, which then tells the number of classes, or random ones. Raises ValueError for another
     suffix, FileExistsError unless `overwrite`, and as `create_network` and `diswot.evaluation.load_network` do.
     """
+    check(num_classes >= 1, "num_classes", num_classes, "at least 1")
     if size is not None and min(size) < 1:
         raise ValueError(f"size={size} must be at least 1 x 1")
     if checkpoint is None:
@@ -51,11 +53,11 @@ def export_model(
 
 
 def _own_size(model: nn.Module, name: str) -> tuple[int, int]:
-    """Return what timm, or the search space, says; 224 pixels for torchvision, 32 for anything else."""
+    """Return what the search space, or timm, says; 224 pixels for torchvision, 32 for anything else."""
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     source = name.partition(":")[0]
     default = (3, 224, 224) if source == "torchvision" else (3, 32, 32)
-    if source in spaces.SPACES:
-        default = spaces.create(source).input_size
-    _, height, width = cfg.get("input_size", default)
+    # "timm:NAME" is a network, not one of a space
+    is_of_space = source != "timm" and source in spaces.SPACES
+    _, height, width = spaces.create(source).input_size if is_of_space else cfg.get("input_size", default)
     return height, width

@@ -149,7 +149,12 @@ def _run(
         seen: dict[str, Tensor] = {}
         order: list[str] = []
         with _watching(model, heads[name], feature, seen), _noting_order(heads, order):
-            outputs = model(images)
+            try:
+                outputs = model(images)
+            except AssertionError as error:
+                # timm's word for a size that a network does not take
+                what = f"images are {list(images.shape)}, which {type(model).__name__} does not take: {error}"
+                raise ValueError(what) from error
         if not order:
             raise ValueError(f"head={name!r} has no part in what the network returns; {_candidates(model)}")
         if order[-1] == name:

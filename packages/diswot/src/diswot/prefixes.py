@@ -11,21 +11,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models.resnet import ResNet
+from timm.models import resnet
 from torch import Tensor, nn
 
+from diswot.networks import cifar_resnet, structure_net
 from diswot.networks.staged import BlockReLU, StagedClassifier
 
 __all__ = ["KnownPrefixes"]
 
-# layers whose output is a function of input, weights and what their attributes say
-_PLAIN_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BlockReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d)
+# modules whose output is a function of input, parts, weights and what their attributes say; subclasses may do otherwise
+_PLAIN = {
+    nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BlockReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d, nn.Sequential,
+    nn.ModuleList, cifar_resnet.BasicBlock, structure_net.BlockChain, structure_net.NetBlock,
+    structure_net.ResidualBranch, resnet.BasicBlock, resnet.Bottleneck,
+}  # fmt: skip
 
 
 class KnownPrefixes:
     """Maps after the first blocks of networks, by the content of images and blocks; the oldest ones are dropped.
 
-    Networks without a chain of such blocks run as they are. `limit_bytes` is for the maps; a copy or a pickle is empty.
+    Networks without a chain of such blocks run as they are, and so do those with hooks, forward functions of their own
+    or one module in two places. `limit_bytes` is for the maps; a copy or a pickle is empty.
     """
 
     def __init__(self, limit_bytes: int = 512 << 20) -> None:
@@ -37,7 +43,10 @@ class KnownPrefixes:
 
     @contextmanager
     def used(self, model: nn.Module, images: Tensor) -> Iterator[int]:
-        """Inside, a forward pass of `images` starts after the known blocks, of which it yields the number."""
+        """Inside, a forward pass of `images` starts after the known blocks, of which it yields the number.
+
+        Until it ends the modes of the norms stay as they are.
+        """
         chain, keys = _keyed(_chain(model), images)
         known = max((place for place, key in enumerate(keys, 1) if self._is_intact(key)), default=0)
         with ExitStack() as stack:
@@ -71,31 +80,44 @@ class KnownPrefixes:
 
 
 def _give(known: Tensor | None, x: Tensor) -> Tensor:
-    return x if known is None else known
+    # what comes next may work in place
+    return x if known is None else known.clone()
 
 
 def _chain(model: nn.Module) -> list[nn.Module]:
     """Return the modules that `forward_features` applies first, one after another and with nothing between."""
-    if isinstance(model, StagedClassifier):
+    parts = [part for _, part in model.named_modules(remove_duplicate=False)]
+    if len(set(parts)) < len(parts) or any(map(_is_changed, parts)):
+        return []
+    # a class that inherits its chain may put something between
+    if isinstance(model, StagedClassifier) and "chain" in vars(type(model)):
         return model.chain()
-    if type(model) is ResNet:
+    if type(model) is resnet.ResNet:
         stages = (getattr(model, f"layer{number}") for number in (1, 2, 3, 4))
         return [model.conv1, model.bn1, model.act1, model.maxpool, *(block for stage in stages for block in stage)]
     return []
 
 
+def _is_changed(part: nn.Module) -> bool:
+    """Tell whether something else than its class decides what a module gives."""
+    own = {"forward", "forward_features"} & vars(part).keys()
+    return bool(own or part._forward_hooks or part._forward_pre_hooks)
+
+
 def _keyed(chain: list[nn.Module], images: Tensor) -> tuple[list[nn.Module], list[bytes]]:
     """Return the chain up to the first module that is not plain, and for each module what tells its output."""
-    content = hashlib.sha1(repr((images.shape, images.dtype, images.device)).encode(), usedforsecurity=False)
+    device = images.device
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    content = hashlib.sha1(repr((images.shape, images.dtype, device, autocast)).encode(), usedforsecurity=False)
     content.update(_bytes(images))
     keys: list[bytes] = []
     for module in chain:
-        parts = list(module.modules())
-        if not all(isinstance(part, _PLAIN_LAYERS) or list(part.children()) for part in parts):
+        parts = dict(module.named_modules())
+        if not all(type(part) in _PLAIN for part in parts.values()):
             break
-        for part in parts:
+        for place, part in parts.items():
             attributes = {name: value for name, value in vars(part).items() if not name.startswith("_")}
-            content.update(repr((type(part), sorted(attributes.items()))).encode())
+            content.update(repr((place, type(part), sorted(attributes.items()))).encode())
             # in training, norms take the statistics of the batch
             buffers = () if part.training else part.buffers(recurse=False)
             for tensor in (*part.parameters(recurse=False), *buffers):

@@ -146,13 +146,16 @@ class TeacherCache:
         weight = next(model.parameters(), None)
         if weight is None:
             raise ValueError(f"{type(model).__name__} has no parameters, and so no linear classifier (head)")
-        with preserved(model):
+        # the classifier's gradient is taken whatever the caller's mode
+        with torch.inference_mode(False), preserved(model):
             for seed in range(self.seeds):
                 images, labels = self.batches[seed % len(self.batches)]
                 initialise(model, self.init, draws_of(seed, key, draws))
                 # dropout and the like draw from the global generator
                 torch.manual_seed(generator_for(seed, key).initial_seed())
                 images, labels = images.to(weight), labels.to(weight.device)
+                # what is known of a network is of one mode
+                model.train(reading.mode == "train")
                 is_shared = draws == "shared" and reading.feature == "auto"
                 with self.known.used(model, images) if is_shared else nullcontext():
                     found.append(observe(model, images, labels, reading))

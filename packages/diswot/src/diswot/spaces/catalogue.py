@@ -50,11 +50,16 @@ _KINDS = {
 
 
 def kin_of(teacher: str) -> str:
-    """Return the space whose networks are of the kind of a teacher, by its name: s0 for this package's own.
+    """Return the space whose networks are of the kind of a teacher, by its name as `create_network` takes it.
 
-    A teacher of no kind that has a space gets "timm_resnet".
+    It is SPACE for "SPACE:KEY", and s0 for this package's own. A teacher of no kind that has a space gets
+    "timm_resnet".
     """
-    if teacher in variant_names() or teacher.partition(":")[0] == "s0":
+    source, colon, rest = teacher.partition(":")
+    if colon and source != "timm" and source in SPACES:
+        return source
+    name = rest if source in ("timm", "torchvision") else teacher
+    if name in variant_names():
         return "s0"
-    kinds = (space for space, starts in _KINDS.items() if teacher.startswith(starts))
+    kinds = (space for space, starts in _KINDS.items() if name.startswith(starts))
     return next(kinds, "timm_resnet")
