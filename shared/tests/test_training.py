@@ -410,6 +410,15 @@ class TestNumbers:
         assert set(seen) == {torch.bfloat16}
         assert read_state(tmp_path / "weights.safetensors").state["0.weight"].dtype == torch.float32
 
+    def test_a_task_says_what_the_weights_hold(self, tmp_path):
+        """Checkpoints hold all that is trained; files for users what `final_state` keeps, the averaged one as well."""
+        task = build()
+        task.final_state = lambda state: {"w": state["0.weight"]}
+        result = run(tmp_path, replace(RECIPE, epochs=1, ema_decay=0.9), task=task)
+        for path in (result.weights, result.ema_weights):
+            assert set(read_state(path).state) == {"w"}
+        assert "0.weight" in task.trainable_module.state_dict()
+
     def test_norm_eval(self, tmp_path):
         result = run(tmp_path, replace(RECIPE, norm_eval=True))
         state = read_state(result.weights).state

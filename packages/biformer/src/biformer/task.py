@@ -4,6 +4,7 @@ Losses are those of `biformer.losses`, in float32. Token labelling is our own de
 since the paper's code for it was never released.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -138,6 +139,11 @@ class TokenLabellingTask(TrainingTask):
         logits, cell_logits = self.trainable_module(images)
         loss = token_labelling_loss(logits, cell_logits, target, cells, cell_weight=self.recipe.cell_weight)
         return {"loss": loss, "output": logits}
+
+    def final_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's weights under its own names, without the classifier of cells."""
+        model = "model."
+        return {key.removeprefix(model): value for key, value in state.items() if key.startswith(model)}
 
 
 def mix_cells(

@@ -11,7 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.task import TrainingTask
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from biformer.cell_labels import CellLabelledPictures
@@ -19,7 +19,7 @@ from biformer.checkpoint import load_model
 from biformer.model import BiFormer
 from biformer.recipes import ClassificationRecipe
 from biformer.task import CellClassifier, ClassifierTask, Teacher, TokenLabellingTask
-from visionkernels.checkpoints import load_strict, read_state, save_weights
+from visionkernels.checkpoints import load_strict
 from visionkernels.classification import evaluate
 from visionkernels.extras import require
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
@@ -65,7 +65,7 @@ def train(
     # the sampler cuts an epoch to whole groups of 256 pictures
     if recipe.augmentation.repeats > 1 and len(train_set) >= 256:
         order = partial(repeated_augmentation_order, len(train_set), repeats=recipe.augmentation.repeats)
-    result = fit(
+    return fit(
         task,
         recipe.fit,
         TrainingData(
@@ -77,9 +77,6 @@ def train(
         run_dir,
         details=_details(recipe, names, checkpoint),
     )
-    if recipe.token_labelling is not None:
-        _drop_cell_classifier(result)
-    return result
 
 
 def create_model(recipe: ClassificationRecipe, class_names: tuple[str, ...] | None = None) -> BiFormer:
@@ -158,14 +155,3 @@ def _metrics(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapp
     if isinstance(model, CellClassifier):
         model = model.model.eval()
     return evaluate(model, pictures, workers=workers).metrics()
-
-
-def _drop_cell_classifier(result: FitResult) -> None:
-    """Leave the model alone in the finished weights, so that they load like any others."""
-    for path in filter(None, (result.weights, result.ema_weights)):
-        checkpoint = read_state(path)
-        model: dict[str, Tensor] = {
-            key.removeprefix("model."): value for key, value in checkpoint.state.items() if key.startswith("model.")
-        }
-        if model:
-            save_weights(path, model, metadata=checkpoint.metadata, overwrite=True)

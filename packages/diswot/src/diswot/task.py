@@ -7,7 +7,7 @@ The task needs no run of this package: like every `timm.task.TrainingTask` it go
     task(images, labels)["loss"].backward()
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -111,6 +111,13 @@ class DistillationTask(TrainingTask):
         if self.beta is not None:
             loss = loss + self.beta * parts["feature_loss"]
         return {"loss": loss, **parts, "output": logits}
+
+    def final_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the student's weights under its own names, without what else was trained."""
+        if self.beta is None:
+            return dict(state)
+        student = "student."
+        return {key.removeprefix(student): value for key, value in state.items() if key.startswith(student)}
 
 
 class DistilledStudent(nn.Module):

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
 from diswot.evaluation import build_network, load_network
 from diswot.losses.registry import DISTILLERS
 from diswot.recipes import DistillRecipe
-from diswot.task import DistillationTask, DistilledStudent
+from diswot.task import DistillationTask
 from visionkernels import classification
-from visionkernels.checkpoints import load_strict, read_state, save_weights
+from visionkernels.checkpoints import load_strict, read_state
 from visionkernels.extras import require
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
 from visionkernels.pictures.transforms import evaluation_transform
@@ -27,8 +27,6 @@ from visionkernels.recipes import data_of, settings
 from visionkernels.training import FitResult, ScheduleRecipe, TrainingData, fit
 
 __all__ = ["IndexedPictures", "compare_students", "train", "training_transform"]
-
-_STUDENT = "student."
 
 
 def train(
@@ -187,7 +185,7 @@ class _Course:
             **recipe.losses(),
         )
         is_indexed = recipe.distiller in DISTILLERS and DISTILLERS[recipe.distiller].is_indexed
-        result = fit(
+        return fit(
             task,
             recipe.fit,
             TrainingData(
@@ -205,29 +203,11 @@ class _Course:
                 "diswot": version("diswot"),
             },
         )
-        if isinstance(task.trainable_module, DistilledStudent):
-            _keep_student(folder)
-        return result
 
 
 def _metrics(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
     num_classes = len(pictures.class_names)
     return classification.evaluate(model, pictures, num_classes=num_classes, workers=workers).metrics()
-
-
-def _keep_student(folder: Path) -> None:
-    """Leave the student alone in the finished weights, so that they load like any others."""
-    is_shared = distributed.is_available() and distributed.is_initialized()
-    is_main = not is_shared or distributed.get_rank() == 0
-    for path in folder.glob("*.safetensors") if is_main else ():
-        checkpoint = read_state(path)
-        student = {
-            key.removeprefix(_STUDENT): value for key, value in checkpoint.state.items() if key.startswith(_STUDENT)
-        }
-        if student:
-            save_weights(path, student, metadata=checkpoint.metadata, overwrite=True)
-    if is_shared:
-        distributed.barrier()
 
 
 def _folder_name(name: str) -> str:

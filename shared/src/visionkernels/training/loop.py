@@ -45,7 +45,8 @@ def fit(
 
     A checkpoint holds the task's own buffers (a centre, a queue) and what timm's `task.get_task_state()` returns
     besides (the weights of a teacher that follows), tensors and plain values that `task.load_task_state()` takes back;
-    both are the main process's. A task may have `begin_update(update, total_updates)`, called before each update.
+    both are the main process's. A task may have `begin_update(update, total_updates)`, called before each update, and
+    `final_state(state)`, from the module's state dict to the one that files of weights hold (the student alone, say).
 
     `run_dir` gets run.json (recipe, versions, git state, command, `details`), log.jsonl (a line an epoch),
     checkpoints/, best.safetensors, and at the end weights.safetensors and ema.safetensors. If it holds a run of the

@@ -354,7 +354,6 @@ class Run:
                 for key, value in self.description["details"].items()
             }
             metadata = {**details, "update": str(self.update), "recipe": json.dumps(self.description["recipe"])}
-            # a task may train more than what its users want: `final_state` takes and returns a state dict
             final_state = getattr(self.task, "final_state", None)
             state = state if final_state is None else final_state(state)
             save_weights(self.folder.path / name, state, metadata=metadata, overwrite=True)
