@@ -723,6 +723,21 @@ class TestCreateOptimizer:
             f"{layer}.{kind}" for layer in (0, 4) for kind in ("weight", "bias")
         }
 
+    def test_class_of_another_module(self):
+        net = build().trainable_module
+        recipe = OptimizerRecipe(name="torch.optim:SGD", lr=0.3, momentum=0.7, weight_decay=0.1)
+        optimizer = create_optimizer(net, recipe)
+        assert type(optimizer) is torch.optim.SGD
+        assert {(group["lr"], group["momentum"]) for group in optimizer.param_groups} == {(0.3, 0.7)}
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+        for name, message in {
+            "nowhere:SGD": "optimizer 'nowhere:SGD' cannot be found",
+            "torch.optim:SDG": "optimizer 'torch.optim:SDG' cannot be found",
+            "torch.nn:Linear": "is no torch.optim.Optimizer",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                create_optimizer(net, replace(recipe, name=name))
+
     def test_settings(self):
         optimizer = create_optimizer(build().trainable_module, OptimizerRecipe(betas=(0.8, 0.9), eps=1e-3, lr=0.3))
         assert isinstance(optimizer, torch.optim.AdamW)

@@ -1,10 +1,8 @@
 """Runs the golden cases, measured on the official implementation, through the public API."""
 
 import copy
-import importlib.util
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,15 @@ from diswot import metrics
 from diswot.observation import observe
 from diswot.proxies import compute, inputs
 from diswot.similarity import relation_loss, semantic_loss
-from visionkernels.testing.golden import Case, check_cases, compare_case, make_input, make_inputs, recipe_weights
+from visionkernels.testing.golden import (
+    Case,
+    check_cases,
+    compare_case,
+    load_module,
+    make_input,
+    make_inputs,
+    recipe_weights,
+)
 
 __all__ = ["check"]
 
@@ -33,15 +39,6 @@ def _mismatches(case: Case, stored: Mapping[str, np.ndarray]) -> list[str]:
         if case["kind"] in kinds:
             return run(case, stored)
     return [f"no runner for kind {case['kind']!r}"]
-
-
-def _sibling(name: str) -> ModuleType:
-    """Return a module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"diswot_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _labels(spec: Mapping[str, Any]) -> Tensor:
@@ -146,5 +143,8 @@ Run = Callable[[Case, Mapping[str, np.ndarray]], list[str]]
 _KINDS: dict[str, Run] = {"score": _score, "proxies": _proxies, "rank_metrics": _rank_metrics}
 _RUNNERS: list[tuple[Collection[str], Run]] = [
     (_KINDS, lambda case, stored: _KINDS[case["kind"]](case, stored)),
-    *((module.KINDS, module.run) for module in map(_sibling, ("parity_losses", "parity_networks"))),
+    *(
+        (module.KINDS, module.run)
+        for module in (load_module(Path(__file__).with_name(f"parity_{part}.py")) for part in ("losses", "networks"))
+    ),
 ]

@@ -1,8 +1,6 @@
 """What the tests share: seeds, one thread, no network, small volumes, and a small file of each kind."""
 
-import importlib.util
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ import tinc
 import tinc.compression
 import tinc.design
 import tinc.jobs
+from visionkernels.testing.golden import load_module
 
 Wavy = Callable[..., np.ndarray]
 EXAMPLES = (
@@ -113,9 +112,4 @@ def example(request: pytest.FixtureRequest, examples: dict[str, tinc.TincFile]) 
 @pytest.fixture(scope="session")
 def decoder() -> ModuleType:
     """The second decoder."""
-    spec = importlib.util.spec_from_file_location("second_decoder", Path(__file__).parent / "decoder.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("decoder.py"))

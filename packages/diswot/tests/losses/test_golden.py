@@ -1,16 +1,15 @@
 """The golden cases of losses agree, and the comparison bites."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from visionkernels.testing.golden import load_module
+
 FOLDER = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("parity_losses", FOLDER / "parity_losses.py")
-parity = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(parity)
+parity = load_module(FOLDER / "parity_losses.py")
 
 CASES = [
     case

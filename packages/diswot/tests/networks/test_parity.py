@@ -1,16 +1,15 @@
 """Networks, mutations and counts against the numbers of the official implementation."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from visionkernels.testing.golden import load_module
+
 TESTS = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("diswot_parity_networks", TESTS / "parity_networks.py")
-parity = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(parity)
+parity = load_module(TESTS / "parity_networks.py")
 
 INDEX = json.loads((TESTS / "golden" / "index.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in INDEX["cases"] if case["kind"] in parity.KINDS}

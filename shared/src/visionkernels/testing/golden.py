@@ -9,9 +9,11 @@ package runs a case through its public API and hands the outputs to `compare_cas
 import importlib.util
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ __all__ = [
     "compare_case",
     "compare_param_grads",
     "load_check",
+    "load_module",
     "make_input",
     "make_inputs",
     "recipe_weights",
@@ -35,13 +38,20 @@ Case = Mapping[str, Any]
 
 def load_check(test_file: str) -> Callable[..., dict[str, list[str]]]:
     """Return `check` of the `parity.py` beside a test: a file of its own, since tests are no package."""
-    path = Path(test_file).with_name("parity.py")
-    spec = importlib.util.spec_from_file_location(f"parity_of_{path.parents[1].name}", path)
-    assert spec is not None and spec.loader is not None
-    parity = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(parity)
-    check: Callable[..., dict[str, list[str]]] = parity.check
+    check: Callable[..., dict[str, list[str]]] = load_module(Path(test_file).with_name("parity.py")).check
     return check
+
+
+def load_module(path: Path) -> ModuleType:
+    """Return a Python file as a module, under a name of its own."""
+    name = f"{path.parent.parent.name}_{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_cases(folder: Path, run: Callable[[Case, Mapping[str, np.ndarray]], list[str]]) -> dict[str, list[str]]:

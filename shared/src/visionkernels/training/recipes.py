@@ -15,9 +15,10 @@ Unit = Literal["epoch", "update"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """The optimiser: a name of `timm.optim` and its settings."""
+    """The optimiser and its settings."""
 
     name: str = "adamw"
+    """Of `timm.optim`, or "module:Class", which takes parameter groups, `lr` and `momentum`."""
     lr: float = 1e-3
     """Peak learning rate, for the global batch as it is."""
     weight_decay: float = 0.05
