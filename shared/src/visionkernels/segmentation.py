@@ -14,7 +14,14 @@ from visionkernels.extras import require
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.pictures.scenes import IGNORED, Scenes, aligned_size
 
-__all__ = ["SegmentationTask", "evaluate", "predict"]
+__all__ = ["SegmentationTask", "evaluate", "pixel_loss", "predict"]
+
+
+def pixel_loss(
+    logits: Float[Tensor, "batch classes height width"], labels: Int[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy, in float32: the sum over labelled pixels (not 255), divided by the number of all."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 class SegmentationTask(TrainingTask):
@@ -34,10 +41,7 @@ class SegmentationTask(TrainingTask):
         """Take images and class indices, 255 for pixels that do not count; return the losses and the main logits."""
         given = self.trainable_module(images)
         logits: list[Tensor] = [given] if isinstance(given, Tensor) else given
-        losses = [
-            F.cross_entropy(each.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
-            for each in logits
-        ]
+        losses = [pixel_loss(each, labels) for each in logits]
         loss = losses[0] + self.auxiliary_weight * sum(losses[1:])
         return {"loss": loss, "main_loss": losses[0], "output": logits[0]}
 

@@ -88,3 +88,17 @@ class TestLabelMixing:
     def test_odd_batch(self):
         with pytest.raises(ValueError, match="3 a process and step is odd"):
             LabelMixing(AugmentationRecipe(), 5)((images(3), torch.tensor([0, 1, 2])))
+
+
+class TestPosterize:
+    def test_no_bits_left(self):
+        """At the top of timm's scale nothing is left of a picture, and Pillow 13 refuses to do that."""
+        augmentation = AugmentationRecipe(rand_augment="rand-m10-inc1", erasing=0)
+        transform = training_transform(PictureRecipe(size=8, resize=8), augmentation)
+        augment = next(part for part in transform.transforms if hasattr(part, "ops"))
+        op = next(op for op in augment.ops if op.name.startswith("Posterize"))
+        op.prob = 1.0
+        picture = Image.new("RGB", (8, 8), (200, 100, 50))
+        assert op(picture).getextrema() == ((0, 0),) * 3
+        op.magnitude = 2
+        assert op(picture).getextrema() != ((0, 0),) * 3

@@ -1,6 +1,7 @@
 """From pictures and classes to a batch: timm's transforms, repeated augmentation, mixup and cutmix."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -82,7 +83,7 @@ class LabelMixing:
 def _timm_training_transform(
     pictures: PictureRecipe, augmentation: AugmentationRecipe, *, is_separate: bool = False
 ) -> Any:
-    return create_transform(
+    transform = create_transform(
         pictures.size,
         is_training=True,
         no_aug=not augmentation.random_crop,
@@ -96,3 +97,14 @@ def _timm_training_transform(
         re_mode="pixel",
         separate=is_separate,
     )
+    for step in transform if is_separate else (transform,):
+        for part in getattr(step, "transforms", ()):
+            for op in getattr(part, "ops", ()):
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = partial(_posterize, op.aug_fn)
+    return transform
+
+
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    # timm asks for no bits at the top of its scale; Pillow refuses that since version 13, and gave black before
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)

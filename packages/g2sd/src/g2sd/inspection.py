@@ -1,0 +1,106 @@
+"""What a weights file is, what it lacks, and which command takes it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from g2sd.checkpoint import FULL_TEACHER
+from g2sd.layouts import Contents, Kind, contents_of
+from visionkernels.checkpoints import read_state
+
+__all__ = ["Inspection", "inspect_file"]
+
+_IS: dict[Kind, str] = {
+    "mae": "masked autoencoder: encoder and decoder",
+    "generic": "student of generic distillation: encoder, decoder and feature heads",
+    "encoder": "encoder alone",
+    "distilled": "classifier with a distillation token",
+    "average": "classifier of the mean of the patches",
+    "class": "classifier of the class token",
+    "probe": "encoder with a linear probe",
+    "vitdet": "ViTDet detector in detectron2's layout",
+    "mmseg": "UperNet segmentation model in mmsegmentation's layout",
+    "hf": "ViT in the layout of Hugging Face transformers",
+}
+_CLASSIFIER_USES = (
+    "teacher of `g2sd distill specific --teacher FILE`, of as many classes as the data",
+    "`g2sd eval --checkpoint FILE`, `g2sd export FILE`",
+)
+_USES: dict[Kind, tuple[str, ...]] = {
+    "mae": (
+        "teacher of `g2sd distill generic --teacher FILE`",
+        "start of `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+    ),
+    "generic": ("start of `g2sd distill specific` and `g2sd finetune --encoder FILE`",),
+    "encoder": ("start of `g2sd finetune` and `g2sd distill specific --encoder FILE`",),
+    "distilled": _CLASSIFIER_USES,
+    "average": _CLASSIFIER_USES,
+    "class": _CLASSIFIER_USES,
+    "probe": ("start of `g2sd finetune --encoder FILE`, without its probe",),
+    "vitdet": (),
+    "mmseg": (
+        "teacher of `g2sd distill specific --teacher FILE` for segmentation, of as many classes as the data",
+        "`g2sd eval --checkpoint FILE`",
+    ),
+    "hf": ("`g2sd convert FILE --to mae --out OUT`, then inspect OUT",),
+}
+_LACKS: dict[Kind, str] = {
+    "encoder": f"a decoder: generic distillation needs one, as in {FULL_TEACHER}",
+    "generic": "a head: fine-tune it first",
+    "mae": "a classification head",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file of the family of MAE."""
+
+    contents: Contents
+    taken_from: str
+    """Entry of the file that the weights are in; "" for the file itself."""
+    num_tensors: int
+    num_values: int
+    what: str
+    lacks: str
+    """What users most often miss in it; "" for nothing."""
+    uses: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return the report, a line each."""
+        found = self.contents
+        sizes = f"encoder {found.width} channels, {found.depth} blocks, patches of {_pixels(found.patch_size)} pixels"
+        if found.num_positions is not None:
+            sizes += f", positions for {found.num_positions} patches"
+        report = [self.what, sizes]
+        if found.decoder_width is not None:
+            report.append(f"decoder {found.decoder_width} channels, {found.decoder_depth} blocks")
+        if found.teacher_decoder_width is not None:
+            report.append(f"feature head for a teacher's decoder of {found.teacher_decoder_width} channels")
+        if found.num_classes is not None:
+            report.append(f"{found.num_classes} classes")
+        where = f"entry {self.taken_from!r}" if self.taken_from else "the file itself"
+        report.append(f"{self.num_tensors} tensors, {self.num_values / 1e6:.3f} M values, in {where}")
+        report += [f"lacks {self.lacks}"] if self.lacks else []
+        return report + [f"use: {use}" for use in self.uses]
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def inspect_file(path: str | Path, *, entry: str | None = None) -> Inspection:
+    """Tell what a .pth or .safetensors file holds, without running code that it holds.
+
+    `entry` names the weights where a file has several. Raises FileNotFoundError, and CheckpointError for a damaged file
+    and for one of another family.
+    """
+    checkpoint = read_state(path, entry=entry)
+    contents = contents_of(checkpoint.state, path)
+    return Inspection(
+        contents,
+        checkpoint.taken_from,
+        len(checkpoint.state),
+        sum(value.numel() for value in checkpoint.state.values()),
+        _IS[contents.kind],
+        _LACKS.get(contents.kind, ""),
+        _USES[contents.kind],
+    )

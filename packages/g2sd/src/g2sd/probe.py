@@ -1,0 +1,198 @@
+"""How good an encoder's features are before any fine-tuning: nearest neighbours, and a linear classifier."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float, Int
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import g2sd.vit  # noqa: F401 - registers the models
+from g2sd.checkpoint import load_encoder
+from g2sd.layouts import contents_of, encoder_heads
+from g2sd.recipes import ProbeRecipe
+from visionkernels import classification
+from visionkernels.checkpoints import read_state
+from visionkernels.extras import require
+from visionkernels.pictures.labelled import LabelledPictures, open_pictures
+from visionkernels.pictures.recipes import PictureRecipe
+from visionkernels.pictures.transforms import evaluation_transform, training_transform
+from visionkernels.recipes import check, data_of, settings
+from visionkernels.training import FitResult, TrainingData, fit
+
+__all__ = ["Encoder", "LinearProbeTask", "NeighbourResult", "encoder_of", "linear_probe", "nearest_neighbours", "vote"]
+
+
+class Encoder(nn.Module):
+    """The features of a vision transformer: the normed class token, or the mean of the patches' tokens."""
+
+    def __init__(self, model: nn.Module, *, pool: str = "class") -> None:
+        super().__init__()
+        check(pool in ("class", "mean"), "pool", pool, "'class' or 'mean'")
+        self.model: Any = model
+        self.pool, self.width = pool, int(model.embed_dim)  # type: ignore[arg-type]
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
+        """Return features of normalised images."""
+        tokens: Tensor = self.model.forward_features(images)
+        return tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1)
+
+
+def encoder_of(
+    path: str | Path, *, img_size: int, num_heads: int | None = None, pool: str = "class", entry: str | None = None
+) -> Encoder:
+    """Return the frozen encoder of any file of the family, for square images of `img_size` pixels.
+
+    Raises CheckpointError for files that hold none, and ValueError for a `pool` other than "class" and "mean".
+    """
+    checkpoint = read_state(path, entry=entry)
+    contents = contents_of(checkpoint.state, path)
+    told = checkpoint.metadata.get("num_heads", "")
+    heads = num_heads or (int(told) if told.isdigit() else None)
+    model: Any = timm.create_model(
+        "g2sd_vit_tiny_patch16_224", distilled=False, global_pool="token", num_classes=0, img_size=img_size,
+        patch_size=contents.patch_size, in_chans=contents.in_chans, embed_dim=contents.width, depth=contents.depth,
+        num_heads=encoder_heads(contents.width, heads),
+    )  # fmt: skip
+    load_encoder(model, path, entry=entry)
+    return Encoder(model.eval().requires_grad_(False), pool=pool)
+
+
+@dataclass(frozen=True)
+class NeighbourResult:
+    """Accuracy of votes of nearest neighbours, in percent."""
+
+    top1: float
+    majority_top1: float
+    """Of always naming the most frequent class."""
+    count: int
+    """Pictures."""
+
+
+def nearest_neighbours(
+    encoder: Encoder,
+    data: str | Path,
+    pictures: PictureRecipe,
+    *,
+    num_neighbours: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: torch.device | None = None,
+) -> NeighbourResult:
+    """Classify validation pictures by their nearest training pictures; see `vote`.
+
+    `data` is as for `visionkernels.pictures.labelled.open_pictures`. Raises ValueError as `vote` does.
+    """
+    transform = evaluation_transform(pictures)
+    train_set = open_pictures(data, "train", transform)
+    val_set = open_pictures(data, "validation", transform, class_names=train_set.class_names)
+    encoder = encoder.to(device)
+    load = partial(_features, encoder, batch_size=batch_size, workers=workers)
+    (known, labels), (features, truth) = load(train_set), load(val_set)
+    named = vote(
+        features, known, labels, num_classes=len(train_set.class_names), num_neighbours=num_neighbours,
+        temperature=temperature,
+    )  # fmt: skip
+    majority = float(torch.bincount(truth).max()) / len(truth)
+    return NeighbourResult(100 * float((named == truth).float().mean()), 100 * majority, len(truth))
+
+
+def vote(
+    features: Float[Tensor, "queries width"],
+    known: Float[Tensor, "samples width"],
+    labels: Int[Tensor, " samples"],
+    *,
+    num_classes: int,
+    num_neighbours: int = 20,
+    temperature: float = 0.07,
+    queries_at_once: int = 256,
+) -> Int[Tensor, " queries"]:
+    """Name a class for each query: the votes of its nearest samples, by cosine, weigh exp(cosine / temperature).
+
+    As in DINO's evaluation (Wu et al., 2018). Raises ValueError for more neighbours than samples and for a temperature
+    that is not above 0.
+    """
+    check(1 <= num_neighbours <= len(known), "num_neighbours", num_neighbours, f"1 to the {len(known)} samples")
+    check(temperature > 0, "temperature", temperature, "above 0")
+    known = F.normalize(known.float(), dim=1)
+    named = []
+    for part in F.normalize(features.float(), dim=1).split(queries_at_once):
+        cosines, places = (part @ known.mT).topk(num_neighbours, 1)
+        # relative to the nearest, so that no exponential overflows
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(part), num_classes, device=part.device).scatter_add_(1, labels[places], weights)
+        named.append(votes.argmax(1))
+    return torch.cat(named)
+
+
+@torch.inference_mode()
+def _features(encoder: Encoder, pictures: LabelledPictures, *, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    device = next(encoder.parameters()).device
+    loader = DataLoader(pictures, batch_size=batch_size, num_workers=workers)
+    found = [(encoder(images.to(device)), labels.to(device)) for images, labels in loader]
+    return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+
+
+class LinearProbeTask(TrainingTask):
+    """Cross-entropy of a linear classifier on frozen features, which a norm without parameters standardises."""
+
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+        super().__init__(verbose=False)
+        self.encoder = encoder
+        self.trainable_module: nn.Module = nn.Sequential(
+            nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6), nn.Linear(encoder.width, num_classes)
+        )
+        linear: Any = self.trainable_module[1]
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], target: Int[Tensor, " batch"]
+    ) -> dict[str, Tensor]:
+        """Return the loss and the logits."""
+        with torch.no_grad():
+            features = self.encoder(images)
+        logits = self.trainable_module(features)
+        return {"loss": F.cross_entropy(logits.float(), target), "output": logits}
+
+    def final_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return encoder and classifier together, under the official names."""
+        encoder = {key: value for key, value in self.encoder.model.state_dict().items() if not key.startswith("head")}
+        return encoder | {f"head.{key}": value for key, value in state.items()}
+
+
+def linear_probe(recipe: ProbeRecipe, data: str | Path | None, out: str | Path, *, start: str | Path) -> FitResult:
+    """Train a linear classifier on the frozen encoder of `start`; a run in `out` goes on where it stopped.
+
+    The metrics are those of `visionkernels.classification`. Errors as for `encoder_of`, `open_pictures` and
+    `visionkernels.training.fit`.
+    """
+    for module in ("accelerate", "torchmetrics"):
+        require(module, "g2sd-vision[train]")
+    source = data_of(recipe, data)
+    train_set = open_pictures(source, "train", training_transform(recipe.pictures, recipe.augmentation))
+    transform = evaluation_transform(recipe.pictures)
+    val_set = open_pictures(source, "validation", transform, class_names=train_set.class_names)
+    torch.manual_seed(recipe.fit.seed)
+    encoder = encoder_of(start, img_size=recipe.pictures.size, pool=recipe.pool)
+    task = LinearProbeTask(encoder, len(train_set.class_names))
+    evaluate = partial(_accuracy, encoder=encoder, pictures=val_set, workers=recipe.fit.num_workers)
+    details = {
+        "settings": settings(recipe), "started_from": str(start), "class_names": train_set.class_names,
+        "num_heads": str(encoder.model.blocks[0].attn.num_heads),
+    }  # fmt: skip
+    return fit(task, recipe.fit, TrainingData(train=train_set, evaluate=evaluate), out, details=details)
+
+
+def _accuracy(model: nn.Module, *, encoder: Encoder, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
+    probed = nn.Sequential(encoder, model)
+    classes = len(pictures.class_names)
+    return classification.evaluate(probed, pictures, num_classes=classes, workers=workers).metrics()

@@ -1,0 +1,150 @@
+"""Weights keep what they compute in other projects' layouts, and come back unchanged."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import g2sd.vit  # noqa: F401 - registers the models
+from g2sd.checkpoint import load_encoder, load_official
+from g2sd.conversion import convert_file, from_huggingface, to_huggingface
+from g2sd.mae import MaskedAutoencoder
+from visionkernels.checkpoints import CheckpointError, read_state, save_weights
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
+WIDTHS = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
+
+
+def lively(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+MODELS = {
+    "mae": lambda: MaskedAutoencoder(**SIZES, **WIDTHS),
+    "generic": lambda: MaskedAutoencoder(**SIZES, **WIDTHS, teacher_width=96, teacher_decoder_width=48),
+    "distilled": lambda: timm.create_model("g2sd_vit_tiny_patch16_224", num_classes=5, **SIZES),
+    "average": lambda: timm.create_model("g2sd_vit_tiny_patch16_224", num_classes=5, distilled=False, **SIZES),
+    "class": lambda: timm.create_model(
+        "g2sd_vit_tiny_patch16_224", num_classes=5, distilled=False, global_pool="token", **SIZES
+    ),
+    "encoder": lambda: timm.create_model(
+        "g2sd_vit_tiny_patch16_224", num_classes=0, distilled=False, global_pool="token", **SIZES
+    ),
+}
+
+
+def stored(kind, path):
+    model = lively(MODELS[kind]())
+    save_weights(path, model.state_dict(), metadata={})
+    return model
+
+
+class TestConvertFile:
+    @pytest.mark.parametrize("kind", ["mae", "distilled", "class", "encoder"])
+    def test_huggingface_and_back(self, tmp_path, kind):
+        model = stored(kind, tmp_path / "a.safetensors")
+        said = convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
+        assert "from_pretrained" in said
+        assert {file.name for file in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+        convert_file(tmp_path / "hf" / "model.safetensors", tmp_path / "back.pth", to="mae")
+        back = read_state(tmp_path / "back.pth").state
+        assert set(back) == set(model.state_dict())
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(back[key], value, rtol=0, atol=0)
+
+    def test_huggingface_configuration(self, tmp_path):
+        stored("mae", tmp_path / "a.safetensors")
+        convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        assert config["architectures"] == ["ViTMAEForPreTraining"]
+        assert (config["image_size"], config["patch_size"], config["num_attention_heads"]) == (32, 8, 3)
+        assert (config["decoder_hidden_size"], config["decoder_num_attention_heads"]) == (64, 4)
+        assert config["layer_norm_eps"] == 1e-6
+
+    def test_huggingface_names(self, tmp_path):
+        """As transformers' models of these kinds have them."""
+        state, config = to_huggingface(lively(MODELS["distilled"]()).state_dict(), "x")
+        assert {
+            "deit.embeddings.distillation_token", "deit.encoder.layer.1.attention.attention.value.bias",
+            "deit.layernorm.weight", "cls_classifier.weight", "distillation_classifier.bias",
+        } <= set(state)  # fmt: skip
+        assert state["deit.embeddings.position_embeddings"].shape == (1, 18, 192)
+        assert config["id2label"]["4"] == "LABEL_4"
+        encoder, config = to_huggingface(lively(MODELS["generic"]()).state_dict(), "x")
+        assert config["architectures"] == ["ViTModel"]
+        assert not any("decoder" in key for key in encoder)
+        # transformers adds a pooler of its own
+        assert set(from_huggingface({**encoder, "pooler.dense.weight": torch.zeros(2)})) == {
+            key for key in MODELS["encoder"]().state_dict() if not key.startswith("head")
+        }
+
+    def test_a_position_of_the_distillation_token_moves_into_it(self):
+        state, _ = to_huggingface(lively(MODELS["distilled"]()).state_dict(), "x")
+        positions = state["deit.embeddings.position_embeddings"]
+        positions[:, 1] = 3.0
+        found = from_huggingface(state)
+        torch.testing.assert_close(found["dist_token"], state["deit.embeddings.distillation_token"] + 3)
+        torch.testing.assert_close(found["pos_embed"][:, 1:], positions[:, 2:])
+
+    @pytest.mark.parametrize("kind", ["distilled", "average", "class"])
+    def test_timm(self, tmp_path, kind):
+        model = stored(kind, tmp_path / "a.safetensors")
+        convert_file(tmp_path / "a.safetensors", tmp_path / "timm.pth", to="timm")
+        name = "deit_tiny_distilled_patch16_224" if kind == "distilled" else "vit_tiny_patch16_224"
+        pooling = {"distilled": {}, "average": {"global_pool": "avg"}, "class": {"global_pool": "token"}}[kind]
+        theirs = timm.create_model(name, num_classes=5, **SIZES, **pooling)
+        theirs.load_state_dict(read_state(tmp_path / "timm.pth").state)
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-6
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(theirs.eval()(images), model(images), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(("to", "prefix"), [("vitdet", "backbone.net."), ("mmseg", "backbone.")])
+    def test_backbones(self, tmp_path, to, prefix):
+        model = stored("generic", tmp_path / "a.safetensors")
+        said = convert_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to)
+        state = read_state(tmp_path / "b.safetensors").state
+        assert "without decoder" in said
+        expected = {key for key in model.state_dict() if key.startswith(("blocks.", "patch_embed.", "pos_embed"))}
+        expected |= {"cls_token"} if to == "mmseg" else set()
+        assert set(state) == {prefix + key for key in expected}
+
+    def test_a_student_becomes_a_classifier(self, tmp_path):
+        """From generic distillation to timm, and from there into a classifier here."""
+        student = stored("generic", tmp_path / "a.safetensors")
+        convert_file(tmp_path / "a.safetensors", tmp_path / "timm.safetensors", to="timm")
+        classifier = MODELS["distilled"]()
+        load_encoder(classifier, tmp_path / "timm.safetensors")
+        torch.testing.assert_close(classifier.blocks[1].mlp.fc1.weight, student.blocks[1].mlp.fc1.weight)
+
+    def test_official_scripts_read_it(self, tmp_path):
+        stored("mae", tmp_path / "a.safetensors")
+        convert_file(tmp_path / "a.safetensors", tmp_path / "mae.pth", to="mae")
+        assert set(torch.load(tmp_path / "mae.pth", weights_only=True)) == {"model"}
+        assert load_official(tmp_path / "mae.pth").decoder_width == 64
+
+    def test_errors(self, tmp_path):
+        stored("average", tmp_path / "a.safetensors")
+        with pytest.raises(CheckpointError, match="classifies the mean of the patches"):
+            convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
+        with pytest.raises(ValueError, match=r"out=.*b\.bin must end in \.pth or \.safetensors"):
+            convert_file(tmp_path / "a.safetensors", tmp_path / "b.bin", to="timm")
+        with pytest.raises(ValueError, match="to='keras' must be one of"):
+            convert_file(tmp_path / "a.safetensors", tmp_path / "b.pth", to="keras")
+        (tmp_path / "b.pth").touch()
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            convert_file(tmp_path / "a.safetensors", tmp_path / "b.pth", to="timm")
+        save_weights(
+            tmp_path / "d.safetensors", {"backbone.net.patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)}, metadata={}
+        )
+        with pytest.raises(CheckpointError, match="holds 'vitdet', whose relative positions"):
+            convert_file(tmp_path / "d.safetensors", tmp_path / "c.pth", to="timm")
+        (tmp_path / "file").touch()
+        stored("class", tmp_path / "e.safetensors")
+        with pytest.raises(ValueError, match="is a file"):
+            convert_file(tmp_path / "e.safetensors", tmp_path / "file", to="hf")

@@ -1,0 +1,94 @@
+"""Classifiers as files for others agree with the models that they are of."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from g2sd.export import export_classifier
+from visionkernels.checkpoints import CheckpointError, save_weights
+from visionkernels.testing.golden import recipe_weights
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32 after some layers, in another order of sums
+
+
+@pytest.fixture
+def file(vit, tmp_path):
+    """Writes a lively classifier and returns it with its file."""
+
+    def write(**options):
+        model = vit(**{"depth": 1, **options})
+        model.load_state_dict(recipe_weights(model.state_dict()))
+        path = tmp_path / "weights.safetensors"
+        save_weights(path, model.state_dict(), metadata={"num_heads": "3"})
+        return model.eval(), path
+
+    return write
+
+
+def reopened(path, images):
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    session = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed").InferenceSession(path)
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+class TestExportClassifier:
+    @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+    @pytest.mark.parametrize("head", [None, "class"])
+    def test_agrees(self, file, tmp_path, suffix, head):
+        if suffix == "onnx":
+            pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        model, path = file()
+        model.eval_head = head or "mean"
+        out = tmp_path / f"m.{suffix}"
+        assert export_classifier(path, out, head=head) == "images [batch, 3, 32, 32] to logits [batch, 5]"
+        for batch in (1, 3):
+            images = torch.randn(batch, 3, 32, 32)
+            with torch.no_grad():
+                torch.testing.assert_close(reopened(out, images).detach(), model(images), **TOLERANCE)
+
+    @pytest.mark.parametrize("options", [{"distilled": False}, {"in_chans": 1}], ids=str)
+    def test_other_models(self, file, tmp_path, options):
+        model, path = file(**options)
+        export_classifier(path, tmp_path / "m.pt2")
+        images = torch.randn(2, options.get("in_chans", 3), 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(reopened(tmp_path / "m.pt2", images).detach(), model(images), **TOLERANCE)
+
+    def test_description(self, runs, tmp_path):
+        extra = {"model.json": ""}
+        export_classifier(runs["specific"], tmp_path / "m.pt2")
+        torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+        described = json.loads(extra["model.json"])
+        assert described["classes"] == 3 and described["label_names"] == ["blue", "green", "red"]
+
+    def test_errors(self, file, runs, tmp_path):
+        _, path = file(distilled=False)
+        with pytest.raises(ValueError, match="head='class' is for models with a distillation token"):
+            export_classifier(path, tmp_path / "m.pt2", head="class")
+        with pytest.raises(ValueError, match="must be onnx or pt2"):
+            export_classifier(path, tmp_path / "m.bin")
+        with pytest.raises(CheckpointError, match="no classification head"):
+            export_classifier(runs["generic"], tmp_path / "m.pt2")
+        (tmp_path / "m.pt2").touch()
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            export_classifier(path, tmp_path / "m.pt2")
+        assert (tmp_path / "m.pt2").read_bytes() == b""
+
+    def test_without_the_extra(self, file, tmp_path, monkeypatch):
+        _, path = file()
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(ImportError, match=r"pip install 'g2sd-vision\[export\]'"):
+            export_classifier(path, tmp_path / "m.onnx")
+        assert not (tmp_path / "m.onnx").exists()
+
+
+# inductor writes and compiles C++ for most of a minute; what our code can break is the graph
+@pytest.mark.slow
+def test_inductor(vit):
+    model, images = vit().eval(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), **TOLERANCE)
