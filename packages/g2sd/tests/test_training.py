@@ -91,6 +91,11 @@ class TestDistilGeneric:
         state = read_state(result.weights).state
         assert state["0.cls_token"].shape == (1, 1, 24) and state["1.cls_token"].shape == (1, 1, 48)
         assert result.metrics["loss"] == pytest.approx(result.metrics["loss_0"] + result.metrics["loss_1"])
+        # each opens by itself
+        for place, width in enumerate((24, 48)):
+            student = load_official(tmp_path / f"student-{place}.safetensors", kind="generic")
+            torch.testing.assert_close(student.cls_token.detach(), state[f"{place}.cls_token"])
+            assert student.embed_dim == width
 
     def test_several_masks_of_removed_patches(self, micro, runs, pictures, tmp_path):
         recipe = replace(micro["generic"], supervise="masked", num_masks=2, fit=replace(micro["generic"].fit, epochs=1))

@@ -214,6 +214,15 @@ _PROBE_FIT = FitRecipe(
 )  # fmt: skip
 
 
+_BOTH = GenericRecipe(
+    name="generic_both_in1k",
+    summary="generic distillation of ViT-Tiny and ViT-Small at once, 300 epochs",
+    students=(AutoencoderSizes(name="mae_vit_tiny_patch16"), AutoencoderSizes(name="mae_vit_small_patch16")),
+    fit=_GENERIC_FIT,
+    augmentation=_CROP_ALONE,
+)
+
+
 def _of_imagenet(size: str) -> tuple[Recipe, ...]:
     """Return the paper's recipes for a student of this size."""
     autoencoder, vit = f"mae_vit_{size}_patch16", f"g2sd_vit_{size}_patch16_224"
@@ -334,5 +343,5 @@ _OF_DIGITS: tuple[Recipe, ...] = (
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (*_of_imagenet("tiny"), *_of_imagenet("small"), *_OF_DIGITS)
+    recipe.name: recipe for recipe in (*_of_imagenet("tiny"), *_of_imagenet("small"), _BOTH, *_OF_DIGITS)
 }

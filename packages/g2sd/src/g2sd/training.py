@@ -1,6 +1,7 @@
 """The stages by recipes, on the loop that all packages share: pre-training, generic distillation, classification."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from g2sd.targets import StoredTargets, store_targets
 from g2sd.task import AutoencoderTask, ClassifierTask, GenericTask
 from g2sd.vit import DistilledViT
 from visionkernels import classification
+from visionkernels.checkpoints import read_state, save_weights
 from visionkernels.extras import require
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
 from visionkernels.pictures.transforms import LabelMixing, evaluation_transform, training_transform
@@ -61,10 +63,10 @@ def distil_generic(
 
     `teacher` is a file of MAE with its decoder, or a module as `GenericDistiller` takes it. `out`/weights.safetensors
     holds the student, which `load_official` and `g2sd.checkpoint.load_encoder` open; of several students it holds all,
-    under "0.", "1.", ... `targets` is a folder for the teacher's targets under four masks of each picture, computed
-    once: for pictures that do not vary. The metrics are `val_loss` on masks that are always the same, and
-    `val_zero_loss` and `val_position_loss`, which it must be below (see `GenericTask`). Raises CheckpointError for a
-    teacher without decoder.
+    and each has a file of its own, student-0.safetensors, ... `targets` is a folder for the teacher's targets under
+    four masks of each picture, computed once: for pictures that do not vary. The metrics are `val_loss` on masks that
+    are always the same, and `val_zero_loss` and `val_position_loss`, which it must be below (see `GenericTask`). Raises
+    CheckpointError for a teacher without decoder.
     """
     train_set, val_set = _pictures(recipe, data)
     size = (recipe.pictures.size,) * 2
@@ -81,7 +83,20 @@ def distil_generic(
         check(not _varies(recipe), "targets", str(targets), f"None: recipe {recipe.name} varies its pictures")
         samples = StoredTargets(train_set, store_targets(distiller, train_set, targets, seed=recipe.fit.seed))
     told = {"teacher": _named(teacher), **(_heads(students[0]) if len(students) == 1 else {})}
-    return _fit(task, recipe, samples, partial(_unlabelled_metrics, task=task, pictures=val_set), out, told)
+    result = _fit(task, recipe, samples, partial(_unlabelled_metrics, task=task, pictures=val_set), out, told)
+    if len(students) > 1 and os.environ.get("RANK", "0") == "0":
+        _part(result.weights, students)
+    return result
+
+
+def _part(weights: Path, students: Sequence[MaskedAutoencoder]) -> None:
+    """Write each of several students into a file of its own, beside that of all."""
+    checkpoint = read_state(weights)
+    for place, student in enumerate(students):
+        prefix = f"{place}."
+        state = {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
+        told = {**checkpoint.metadata, **_heads(student)}
+        save_weights(weights.with_name(f"student-{place}.safetensors"), state, metadata=told, overwrite=True)
 
 
 def finetune(
