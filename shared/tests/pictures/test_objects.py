@@ -12,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from visionkernels.pictures.annotated import CorruptAnnotationError
-from visionkernels.pictures.objects import open_objects
+from visionkernels.pictures.objects import large_scale_jitter, open_objects
 from visionkernels.pictures.reading import CorruptPictureError
 
 
@@ -62,6 +62,22 @@ class TestOpenObjects:
             assert target["labels"].tolist() == [2]
             assert target["masks"][0, top:bottom, left:right].all() and target["masks"].sum() == 80
 
+    def test_ranks(self, coco):
+        """Labels are the places of the ids among the file's categories."""
+        file = coco / "annotations" / "instances_val2017.json"
+        content = json.loads(file.read_text())
+        content["categories"] = [{"id": key, "name": str(key)} for key in (90, 7, 2, 3, 1)]
+        content["annotations"][0]["category_id"] = 90
+        file.write_text(json.dumps(content))
+        pictures = open_objects(coco, "validation", num_classes=6, is_ranked=True)
+        assert pictures[0][1]["labels"].tolist() == [5, 3]
+        with pytest.raises(ValueError, match="has category 5; num_classes=5 allows 1 to 4"):
+            open_objects(coco, "validation", num_classes=5, is_ranked=True)
+        content["annotations"][0]["category_id"] = 4
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="is no annotation file of COCO: KeyError 4"):
+            open_objects(coco, "validation", num_classes=6, is_ranked=True)
+
     def test_without_masks(self, coco):
         for data in (coco, "shapes"):
             assert "masks" not in open_objects(data, "train", num_classes=91, has_masks=False)[0][1]
@@ -79,6 +95,38 @@ class TestOpenObjects:
             rows, columns = torch.nonzero(mask, as_tuple=True)
             edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert (left, top, right, bottom) == tuple(map(int, edges))
+
+    @pytest.mark.parametrize("has_masks", [True, False])
+    def test_large_scale_jitter(self, has_masks):
+        """Pictures of 128 x 160 pixels, resized to 48 to 192 at the longer side and cut to 96."""
+        steps = large_scale_jitter(96, (0.5, 2.0))
+        pictures = open_objects("shapes", "train", num_classes=4, has_masks=has_masks, steps=steps)
+        plain = open_objects("shapes", "train", num_classes=4)
+        sizes, num_lost = set(), 0
+        for index in range(40):
+            image, target = pictures[index]
+            height, width = image.shape[1:]
+            sizes.add((height, width))
+            boxes, count = target["boxes"], len(target["labels"])
+            assert boxes.shape == (count, 4) and len(target["iscrowd"]) == count
+            assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+            assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
+            num_lost += len(plain[index][1]["labels"]) - count
+            if has_masks:
+                for (left, top, right, bottom), mask in zip(boxes.int().tolist(), target["masks"], strict=True):
+                    assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+                    assert (
+                        mask[top].any() and mask[bottom - 1].any() and mask[:, left].any() and mask[:, right - 1].any()
+                    )
+        assert all(height <= 96 and width <= 96 and max(height, width) >= 47 for height, width in sizes)
+        assert (96, 96) in sizes and len(sizes) > 10 and num_lost > 0
+
+    def test_jitter_of_one_size(self):
+        """A factor of 1 resizes the longer side to the square's, and cuts nothing."""
+        image, target = open_objects("shapes", "train", num_classes=4, steps=large_scale_jitter(80, (1.0, 1.0)))[0]
+        assert (image.shape, target["masks"].shape[1:]) == ((3, 64, 80), (64, 80))
+        with pytest.raises(ValueError, match=r"scale_range=\(2, 1\) must be two rising numbers above 0"):
+            large_scale_jitter(80, (2, 1))
 
     def test_missing_files(self, coco, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"has no .*train2017; it must be in the layout of COCO"):

@@ -21,7 +21,6 @@ from typing import Any, cast, get_args
 import torch
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -34,15 +33,13 @@ from biformer.dense_recipes import DetectionHead, DetectionRecipe
 from biformer.model import BiFormerBackbone
 from biformer.segmentation import backbone_model
 from visionkernels.checkpoints import load_strict, read_state, stored_options
-from visionkernels.evaluation import own_share
+from visionkernels.detection import DetectionTask, evaluate
 from visionkernels.extras import require
 from visionkernels.pictures.objects import ObjectPictures, open_objects, pair_up
 from visionkernels.recipes import data_of, settings
 from visionkernels.training import FitResult, TrainingData, fit
 
-__all__ = ["DetectionTask", "PyramidBackbone", "detection_model", "evaluate", "load_detection_model", "train"]
-
-_EXTRA = "biformer[dense]"
+__all__ = ["PyramidBackbone", "detection_model", "load_detection_model", "train"]
 
 
 def detection_model(
@@ -122,72 +119,6 @@ class PyramidBackbone(nn.Module):
         return cast(dict[str, Tensor], self.pyramid(maps))
 
 
-class DetectionTask(TrainingTask):
-    """The sum of a torchvision detector's losses."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module = model
-
-    def forward(  # type: ignore[override]  # lists, since images differ in size
-        self, images: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Take what the detector takes in training; return the loss and its parts."""
-        losses: dict[str, Tensor] = self.trainable_module(images, targets)
-        return {"loss": torch.stack([each.float() for each in losses.values()]).sum(), **losses}
-
-
-@torch.inference_mode()
-def evaluate(
-    model: RetinaNet | MaskRCNN, pictures: ObjectPictures, *, workers: int = 0, show_progress: bool = True
-) -> dict[str, float]:
-    """Measure a detector on its device by COCO's average precision, in percent; several processes share the pictures.
-
-    `box_ap` is the mean over overlaps 0.5 to 0.95, `box_ap50` and `box_ap75` that at one; `mask_ap` and so on for
-    "maskrcnn". Raises ValueError for pictures without an object, and ImportError without `biformer[dense]`.
-    """
-    has_masks = isinstance(model, MaskRCNN)
-    require("pycocotools", _EXTRA)
-    detection = require("torchmetrics.detection", _EXTRA)
-    kinds = {"box": "bbox"} | ({"mask": "segm"} if has_masks else {})
-    metrics = {
-        kind: detection.MeanAveragePrecision(iou_type=iou_type, sync_on_compute=False)
-        for kind, iou_type in kinds.items()
-    }
-    device = next(model.parameters()).device
-    model.eval()
-    for image, target in own_share(pictures, workers, show_progress=show_progress):
-        (found,) = model([image.to(device)])
-        found = {key: value.cpu() for key, value in found.items()}
-        if has_masks:
-            found["masks"] = found["masks"][:, 0] > 0.5
-            target = target | {"masks": target["masks"].bool()}
-        for metric in metrics.values():
-            metric.update([found], [target])
-    result: dict[str, float] = {}
-    for kind, metric in metrics.items():
-        _share(metric)
-        measured = metric.compute()
-        if measured["map"] < 0:  # torchmetrics' -1
-            raise ValueError(f"none of the {len(pictures)} pictures has an object, so there is nothing to measure")
-        parts = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
-        result |= {f"{kind}_{name}": 100 * float(measured[key]) for name, key in parts.items()}
-    return result
-
-
-def _share(metric: Any) -> None:
-    """Give every process what all have seen.
-
-    The metric's own way pairs the pictures of the processes one by one, and so hangs where they have not equally many.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, metric.metric_state)
-    for name in metric.metric_state:
-        setattr(metric, name, [each for state in states for each in state[name]])
-
-
 def train(
     recipe: DetectionRecipe,
     data: str | Path | None,
@@ -199,7 +130,8 @@ def train(
 
     `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `checkpoint` gives the
     backbone's weights. `run_dir/weights.safetensors` opens with `load_detection_model`. The metrics are those of
-    `evaluate`. Errors as for `open_objects`, `detection_model` and `visionkernels.training.fit`.
+    `visionkernels.detection.evaluate`. Errors as for `open_objects`, `detection_model` and
+    `visionkernels.training.fit`.
     """
     for module in ("accelerate", "torchmetrics", "pycocotools"):
         require(module, "biformer[train,dense]")

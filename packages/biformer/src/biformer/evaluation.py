@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from torchvision.models.detection import MaskRCNN
 
 from biformer.checkpoint import load_model
 from visionkernels.checkpoints import read_state, stored_options
@@ -23,7 +22,7 @@ def evaluate_checkpoint(
     """Return the metrics of a weights file of `biformer train`, or of an official one, on the validation data.
 
     A classifier has those of `visionkernels.classification.Evaluation`, a segmentation model those of
-    `visionkernels.segmentation.evaluate`, a detector those of `biformer.detection.evaluate`. `data` is as for the
+    `visionkernels.segmentation.evaluate`, a detector those of `visionkernels.detection.evaluate`. `data` is as for the
     training; `batch_size` is a classifier's. Raises ValueError for numbers below 1, or of `workers` below 0.
     """
     check_loading(workers, batch_size)
@@ -57,12 +56,11 @@ def _evaluate_segmentation(checkpoint: str | Path, data: str, device: torch.devi
 
 
 def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device, workers: int) -> dict[str, float]:
-    from biformer.detection import evaluate, load_detection_model
+    from biformer.detection import load_detection_model
+    from visionkernels.detection import evaluate, has_masks
     from visionkernels.pictures.objects import open_objects
 
     options = stored_options(read_state(checkpoint), checkpoint, "detection_model", package="biformer")
     model = load_detection_model(checkpoint).to(device)
-    objects = open_objects(
-        data, "validation", num_classes=options["num_classes"], has_masks=isinstance(model, MaskRCNN)
-    )
+    objects = open_objects(data, "validation", num_classes=options["num_classes"], has_masks=has_masks(model))
     return evaluate(model, objects, workers=workers)

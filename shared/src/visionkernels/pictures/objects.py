@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
@@ -19,8 +19,9 @@ from visionkernels.pictures import shapes
 from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, require_files, types
 from visionkernels.pictures.labelled import Split
 from visionkernels.pictures.reading import read_picture
+from visionkernels.recipes import check
 
-__all__ = ["ObjectPictures", "open_objects", "pair_up"]
+__all__ = ["ObjectPictures", "large_scale_jitter", "open_objects", "pair_up"]
 
 
 class ObjectPictures(AnnotatedPictures[dict[str, Tensor]]):
@@ -31,18 +32,27 @@ class ObjectPictures(AnnotatedPictures[dict[str, Tensor]]):
     """
 
 
-def open_objects(data: str | Path, split: Split, *, num_classes: int, has_masks: bool = True) -> ObjectPictures:
-    """Open the pictures of one split for detection, in training mirrored at random.
+def open_objects(
+    data: str | Path,
+    split: Split,
+    *,
+    num_classes: int,
+    has_masks: bool = True,
+    is_ranked: bool = False,
+    steps: Sequence[nn.Module] = (),
+) -> ObjectPictures:
+    """Open the pictures of one split for detection, in training mirrored at random and then changed by `steps`.
 
     `data` is a folder in the layout of COCO, `train2017/`, `val2017/` and `annotations/instances_train2017.json` (and
-    val), or "shapes". Labels are the category ids of the file; 0 is the background. Training leaves out crowds, boxes
-    of less than a pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without
-    pycocotools, and ValueError for a damaged file, one without objects, and category ids other than 1 to
-    `num_classes` - 1; reading raises CorruptPictureError, and CorruptAnnotationError for a picture of another size.
+    val), or "shapes". Labels are the category ids of the file or, with `is_ranked`, the places of these ids in rising
+    order from 1, as detectron2 numbers them; 0 is the background. Training leaves out crowds, boxes of less than a
+    pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without pycocotools, and ValueError
+    for a damaged file, one without objects, and labels other than 1 to `num_classes` - 1; reading raises
+    CorruptPictureError, and CorruptAnnotationError for a picture of another size.
     """
     is_train = split == "train"
-    steps = [v2.RandomHorizontalFlip()] if is_train else []
-    transform = v2.Compose([*steps, v2.ToDtype(types(torch.uint8), scale=True), v2.ToPureTensor()])
+    changes = [v2.RandomHorizontalFlip(), *steps] if is_train else []
+    transform = v2.Compose([*changes, v2.ToDtype(types(torch.uint8), scale=True), v2.ToPureTensor()])
     if str(data) == "shapes":
         shapes.check_classes(num_classes)
         return ObjectPictures(partial(_read_shapes, split, has_masks), shapes.NUM_PICTURES[split], transform)
@@ -51,13 +61,58 @@ def open_objects(data: str | Path, split: Split, *, num_classes: int, has_masks:
     for path in (folder, file):
         if not path.exists():
             raise FileNotFoundError(f"--data {data} has no {path}; it must be in the layout of COCO, or be shapes")
-    coco = _open_coco(file, num_classes=num_classes, has_masks=has_masks)
+    coco = _open_coco(file, num_classes=num_classes, has_masks=has_masks, is_ranked=is_ranked)
     with_objects = {each["image_id"] for each in coco.dataset["annotations"] if _is_usable(each)}
     numbers = [number for number in sorted(coco.imgs) if not is_train or number in with_objects]
     if not with_objects.intersection(numbers):
         raise ValueError(f"{file} has no objects of a pixel or more a side in its pictures")
     require_files(data, "pictures", [folder / coco.imgs[number]["file_name"] for number in numbers])
     return ObjectPictures(partial(_read_coco, coco, folder, numbers, is_train, has_masks), len(numbers), transform)
+
+
+def large_scale_jitter(side: int, scale_range: tuple[float, float] = (0.1, 2.0)) -> list[nn.Module]:
+    """Return the steps of large-scale jitter (G. Ghiasi and others, 2021) to pictures of at most `side` pixels a side.
+
+    A picture is resized to fit in a square of `side` pixels times a random factor of `scale_range`, and cropped at
+    random where it is larger than `side`. Boxes become those of what is visible, and objects of which nothing is are
+    left out. Raises ValueError for a range that does not rise.
+    """
+    low, high = scale_range
+    check(0 < low <= high, "scale_range", scale_range, "two rising numbers above 0")
+    return [v2.ScaleJitter((side, side), scale_range), _CropToFit(side), _KeepVisible()]
+
+
+class _CropToFit(v2.Transform):
+    """Crops the sides that are longer than `side`, at a random place."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        size = min(height, self.side), min(width, self.side)
+        spare = height - size[0], width - size[1]
+        top, left = (int(torch.randint(each + 1, ())) for each in spare)
+        return {"top": top, "left": left, "height": size[0], "width": size[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class _KeepVisible(nn.Module):
+    """Leaves objects out that a crop has left nothing of, and fits boxes to what it has left."""
+
+    def forward(self, image: tv_tensors.Image, target: dict[str, Any]) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        boxes, masks = target["boxes"], target.get("masks")
+        if masks is None:
+            is_seen = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1
+            found = boxes[is_seen]
+        else:
+            is_seen = masks.bool().flatten(1).any(1)
+            found = _boxes_of(masks[is_seen])
+        kept = {key: tv_tensors.wrap(value[is_seen], like=value) for key, value in target.items() if key != "boxes"}
+        return image, {"boxes": tv_tensors.wrap(found.to(boxes.dtype), like=boxes), **kept}
 
 
 def pair_up(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
@@ -69,9 +124,14 @@ def pair_up(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[A
 def _read_shapes(split: Split, has_masks: bool, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
     image, masks, kinds = shapes.read_shapes(split, index)
     tensor = torch.from_numpy(masks)
-    boxes = masks_to_boxes(tensor) + torch.tensor([0, 0, 1, 1])  # of the pixels' outer edges
+    boxes = _boxes_of(tensor)
     labels = torch.from_numpy(kinds)
     return image, _target(image, boxes, labels, torch.zeros_like(labels), tensor if has_masks else None)
+
+
+def _boxes_of(masks: Tensor) -> Tensor:
+    """The boxes around the outer edges of the masks' pixels."""
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def _target(image: Tensor, boxes: Tensor, labels: Tensor, is_crowd: Tensor, masks: Tensor | None) -> dict[str, Any]:
@@ -84,7 +144,7 @@ def _target(image: Tensor, boxes: Tensor, labels: Tensor, is_crowd: Tensor, mask
     return target if masks is None else target | {"masks": tv_tensors.Mask(masks.to(torch.uint8))}
 
 
-def _open_coco(file: Path, *, num_classes: int, has_masks: bool) -> Any:
+def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool) -> Any:
     """Read a file of COCO, and see that its annotations have what training reads of them."""
     pycocotools = require("pycocotools.coco", "pycocotools")
     try:
@@ -92,6 +152,10 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool) -> Any:
             coco = pycocotools.COCO(str(file))
         annotations, images = coco.dataset["annotations"], coco.imgs.values()
         boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64)
+        if is_ranked:
+            ranks = {number: place + 1 for place, number in enumerate(sorted(coco.cats))}
+            for each in annotations:
+                each["category_id"] = ranks[each["category_id"]]
         labels = {each["category_id"] for each in annotations}
         unlike = [
             each for each in images if not (isinstance(each["file_name"], str) and each["height"] * each["width"])
@@ -104,9 +168,8 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool) -> Any:
     if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
         raise ValueError(f"{file} has a bbox that is not four numbers: left, top, width, height")
     if strange := [each for each in labels if not (isinstance(each, int) and 0 < each < num_classes)]:
-        raise ValueError(
-            f"{file} has category id {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}"
-        )
+        what = "category" if is_ranked else "category id"
+        raise ValueError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
     if empty:
         raise ValueError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
     return coco
