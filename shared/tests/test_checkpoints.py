@@ -3,6 +3,7 @@ import collections
 import concurrent.futures
 import hashlib
 import http.server
+import io
 import os
 import pathlib
 import pickle
@@ -244,6 +245,84 @@ RULES = KeyRules(
     transforms={"stages.{i}.{j}.pos.{p}": (lambda tensor: tensor.T, lambda tensor: tensor.T)},
     ignored={"{any*}.attn_mask": "rebuilt from the size"},
 )
+
+
+class TestArrays:
+    """Plain pickles of numpy's arrays, as detectron2's model zoo has them."""
+
+    def write(self, path, content, **options):
+        path.write_bytes(pickle.dumps(content, **options))
+        return path
+
+    @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+    def test_reads(self, tmp_path, protocol):
+        generator = np.random.default_rng(0)
+        arrays = {
+            "rows": generator.random((2, 3), dtype=np.float32),
+            "columns": np.asfortranarray(generator.random((3, 4))),
+            "swapped": generator.random(5).astype(">f4"),
+            "count": np.array(3),
+            "none": np.zeros((0, 4), np.float16),
+            "flags": np.array([True, False]),
+        }
+        content = {"model": collections.OrderedDict(arrays), "__author__": "third party", "iteration": 7}
+        checkpoint = read_state(self.write(tmp_path / "w.pkl", content, protocol=protocol))
+        expected = {key: torch.tensor(each.astype(each.dtype.newbyteorder("="))) for key, each in arrays.items()}
+        assert equal(checkpoint.state, expected)
+        assert (checkpoint.taken_from, checkpoint.metadata["iteration"]) == ("model", "7")
+
+    def test_python_2(self, tmp_path):
+        """Bytes were text there."""
+        array = np.array([1.5, -200.0], np.float32)
+        text = array.tobytes().decode("latin1")
+
+        class Old:
+            def __reduce__(self):
+                made = (ByName("numpy", "ndarray"), (0,), "b")
+                state = (1, (2,), Calls(ByName("numpy", "dtype"), "f4"), False, text)
+                return ByName("numpy.core.multiarray", "_reconstruct"), made, state
+
+        content = io.BytesIO()
+        NamingPickler(content, 2).dump({"w": Old()})
+        (tmp_path / "w.pkl").write_bytes(content.getvalue())
+        assert equal(read_state(tmp_path / "w.pkl").state, {"w": torch.from_numpy(array)})
+
+    @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+    def test_never_runs_code(self, tmp_path, monkeypatch, protocol):
+        monkeypatch.chdir(tmp_path)
+        for attack in (Calls(os.mkdir, "owned"), {"model": {"w": Calls(exec, "open('owned', 'w')")}}):
+            with pytest.raises(CheckpointError, match=r"w\.pkl needs the Python object \S+ to load"):
+                read_state(self.write(tmp_path / "w.pkl", attack, protocol=protocol))
+        assert not pathlib.Path("owned").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"w": np.array(["a"])}, "non-tensor entries"),
+            ({"w": np.ones(2, [("x", "f4")])}, "non-tensor entries"),
+            ({"w": np.ma.ones(2)}, r"needs the Python object numpy\.ma\.core"),
+            ({"w": np.array([None])}, "non-tensor entries"),
+            ([np.ones(2)], "holds a list"),
+            (7, "holds a int"),
+        ],
+        ids=["text", "records", "masked", "objects", "list", "number"],
+    )
+    def test_not_numbers(self, tmp_path, content, message):
+        with pytest.raises(CheckpointError, match=message):
+            read_state(self.write(tmp_path / "w.pkl", content))
+
+    def test_damaged_anywhere(self, tmp_path):
+        content = pickle.dumps({"model": {"w": np.arange(6.0)}, "iteration": 3})
+        generator = np.random.default_rng(0)
+        for place in (*generator.integers(len(content), size=200), None):
+            damaged = bytearray(content if place is not None else content[:40])
+            if place is not None:
+                damaged[place] ^= 1 << int(generator.integers(8))
+            (tmp_path / "w.pkl").write_bytes(damaged)
+            try:
+                assert read_state(tmp_path / "w.pkl").state.keys()  # a flipped bit of a number
+            except CheckpointError as error:
+                assert "w.pkl" in str(error)
 
 
 class TestKeyRules:

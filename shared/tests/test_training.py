@@ -683,6 +683,15 @@ class TestLearningRate:
         schedule = ScheduleRecipe(name="multistep", unit=unit, milestones=(2, 5))
         assert rates(schedule) == pytest.approx([1] * 8 + [0.1] * 12 + [0.01] * 4)
 
+    def test_milestones_in_updates(self):
+        schedule = ScheduleRecipe(
+            name="multistep", unit="update", milestones=(7, 21), milestone_unit="update", warmup=4
+        )
+        warmup = [1e-6 + (1 - 1e-6) * update / 4 for update in range(4)]
+        assert rates(schedule) == pytest.approx([*warmup, 1, 1, 1, *[0.1] * 14, *[0.01] * 3])
+        with pytest.raises(ValueError, match="milestone_unit='update' must be 'epoch' for unit='epoch'"):
+            ScheduleRecipe(name="multistep", milestones=(7,), milestone_unit="update")
+
     def test_poly(self):
         schedule = ScheduleRecipe(name="poly", unit="update", power=2)
         assert rates(schedule) == pytest.approx([(1 - update / 24) ** 2 for update in range(24)])

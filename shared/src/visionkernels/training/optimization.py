@@ -92,6 +92,7 @@ class LearningRate:
         ticks = math.ceil(total_updates / self.updates_per_tick)
         self.lag = recipe.lag_epochs * ticks_per_epoch
         warmup = recipe.warmup or round(recipe.warmup_epochs * ticks_per_epoch)
+        in_epochs = recipe.milestone_unit == "epoch"
         self.scheduler: Scheduler
         if recipe.name == "onecycle":
             self.scheduler = _Curve(optimizer, _one_cycle(ticks, warmup))
@@ -108,7 +109,7 @@ class LearningRate:
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
             # timm multiplies one tick before a milestone
-            decay_milestones=[epoch * ticks_per_epoch + 1 for epoch in recipe.milestones],
+            decay_milestones=[each * (ticks_per_epoch if in_epochs else 1) + 1 for each in recipe.milestones],
             decay_epochs=recipe.decay_epochs * ticks_per_epoch,
             decay_rate=recipe.power if recipe.name == "poly" else recipe.decay_rate,
         )

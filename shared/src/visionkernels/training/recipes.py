@@ -72,6 +72,8 @@ class ScheduleRecipe:
     """Where cosine, poly and loglinear end."""
     milestones: tuple[int, ...] = ()
     """Epochs before which multistep multiplies by `decay_rate`."""
+    milestone_unit: Unit = "epoch"
+    """Or updates, with `unit="update"`."""
     decay_epochs: int = 30
     """Epochs between the multiplications of step."""
     decay_rate: float = 0.1
@@ -93,7 +95,10 @@ class ScheduleRecipe:
         check(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
         check(self.decay_epochs >= 1, "decay_epochs", self.decay_epochs, "at least 1")
         rises = list(self.milestones) == sorted(set(self.milestones))
-        check(rises, "milestones", self.milestones, "rising epochs, each once")
+        check(rises, "milestones", self.milestones, "rising numbers, each once")
+        check_choice("milestone_unit", self.milestone_unit, Unit)
+        is_finer = self.milestone_unit == "update" and self.unit == "epoch"
+        check(not is_finer, "milestone_unit", self.milestone_unit, "'epoch' for unit='epoch'")
         needs = bool(self.milestones) == (self.name == "multistep")
         check(needs, "milestones", self.milestones, "given for name='multistep' and for no other")
 
