@@ -1,5 +1,6 @@
 """Exit codes, one-line errors and help of the shared entry point, through a command of its own and as a process."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from visionkernels import cli
 from visionkernels.profiling import BenchRow, bench_table
-from visionkernels.training import FitOptions
+from visionkernels.tables import TIME, Cell, Table
+from visionkernels.training import FitOptions, FitRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} must be above 1")
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+    fit: FitRecipe
 
 
 def shrink(
@@ -226,6 +234,41 @@ def test_metrics_in_words(capsys):
     cli.print_metrics({"epoch": 3, "top1": 91.25, "majority_top1": 10.0, "num_pictures": 8, "box_ap": 12.34567})
     expected = ["top-1 91.25 %", "always the most frequent class: top-1 10.00 %", "8 pictures", "box ap 12.35"]
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_recipe_of_a_name_or_a_file():
+    plain = FitRecipe(epochs=1, batch_size=2)
+    sources = {"find": lambda name: Named(name, plain), "read": lambda path: Named(f"of {path}", plain)}
+    assert cli.choose_recipe("tiny", **sources) == Named("tiny", plain)
+    assert cli.choose_recipe("a/run.json", **sources, fit=FitOptions(epochs=7)) == Named(
+        "of a/run.json", FitRecipe(epochs=7, batch_size=2)
+    )
+
+
+def test_one_process_reports(capsys, monkeypatch):
+    cli.report_fit({"epoch": 1, "top1": 91.25}, Path("run/weights.safetensors"))
+    assert capsys.readouterr().out == "top-1 91.25 %\nweights: run/weights.safetensors\n"
+    monkeypatch.setenv("RANK", "1")
+    cli.report_fit({"top1": 91.25}, Path("run/weights.safetensors"))
+    assert capsys.readouterr().out == ""
+
+
+def test_tables(capsys, tmp_path):
+    def reproduce(*, report: cli.ReportOptions = cli.ReportOptions()) -> int:
+        """Measure the paper's tables."""
+        return report.measure("visionkernels", [Table("one", "Table 1: models", "", (cell,))])
+
+    cell = Cell(
+        row="tiny", column="top-1", paper=2.2, digits=1, tolerance=0.05, command="", needs=(TIME,), measure=lambda: 2.2
+    )
+    call = functools.partial(cli.run, "demo", {"reproduce": reproduce}, description="", version="1")
+    assert call(argv=["reproduce"]) == 0
+    assert "0 agrees, 0 misses, 0 measured, 1 not run" in capsys.readouterr().out
+    flags = ["--full", "--json", str(tmp_path / "tables.json"), "--figures-dir", str(tmp_path)]
+    assert call(argv=["reproduce", *flags]) == 0
+    assert "1 agrees" in capsys.readouterr().out and (tmp_path / "tables.json").exists()
+    assert call(argv=["reproduce", *flags]) == 2
+    assert call(argv=["reproduce", *flags, "--overwrite"]) == 0
 
 
 def test_device():

@@ -19,6 +19,8 @@ class Recipe:
     name: str
     fit: FitRecipe
     layers: Layers | None = None
+    networks: tuple[Layers, ...] = ()
+    pairs: tuple[tuple[str, Layers], ...] | None = None
     data: str | None = None
 
 
@@ -30,6 +32,12 @@ RECIPES = {
         fit=FitRecipe(updates=3, batch_size=2, optimizer=OptimizerRecipe(lr_scale=(("head.*", 10.0),))),
         layers=Layers(widths=((1, 2), (3,))),
         data="mnist5k",
+    ),
+    "several": Recipe(
+        name="several",
+        fit=FitRecipe(epochs=1, batch_size=2),
+        networks=(Layers(widths=((1,),)), Layers(widths=())),
+        pairs=(("first", Layers(widths=((2, 3),))),),
     ),
 }
 
@@ -48,7 +56,18 @@ def test_round_trip(tmp_path, recipe):
     assert read(tmp_path / "run.json", find_recipe, package="demo") == recipe
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "\0", json.dumps(run_of(PLAIN)).replace("layers", "layer")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "\0",
+        json.dumps(run_of(PLAIN)).replace("layers", "layer"),
+        json.dumps(run_of(PLAIN)).replace('"data": null', '"data": {"folder": "x"}'),
+        json.dumps(run_of(RECIPES["several"])).replace("widths", "width"),
+    ],
+)
 def test_other_files(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is no run\.json of demo train: "):
@@ -56,7 +75,9 @@ def test_other_files(tmp_path, text):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"^unknown recipe 'plan'; did you mean 'plain'\? known: plain, deep$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown recipe 'plan'; did you mean 'plain'\? known: plain, deep, several$"
+    ):
         find_recipe("plan")
     with pytest.raises(ValueError, match=r"^unknown model 'net7'; did you mean 'net97' or .*\? there are 99$"):
         check_known("model", "net7", [f"net{number}" for number in range(60, 159)])

@@ -15,9 +15,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -26,10 +26,13 @@ from visionkernels.recipes import check_known
 
 if TYPE_CHECKING:
     from visionkernels.profiling import BenchRow
+    from visionkernels.tables import Figure, Table
+    from visionkernels.training import FitOptions
 
-__all__ = ["find_device", "print_metrics", "report_bench", "run"]
+__all__ = ["ReportOptions", "choose_recipe", "find_device", "print_metrics", "report_bench", "report_fit", "run"]
 
 Command = Callable[..., int | None]
+Recipe = TypeVar("Recipe")
 
 # what the user can mend: files, a missing extra
 _ENVIRONMENT_ERRORS = (
@@ -100,6 +103,22 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
             print(_METRICS.get(name, name.replace("_", " ") + " {:.4g}").format(value))
 
 
+def choose_recipe(
+    name: str, find: Callable[[str], Recipe], read: Callable[[str], Recipe], fit: "FitOptions | None" = None
+) -> Recipe:
+    """Return the recipe that `find` has under this name or that `read` finds in a run.json, with the options."""
+    chosen: Any = read(name) if name.endswith(".json") else find(name)
+    recipe: Recipe = chosen if fit is None else replace(chosen, fit=fit.apply(chosen.fit))
+    return recipe
+
+
+def report_fit(metrics: Mapping[str, float], weights: Path) -> None:
+    """Print what a training reached and where its weights are; of several processes only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print_metrics(metrics)
+        print(f"weights: {weights}")
+
+
 def find_device(name: str) -> Any:
     """Return the torch.device of a `--device` flag; "auto" is a GPU if there is one. Raises ValueError for others."""
     import torch
@@ -110,6 +129,26 @@ def find_device(name: str) -> Any:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What is measured, and where it goes."""
+
+    full: bool = False
+    """also the cells that take more than minutes"""
+    json: Path | None = None
+    """write the tables here as well"""
+    figures_dir: Path | None = None
+    """draw the figures into this folder"""
+    overwrite: bool = False
+    """replace existing outputs"""
+
+    def measure(self, package: str, tables: "Sequence[Table]", figures: "Sequence[Figure]" = ()) -> int:
+        """Measure, print and write as `visionkernels.tables.reproduce` does; returns the exit code."""
+        from visionkernels.tables import reproduce
+
+        return reproduce(package, tables, figures, **vars(self))
 
 
 def report_bench(rows: "Iterable[BenchRow]", *, json: str | Path | None = None, overwrite: bool = False) -> None:

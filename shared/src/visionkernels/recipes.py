@@ -6,9 +6,8 @@ A recipe has a `name`, a one-line `summary`, `data` that needs no path (or None)
 
 import difflib
 import json
-import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,14 +81,23 @@ def _build(kind: Any, values: Mapping[str, Any]) -> Any:
     unknown = set(values) - {each.name for each in fields(kind)}
     if unknown:
         raise KeyError(f"unknown settings {sorted(unknown)}")
-    built = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            options = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-            value = _build(next(option for option in options if is_dataclass(option)), value)
-        built[name] = _tuples(value)
-    return kind(**built)
+    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _value(hint: Any, value: Any) -> Any:
+    """Return a field's value: a list was a tuple, and a dict the first dataclass that its type names."""
+    if isinstance(value, list):
+        return tuple(_value(hint, each) for each in value)
+    if isinstance(value, dict):
+        kind = next(_dataclasses(hint), None)
+        if kind is None:
+            raise TypeError(f"{value} is no {hint}")
+        return _build(kind, value)
+    return value
+
+
+def _dataclasses(hint: Any) -> Iterator[Any]:
+    if is_dataclass(hint):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from _dataclasses(part)

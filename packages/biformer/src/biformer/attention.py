@@ -7,7 +7,6 @@ enhancement (`lepe`, a depth-wise convolution of the values).
 # B batch, H W map, C channels, S = n_win, R = regions
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -27,7 +26,7 @@ from biformer.maps import (
     pointwise,
 )
 from biformer.routing import Routing, pool_regions, select_regions
-from visionkernels.ops import Backend, choose_backend
+from visionkernels.ops import Backend, choose_backend, without_autocast
 from visionkernels.ops.region_attention import (
     region_attention,
     region_attention_packed,
@@ -193,7 +192,7 @@ class BiLevelRoutingAttention(nn.Module):
         is_empty = None
         if valid_size is not None and self.data_format == "NHWC":
             is_empty = _empty_regions(grid_of(qkv, region_size), region_size, valid_size, source.device)
-        with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()), _without_autocast(source):
+        with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()), without_autocast(source):
             if choose_backend("region_routing", self.backend, source) == "reference":
                 counted = valid_size if self.data_format == "NHWC" else (source.shape[1], source.shape[2])
                 means = pool_regions(qkv[..., : 2 * self.qk_dim], region_size, counted)
@@ -273,9 +272,3 @@ def _empty_regions(
     rows = torch.arange(grid[0], device=device) * region_size[0] >= valid_size[0]
     columns = torch.arange(grid[1], device=device) * region_size[1] >= valid_size[1]
     return (rows[:, None] | columns).flatten()
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    if x.is_meta:
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

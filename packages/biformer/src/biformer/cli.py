@@ -1,6 +1,5 @@
 """The command `biformer`: what each sub-command reads, calls and prints."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import find_device, print_metrics, report_bench, run
+from visionkernels.cli import ReportOptions, choose_recipe, find_device, print_metrics, report_bench, report_fit, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.recipes import check_known
 from visionkernels.training import FitOptions
@@ -46,18 +45,15 @@ def train(
         teacher: weights file or timm model
         distillation: from the teacher's probabilities or best class
     """
-    from biformer.recipes import ClassificationRecipe, DistillationRecipe
+    from biformer.recipes import ClassificationRecipe, DistillationRecipe, find_recipe, read_recipe
 
-    chosen = _recipe(recipe)
-    chosen = replace(chosen, fit=fit.apply(chosen.fit))
+    chosen = choose_recipe(recipe, find_recipe, read_recipe, fit)
     if teacher is not None:
         if not isinstance(chosen, ClassificationRecipe):
             raise ValueError(f"--teacher is for classification; {chosen.name} is a {type(chosen).__name__}")
         chosen = replace(chosen, distillation=DistillationRecipe(teacher=teacher, kind=distillation))
     result = _trainer(chosen)(chosen, data, out, checkpoint=checkpoint)
-    if os.environ.get("RANK", "0") == "0":
-        print_metrics(result.metrics)
-        print(f"weights: {result.weights}")
+    report_fit(result.metrics, result.weights)
 
 
 def evaluate(
@@ -256,29 +252,11 @@ def convert(
     print(convert_checkpoint(source, target, to=to, allow_inexact=allow_inexact, overwrite=overwrite))
 
 
-def reproduce(
-    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
-) -> int:
-    """Measure the paper's tables: what this machine can, and for the rest the command that would.
+def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest the command that would."""
+    from biformer.tables import figures, tables
 
-    Args:
-        full: also the cells that take more than minutes
-        json: write the tables here as well
-        figures_dir: draw the figures into this folder
-        overwrite: replace existing outputs
-    """
-    from biformer import tables
-    from visionkernels import tables as shared
-
-    return shared.reproduce(
-        "biformer",
-        tables.tables(),
-        tables.figures(),
-        full=full,
-        json=json,
-        figures_dir=figures_dir,
-        overwrite=overwrite,
-    )
+    return report.measure("biformer", tables(), figures())
 
 
 def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
@@ -314,12 +292,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         version=version("biformer"),
         argv=argv,
     )
-
-
-def _recipe(name: str) -> "Recipe":
-    from biformer.recipes import find_recipe, read_recipe
-
-    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
 
 
 def _trainer(recipe: "Recipe") -> Callable[..., "FitResult"]:

@@ -1,6 +1,5 @@
 """The command `diswot`: what each sub-command reads, calls and prints."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import find_device, print_metrics, report_bench, run
+from visionkernels.cli import ReportOptions, choose_recipe, find_device, print_metrics, report_bench, report_fit, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.recipes import check
 from visionkernels.training import FitOptions
@@ -18,7 +17,6 @@ from visionkernels.training.options import Own
 
 if TYPE_CHECKING:
     from diswot.budget import Budget
-    from diswot.recipes import DistillRecipe
 
 __all__ = ["main"]
 
@@ -299,16 +297,14 @@ def train(
         data: folder with train/CLASS and val/CLASS, CIFAR's, wds/FOLDER or hfds/NAME
         teacher_checkpoint: weights of the teacher, .pth or .safetensors
     """
+    from diswot.recipes import find_recipe, read_recipe
     from diswot.training import train as distil
 
-    chosen = _recipe(recipe)
+    chosen = choose_recipe(recipe, find_recipe, read_recipe, fit)
     changes: dict[str, Any] = {"student": student, "teacher": teacher, "distiller": distiller}
     chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
-    chosen = replace(chosen, fit=fit.apply(chosen.fit))
     result = distil(chosen, data, out, teacher_checkpoint=teacher_checkpoint)
-    if os.environ.get("RANK", "0") == "0":
-        print_metrics(result.metrics)
-        print(f"weights: {result.weights}")
+    report_fit(result.metrics, result.weights)
 
 
 def evaluate(
@@ -385,23 +381,11 @@ def info() -> None:
         print(f"  {recipe.name}: {recipe.summary}")
 
 
-def reproduce(
-    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
-) -> int:
-    """Measure the paper's tables: what this machine can, and for the rest what it would take.
+def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest what it would take."""
+    from diswot.tables import figures, tables
 
-    Args:
-        full: also the cells that take more than minutes
-        json: write the tables here as well
-        figures_dir: draw the figures into this folder
-        overwrite: replace existing outputs
-    """
-    from diswot import tables
-    from visionkernels import tables as shared
-
-    return shared.reproduce(
-        "diswot", tables.tables(), tables.figures(), full=full, json=json, figures_dir=figures_dir, overwrite=overwrite
-    )
+    return report.measure("diswot", tables(), figures())
 
 
 def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
@@ -509,12 +493,6 @@ def _truth(source: str, space: Any) -> dict[str, float]:
     if source == "none" or (source == "auto" and space.name != "s0"):
         return {}
     return s0_ground_truth() if source == "auto" else read_truth(source, space)
-
-
-def _recipe(name: str) -> "DistillRecipe":
-    from diswot.recipes import find_recipe, read_recipe
-
-    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """The command `gradfilter`: what each sub-command reads, calls and prints."""
 
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import find_device, print_metrics, report_bench, run
+from visionkernels.cli import ReportOptions, choose_recipe, find_device, print_metrics, report_bench, report_fit, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions
 from visionkernels.training.options import Own
@@ -43,12 +42,11 @@ def train(
         checkpoint: weights to start from
         pretrained: start from published weights
     """
-    chosen = _recipe(recipe)
-    chosen = replace(chosen, fit=fit.apply(chosen.fit))
+    from gradfilter.recipes import find_recipe, read_recipe
+
+    chosen = choose_recipe(recipe, find_recipe, read_recipe, fit)
     result = _train(chosen, out, data=data, checkpoint=checkpoint, pretrained=pretrained)
-    if os.environ.get("RANK", "0") == "0":
-        print_metrics(result.metrics)
-        print(f"weights: {result.weights}")
+    report_fit(result.metrics, result.weights)
 
 
 def evaluate(
@@ -75,12 +73,13 @@ def evaluate(
         overwrite: replace an existing output
     """
     from gradfilter.evaluation import evaluate_checkpoint
+    from gradfilter.recipes import find_recipe, read_recipe
 
     refuse_existing(json, overwrite)
+    chosen = None if recipe is None else choose_recipe(recipe, find_recipe, read_recipe)
     metrics = evaluate_checkpoint(
-        checkpoint, data, recipe=None if recipe is None else _recipe(recipe), device=find_device(device),
-        workers=workers, batch_size=batch_size,
-    )  # fmt: skip
+        checkpoint, data, recipe=chosen, device=find_device(device), workers=workers, batch_size=batch_size
+    )
     print_metrics(metrics)
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
@@ -274,24 +273,11 @@ def info() -> None:
         print(f"  {family}")
 
 
-def reproduce(
-    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
-) -> int:
-    """Measure the paper's tables: what this machine can, and for the rest what it would take.
+def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest what it would take."""
+    from gradfilter.tables import figures, tables
 
-    Args:
-        full: also the cells that take more than minutes
-        json: write the tables here as well
-        figures_dir: draw the figures into this folder
-        overwrite: replace existing outputs
-    """
-    from gradfilter import tables
-    from visionkernels import tables as shared
-
-    return shared.reproduce(
-        "gradfilter", tables.tables(), tables.figures(), full=full, json=json, figures_dir=figures_dir,
-        overwrite=overwrite,
-    )  # fmt: skip
+    return report.measure("gradfilter", tables(), figures())
 
 
 def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
@@ -327,12 +313,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         version=version("gradfilter"),
         argv=argv,
     )
-
-
-def _recipe(name: str) -> "Recipe":
-    from gradfilter.recipes import find_recipe, read_recipe
-
-    return read_recipe(name) if name.endswith(".json") else find_recipe(name)
 
 
 def _train(recipe: "Recipe", out: Path, *, data: str | None, checkpoint: Path | None, pretrained: bool) -> "FitResult":

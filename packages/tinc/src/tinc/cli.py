@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import print_metrics, report_bench, run
+from visionkernels.cli import ReportOptions, print_metrics, report_bench, report_fit, run
 from visionkernels.files import refuse_existing, write_json
 
 __all__ = ["main"]
@@ -340,9 +339,8 @@ def train(
     changes: dict[str, Any] = {"ratio": ratio, "epochs": epochs, "batch_size": batch_size}
     chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
     result = fit(chosen, data, out, device=device, precision=precision)
-    if os.environ.get("RANK", "0") == "0":
-        print_metrics({"psnr": result.psnr, "ssim": result.ssim, "best_psnr": result.best_psnr, "ratio": result.ratio})
-        print(f"weights: {result.last}")
+    metrics = {"psnr": result.psnr, "ssim": result.ssim, "best_psnr": result.best_psnr, "ratio": result.ratio}
+    report_fit(metrics, result.last)
 
 
 def sweep(
@@ -385,23 +383,11 @@ def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bo
     print(out)
 
 
-def reproduce(
-    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
-) -> int:
-    """Measure the tables: what this machine can, and for the rest what it would take.
-
-    Args:
-        full: also the cells that take more than minutes
-        json: write the tables here as well
-        figures_dir: draw the figures into this folder
-        overwrite: replace existing outputs
-    """
+def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
+    """Measure the tables: what this machine can, and for the rest what it would take."""
     from tinc.tables import figures, tables
-    from visionkernels.tables import reproduce as measure
 
-    return measure(
-        DISTRIBUTION, tables(), figures(), full=full, json=json, figures_dir=figures_dir, overwrite=overwrite
-    )
+    return report.measure(DISTRIBUTION, tables(), figures())
 
 
 def bench(

@@ -3,6 +3,6 @@
 One folder an op: `from visionkernels.ops.region_attention import region_attention`.
 """
 
-from visionkernels.ops._dispatch import Backend, choose_backend, use_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, use_backend, without_autocast
 
-__all__ = ["Backend", "choose_backend", "use_backend"]
+__all__ = ["Backend", "choose_backend", "use_backend", "without_autocast"]

@@ -8,13 +8,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "choose_backend", "use_backend"]
+__all__ = ["Backend", "choose_backend", "is_autocast", "use_backend", "without_autocast"]
 
 Backend = Literal["auto", "triton", "eager", "reference"]
 
@@ -41,8 +41,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _override = previous
 
 
-def choose_backend(op: str, backend: Backend, tensor: Tensor, *, unsupported: str | None = None) -> Backend:
-    """Return "triton", "eager" or "reference" for `op` on `tensor`.
+def choose_backend(op: str, backend: Backend, *tensors: Tensor, unsupported: str | None = None) -> Backend:
+    """Return "triton", "eager" or "reference" for `op` on `tensors`, one or more on one device.
 
     `unsupported` says, where it is so, why Triton cannot run this call ("slot_weight has no kernel"): "auto" then
     takes eager and an explicit "triton" raises. Raises ValueError for an unknown name, RuntimeError for a backend
@@ -50,16 +50,31 @@ def choose_backend(op: str, backend: Backend, tensor: Tensor, *, unsupported: st
     """
     wanted = _override or (_known(backend, "backend") if backend != "auto" else None)
     wanted = wanted or _known(_environment, "VISIONKERNELS_BACKEND")
-    reason = unsupported or _why_triton_cannot_run(tensor)
+    reason = unsupported
+    for tensor in tensors:
+        reason = reason or _why_triton_cannot_run(tensor)
     if wanted == "triton" and reason:
         raise RuntimeError(f"backend='triton' cannot run {op}: {reason}; use backend='auto' or 'eager'")
     if wanted != "auto":
         return wanted
-    chosen: Backend = "triton" if tensor.is_cuda and not reason else "eager"
+    is_on_gpu = tensors[0].is_cuda
+    chosen: Backend = "triton" if is_on_gpu and not reason else "eager"
     if not torch.compiler.is_compiling() and (op, chosen) not in _logged:
         _logged.add((op, chosen))
-        _logger.info("%s runs on its %s backend%s", op, chosen, f" ({reason})" if tensor.is_cuda and reason else "")
+        _logger.info("%s runs on its %s backend%s", op, chosen, f" ({reason})" if is_on_gpu and reason else "")
     return chosen
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast chooses the precision on the tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which operations on the tensor's device keep the precision of what they are given."""
+    # where it is off it may not exist, as on meta, and compiled code would enter it for nothing
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 
 
 def _known(backend: str, source: str) -> Backend:

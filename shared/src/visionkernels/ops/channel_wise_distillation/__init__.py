@@ -1,13 +1,11 @@
 """Channel-wise distillation of dense predictions: where in the map each channel lies (Shu et al., ICCV 2021)."""
 
 import math
-from contextlib import nullcontext
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
 from visionkernels.ops.channel_wise_distillation import eager, reference
 
 __all__ = ["channel_wise_distillation"]
@@ -37,11 +35,8 @@ def channel_wise_distillation(
     """
     _check(student, teacher, temperature)
     arguments = (student, teacher.detach(), float(temperature))
-    kind = student.device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    wider = teacher if teacher.dtype == torch.float64 else student
-    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
-        match choose_backend("channel_wise_distillation", backend, wider):
+    with without_autocast(student):
+        match choose_backend("channel_wise_distillation", backend, student, teacher):
             case "triton":
                 from visionkernels.ops.channel_wise_distillation import triton
 

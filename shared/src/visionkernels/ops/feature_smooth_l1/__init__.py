@@ -1,13 +1,11 @@
 """Smooth L1 loss to layer-normalised features of a teacher (G2SD, sec. 3)."""
 
 import math
-from contextlib import nullcontext
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
 from visionkernels.ops.feature_smooth_l1 import eager, reference
 
 __all__ = ["feature_smooth_l1"]
@@ -39,14 +37,11 @@ def feature_smooth_l1(
     """
     _check(prediction, hidden, beta)
     arguments = (prediction, hidden.detach(), float(beta), float(eps))
-    kind, channels = prediction.device.type, prediction.shape[-1]
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    wider = hidden if hidden.dtype == torch.float64 else prediction
-    unsupported = None
+    channels, unsupported = prediction.shape[-1], None
     if channels > _MAX_KERNEL_CHANNELS:
         unsupported = f"rows of {channels} channels exceed the kernels' {_MAX_KERNEL_CHANNELS}"
-    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
-        match choose_backend("feature_smooth_l1", backend, wider, unsupported=unsupported):
+    with without_autocast(prediction):
+        match choose_backend("feature_smooth_l1", backend, prediction, hidden, unsupported=unsupported):
             case "triton":
                 from visionkernels.ops.feature_smooth_l1 import triton
 

@@ -1,7 +1,6 @@
 """Convolution with the exact forward pass and a backward pass on patch means (gradient filtering, sec. 3)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, is_autocast, without_autocast
 from visionkernels.ops.filtered_conv import eager, reference
 from visionkernels.ops.filtered_conv.geometry import Axis, patch_axis
 
@@ -81,7 +80,7 @@ def filtered_conv2d(
             f"kernel has shape {list(kernel.shape)} with border={border!r}; expected {list(weight.shape[:2])} and "
             "border='plain'"
         )
-    if _is_autocast(x):
+    if is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if each is None else each.to(dtype) for each in (x, weight, bias))  # type: ignore[assignment]
     strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
@@ -90,7 +89,7 @@ def filtered_conv2d(
     tap_weight = _tap_weight(axes, weight) if border == "covered" else None
     batched = x if x.ndim == 4 else x[None]
     arguments = (batched, weight, bias, strides, paddings, dilations, groups, axes, tap_weight)
-    with torch.autocast(x.device.type, enabled=False) if _is_autocast(x) else nullcontext():
+    with without_autocast(x):
         out = _run(arguments, kernel, straight_through or _is_exporting(), backend)
     return out if x.ndim == 4 else out[0]
 
@@ -198,11 +197,6 @@ def _run(arguments: tuple, kernel: Tensor | None, straight_through: bool, backen
             return eager.filtered_conv2d(*(*arguments, kernel))
 
 
-def _is_autocast(x: Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def _is_exporting() -> bool:
     # new in torch 2.7
     is_exporting = getattr(torch.compiler, "is_exporting", None)
@@ -214,7 +208,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
         _check_floating(name, tensor, "filtered_conv2d")
     if x.device != weight.device:
         raise TypeError(f"x is on {x.device} and weight on {weight.device}; they must be alike")
-    if not _is_autocast(x) and x.dtype != weight.dtype:
+    if not is_autocast(x) and x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}; they must be alike")
     if x.ndim not in (3, 4) or weight.ndim != 4:
         raise ValueError(

@@ -1,13 +1,12 @@
 """Normalised knowledge distillation of class logits (NKD; Yang et al., ICCV 2023)."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
 from visionkernels.ops.nkd_loss import eager, reference
 
 __all__ = ["nkd_loss"]
@@ -44,11 +43,8 @@ def nkd_loss(
         raise ValueError(f"temperature={temperature} must be a positive number")
     _check_labels(labels, student_logits)
     arguments = (student_logits, teacher_logits.detach(), labels, float(alpha), float(temperature))
-    kind = student_logits.device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    wider = teacher_logits if teacher_logits.dtype == torch.float64 else student_logits
-    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
-        match choose_backend("nkd_loss", backend, wider):
+    with without_autocast(student_logits):
+        match choose_backend("nkd_loss", backend, student_logits, teacher_logits):
             case "triton":
                 from visionkernels.ops.nkd_loss import triton
 

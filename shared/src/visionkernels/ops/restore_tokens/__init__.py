@@ -1,12 +1,10 @@
 """The input of a masked autoencoder's decoder: visible tokens at their patches, the mask token elsewhere (MAE)."""
 
-from contextlib import nullcontext
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
 from visionkernels.ops.restore_tokens import eager, reference
 
 __all__ = ["restore_tokens"]
@@ -40,11 +38,8 @@ def restore_tokens(
     _check_tokens(visible, mask_token, positions)
     _check_ids(ids_restore, visible, len(positions) - 1)
     arguments = (visible, mask_token, positions, ids_restore)
-    kind = visible.device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    widest = next((each for each in arguments if each.dtype == torch.float64), visible)
-    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
-        match choose_backend("restore_tokens", backend, widest):
+    with without_autocast(visible):
+        match choose_backend("restore_tokens", backend, visible, mask_token, positions):
             case "triton":
                 from visionkernels.ops.restore_tokens import triton
 

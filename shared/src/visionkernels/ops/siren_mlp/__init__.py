@@ -1,14 +1,13 @@
 """Trees of small sine networks (SIREN; TINC, sec. 3), in floating point and in the integers of a decoder."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from numbers import Integral
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
 from visionkernels.ops.siren_mlp import eager, reference
 from visionkernels.ops.siren_mlp.exactness import Exactness, column_sums, exactness
 
@@ -50,9 +49,7 @@ def siren_mlp(
     _check_weights(weights, coordinates)
     parents = _check_parents(parents, weights, 1, "coordinates")
     unsupported = _too_wide(weights)
-    kind = coordinates.device.type
-    is_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if is_autocast else nullcontext():
+    with without_autocast(coordinates):
         match choose_backend("siren_mlp", backend, coordinates, unsupported=unsupported):
             case "triton":
                 from visionkernels.ops.siren_mlp import triton
