@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.rpn import RPNHead
 
-from g2sd.detection import rpn_rules
+from g2sd.detection_checkpoint import detector_rules
 from g2sd.detection_losses import FeatureAdapter, objectness_weighted_losses
 from g2sd.vitdet import LEVELS, SimpleFeaturePyramid, ViTDetBackbone
 from visionkernels.testing.golden import make_input, recipe_weights
@@ -60,8 +60,11 @@ def run_backbone(case: Case) -> dict[str, Tensor]:
     images = torch.from_numpy(np.random.RandomState(spec["seed"]).standard_normal(spec["shape"]).astype(np.float32))
     rpn = config["rpn"]
     head = RPNHead(config["out_channels"], rpn["num_anchors"], conv_depth=len(rpn["conv_dims"]))
-    rules = rpn_rules()
-    head.load_state_dict(rules.rename(recipe_weights(rules.inverse().rename(head.state_dict()))))
+    ours, theirs, rules = "rpn.head.", "proposal_generator.rpn_head.", detector_rules()
+    official = rules.inverse().rename({f"{ours}{key}": value for key, value in head.state_dict().items()})
+    drawn = recipe_weights({key.removeprefix(theirs): value for key, value in official.items()})
+    loaded = rules.rename({f"{theirs}{key}": value for key, value in drawn.items()})
+    head.load_state_dict({key.removeprefix(ours): value for key, value in loaded.items()})
     with torch.no_grad():
         maps = pyramid(images)
         objectness, deltas = head([maps[name] for name in LEVELS])

@@ -1,6 +1,7 @@
 """The command as a user gives it: results, exit codes, and errors in one line."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,12 +212,25 @@ class TestFinetune:
 
 class TestProbe:
     def test_neighbours(self, capsys, runs, pictures, tmp_path):
-        assert g2sd("probe", "knn", runs["generic"], "--data", pictures, "--neighbours", 3) in (0, 2)
-        out, err = capsys.readouterr()
-        # the recipe's pictures are of 28 pixels, which patches of 8 do not divide
-        assert "top-1" in out or "must be a multiple" in err
+        """On pictures as the file's run had them."""
+        command = ["probe", "knn", runs["generic"], "--data", pictures, "--neighbours", 3]
+        assert g2sd(*command) == 0
+        said = capsys.readouterr().out
+        assert re.fullmatch(r"top-1 [\d.]+ %, majority class 33.33 %, 12 pictures\n", said)
+        assert g2sd(*command, "--batch-size", 5, "--device", "cpu") == 0
+        assert capsys.readouterr().out == said
+        assert "patch_size=8" in fails(capsys, *command, "--recipe", "linear_mnist5k")  # pictures of 28 pixels
+
+    def test_linear(self, capsys, runs, pictures, tmp_path):
+        options = ["--epochs", 2, "--batch-size", 8, "--device", "cpu", "--workers", 0, "--out", tmp_path / "run"]
+        assert g2sd("probe", "linear", runs["generic"], "--data", pictures, *options) == 0
+        assert "top-1" in capsys.readouterr().out
+        recipe = json.loads((tmp_path / "run/run.json").read_text())["recipe"]
+        assert (recipe["epochs"], recipe["batch_size"]) == (2, 8)
+        assert recipe["optimizer"]["lr"] == pytest.approx(1.6 * 8 / 4096)
 
     def test_errors(self, capsys, runs, tmp_path):
+        assert "has no data of its own; give --data" in fails(capsys, "probe", "knn", runs["generic"])
         assert "out is missing; give --out FOLDER" in fails(capsys, "probe", "linear", runs["generic"])
         assert "none.pth is not a file" in fails(capsys, "probe", "linear", "none.pth", "--out", tmp_path)
         said = fails(capsys, "probe", "knn", runs["generic"], "--recipe", "generic_mnist5k")

@@ -122,6 +122,18 @@ class TestConvertFile:
         load_encoder(classifier, tmp_path / "timm.safetensors")
         torch.testing.assert_close(classifier.blocks[1].mlp.fc1.weight, student.blocks[1].mlp.fc1.weight)
 
+    @pytest.mark.parametrize(
+        ("to", "layout", "prefix"),
+        [("vitdet", "vitdet_backbone/backbone", "backbone."), ("mmseg", "seg_model/model", "")],
+    )
+    def test_whole_models_stay_as_they_are(self, tmp_path, official, to, layout, prefix):
+        """From any kind of file to the one that the other project reads."""
+        state = official(layout, prefix)
+        save_weights(tmp_path / "a.safetensors", state, metadata={})
+        said = convert_file(tmp_path / "a.safetensors", tmp_path / "b.pth", to=to)
+        assert said.endswith(f"{len(state)} tensors, as they were")
+        torch.testing.assert_close(torch.load(tmp_path / "b.pth")["model"], state, rtol=0, atol=0)
+
     def test_official_scripts_read_it(self, tmp_path):
         stored("mae", tmp_path / "a.safetensors")
         convert_file(tmp_path / "a.safetensors", tmp_path / "mae.pth", to="mae")

@@ -11,7 +11,7 @@ from torch import nn
 
 from g2sd.baselines import plain_decode, plain_encode
 from g2sd.mae import MaskedAutoencoder, create_autoencoder, pixel_loss, pixel_patches, pixels_of
-from g2sd.masking import mask_patches
+from g2sd.masking import draw_noise, mask_patches
 from g2sd.positions import sincos_positions
 
 # grids and patches that are neither square nor powers of two
@@ -122,6 +122,25 @@ class TestMaskedAutoencoder:
         pixel_loss(prediction, pixel_patches(images, (8, 8)), mask.removed).backward()
         without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert without == ["pos_embed", "decoder_pos_embed"]
+
+    @pytest.mark.parametrize("run", ["pixels", "features"])
+    def test_checkpointing_keeps_less(self, teacher, run):
+        """The same gradients, and blocks are computed again."""
+        model, images = teacher().train(), torch.randn(2, 3, 32, 32)
+        mask = mask_patches(draw_noise(2, 16), 0.75)
+        found, kept = [], []
+        for is_on in (False, True):
+            model.set_grad_checkpointing(is_on)
+            model.zero_grad()
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+                torch.manual_seed(3)
+                out = model(images)[0] if run == "pixels" else model.decode(model.encode(images, mask), mask)
+            out.square().mean().backward()
+            kept.append(sum(sizes))
+            found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+        torch.testing.assert_close(found[0], found[1])
+        assert kept[1] < 0.6 * kept[0]
 
     def test_other_channels(self):
         model = MaskedAutoencoder(16, 8, in_chans=1, embed_dim=8, depth=1, num_heads=2, decoder_depth=1)

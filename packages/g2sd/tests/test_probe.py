@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import g2sd.vit  # noqa: F401 - registers the models
 from g2sd.checkpoint import load_official
 from g2sd.mae import MaskedAutoencoder
-from g2sd.probe import Encoder, LinearProbeTask, encoder_of, linear_probe, nearest_neighbours, vote
+from g2sd.probe import Encoder, LinearProbeTask, encoder_of, linear_probe, nearest_neighbours, recipe_for, vote
 from g2sd.recipes import find_recipe
 from visionkernels.checkpoints import read_state, save_weights
 from visionkernels.testing.pictures import write_colours
@@ -52,6 +52,27 @@ class TestEncoderOf:
     def test_errors(self, student):
         with pytest.raises(ValueError, match="pool='max' must be 'class' or 'mean'"):
             encoder_of(student[0], img_size=16, pool="max")
+
+
+class TestRecipeFor:
+    def test_a_file_of_a_run(self, runs, micro):
+        """Its pictures and their changes."""
+        recipe = recipe_for(runs["generic"])
+        assert recipe.pictures == micro["generic"].pictures
+        assert (recipe.data, recipe.augmentation.random_crop) == (None, False)
+        assert recipe.fit == find_recipe("linear_small_in1k").fit
+
+    def test_other_files(self, student):
+        """ImageNet's pictures, at the size that the positions are for."""
+        recipe = recipe_for(student[0])
+        assert (recipe.pictures.size, recipe.pictures.resize) == (16, 18)
+        assert recipe.pictures.mean == find_recipe("linear_small_in1k").pictures.mean
+
+    def test_no_square(self, tmp_path):
+        model = MaskedAutoencoder(**(SIZES | {"img_size": (16, 24)}), decoder_embed_dim=64, decoder_depth=1)
+        save_weights(tmp_path / "w.safetensors", model.state_dict(), metadata={})
+        with pytest.raises(ValueError, match="positions for 6 patches, which are no square"):
+            recipe_for(tmp_path / "w.safetensors")
 
 
 class TestVote:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+import g2sd.vit  # noqa: F401 - registers the models
 from g2sd.recipes import (
     RECIPES,
     AutoencoderSizes,

@@ -58,6 +58,11 @@ class TestTokenTeacher:
         assert all(parameter.grad is None for parameter in teacher.parameters())
         assert pupil.cls_token.grad.norm() > 0
 
+    def test_images_of_another_size(self):
+        teacher = TokenTeacher(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2))
+        with pytest.raises(ValueError, match=r"\[1, 3, 48, 48\]; the teacher takes 32x32 pixels"):
+            teacher(torch.zeros(1, 3, 48, 48), mask_patches(torch.rand(1, 4), 0.5))
+
     def test_other_width(self, student):
         with pytest.raises(ValueError, match="create it with teacher_decoder_width=24"):
             GenericDistiller(TokenTeacher(create()), student(img_size=64, patch_size=16, teacher_decoder_width=32))

@@ -17,7 +17,7 @@ from g2sd.positions import interpolate_positions
 from g2sd.vit import DistilledViT
 from visionkernels.checkpoints import CheckpointError, load_strict, read_state
 
-__all__ = ["create_model", "load_encoder", "load_official", "load_teacher", "resized"]
+__all__ = ["create_model", "load_encoder", "load_official", "load_teacher", "resized", "square_size"]
 
 FULL_TEACHER = "mae_pretrain_vit_base_full.pth"
 _CLASSIFIERS = ("distilled", "average", "class")
@@ -119,7 +119,7 @@ def create_model(
 ) -> nn.Module:
     """Return a model with random weights of the sizes of a file: an autoencoder or a classifier."""
     sizes: dict[str, Any] = {
-        "img_size": img_size or _square(contents, source),
+        "img_size": img_size or square_size(contents, source),
         "patch_size": contents.patch_size,
         "in_chans": contents.in_chans,
         "embed_dim": contents.width,
@@ -145,7 +145,8 @@ def create_model(
     return model
 
 
-def _square(contents: Contents, source: object) -> tuple[int, int]:
+def square_size(contents: Contents, source: object) -> tuple[int, int]:
+    """Return (height, width) of the images that a file is for, taken for squares. Raises ValueError."""
     side = round((contents.num_positions or 0) ** 0.5)
     if side**2 != contents.num_positions or side == 0:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from visionkernels.cli import find_device, print_metrics, report_bench, run
+from visionkernels.cli import ReportOptions, choose_recipe, find_device, print_metrics, report_bench, run
 from visionkernels.files import refuse_existing, write_json
 from visionkernels.training import FitOptions, FitResult
 from visionkernels.training.options import Own
@@ -39,15 +39,13 @@ def distill(
         recipe: a name of `g2sd info`, or the run.json of a run
         teacher: generic: MAE's file with its decoder; specific: a fine-tuned model
         out: folder of the run and its weights
-        data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME; for segmentation, of ADE20K's layout
+        data: folder with train/CLASS and val/CLASS, or of ADE20K's or COCO's layout; wds/FOLDER, hfds/NAME
         encoder: specific: the file of the generic stage
         loss: specific: how the teacher counts; the last two are for segmentation
         targets: generic: folder for the teacher's targets, computed once, where pictures do not vary
     """
-    from g2sd.recipes import FinetuneRecipe, GenericRecipe
-    from g2sd.segmentation import train as segment
-    from g2sd.segmentation_recipes import SegmentationRecipe
-    from g2sd.training import distil_generic, finetune
+    from g2sd.recipes import GenericRecipe
+    from g2sd.training import distil_generic
 
     if stage == "generic":
         for name, value in (("encoder", encoder), ("loss", loss)):
@@ -58,13 +56,25 @@ def distill(
     else:
         if targets is not None:
             raise ValueError(f"targets={targets} is for `g2sd distill generic`")
-        specific = _recipe(recipe, (FinetuneRecipe, SegmentationRecipe), fit)
+        trainers = _trainers()
+        specific = _recipe(recipe, tuple(trainers), fit)
         if specific.mode is None:
             raise ValueError(f"recipe {recipe} has no use for a teacher; choose one of specific distillation")
         specific = specific if loss is None else replace(specific, mode=loss)
-        train = finetune if isinstance(specific, FinetuneRecipe) else segment
-        result = train(specific, data, out, start=encoder, teacher=teacher)
+        result = trainers[type(specific)](specific, data, out, start=encoder, teacher=teacher)
     _report(result)
+
+
+def _trainers() -> dict[type, Any]:
+    """Return what trains with labels, by the kind of its recipe."""
+    from g2sd import detection, segmentation, training
+    from g2sd.detection_recipes import DetectionRecipe
+    from g2sd.recipes import FinetuneRecipe
+    from g2sd.segmentation_recipes import SegmentationRecipe
+
+    return {
+        FinetuneRecipe: training.finetune, SegmentationRecipe: segmentation.train, DetectionRecipe: detection.train
+    }  # fmt: skip
 
 
 def pretrain(
@@ -91,24 +101,19 @@ def finetune(
     encoder: Own[Path | None] = None,
     fit: FitOptions = FitOptions(),
 ) -> None:
-    """Train a classifier or a segmentation model with labels; the same command goes on where a run stopped.
+    """Train a classifier, segmentation model or detector with labels; the same command goes on where a run stopped.
 
     Args:
         recipe: a name of `g2sd info`, or the run.json of a run
         out: folder of the run and its weights
-        data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME; for segmentation, of ADE20K's layout
+        data: folder with train/CLASS and val/CLASS, or of ADE20K's or COCO's layout; wds/FOLDER, hfds/NAME
         encoder: file with the encoder to start from; without it, weights are random
     """
-    from g2sd.recipes import FinetuneRecipe
-    from g2sd.segmentation import train as segment
-    from g2sd.segmentation_recipes import SegmentationRecipe
-    from g2sd.training import finetune as classify
-
-    chosen = _recipe(recipe, (FinetuneRecipe, SegmentationRecipe), fit)
+    trainers = _trainers()
+    chosen = _recipe(recipe, tuple(trainers), fit)
     if chosen.mode is not None:
         raise ValueError(f"recipe {recipe} needs a teacher; run `g2sd distill specific {recipe} --teacher FILE`")
-    train = classify if isinstance(chosen, FinetuneRecipe) else segment
-    _report(train(chosen, data, out, start=encoder))
+    _report(trainers[type(chosen)](chosen, data, out, start=encoder))
 
 
 def probe(
@@ -116,31 +121,32 @@ def probe(
     file: Positional[Path],
     *,
     data: Own[str | None] = None,
-    recipe: str = "linear_mnist5k",
+    recipe: Own[str | None] = None,
     out: Own[Path | None] = None,
     pool: Literal["class", "mean"] = "class",
     neighbours: int = 20,
-    batch_size: int = 64,
-    device: str = "auto",
+    fit: FitOptions = FitOptions(),
 ) -> None:
     """Tell how good the features of an encoder are, without fine-tuning it.
 
     Args:
         kind: linear: a classifier is trained on frozen features; knn: votes of nearest neighbours
         file: weights of any stage
-        data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME; default: the recipe's
-        recipe: linear probe of `g2sd info`; for knn it says how pictures are prepared
+        data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME; default: those that the file names
+        recipe: linear probe of `g2sd info`; default: ImageNet's, with pictures prepared as the file's were
         out: linear: folder of the run
         pool: features: the class token, or the mean of the patches
-        neighbours: of knn
-        batch_size: pictures that are computed together by knn
-        device: of knn: auto, cpu, cuda, ...
+        neighbours: of knn, which of the training options needs batch size, device and workers alone
     """
-    from g2sd.probe import encoder_of, linear_probe, nearest_neighbours
+    from g2sd.probe import encoder_of, linear_probe, nearest_neighbours, recipe_for
     from g2sd.recipes import ProbeRecipe
     from visionkernels.recipes import data_of
 
-    chosen = replace(_recipe(recipe, ProbeRecipe, FitOptions()), pool=pool)
+    if recipe is None:
+        chosen = recipe_for(file)
+        chosen = replace(chosen, fit=fit.apply(chosen.fit), pool=pool)
+    else:
+        chosen = replace(_recipe(recipe, ProbeRecipe, fit), pool=pool)
     if kind == "linear":
         if out is None:
             raise ValueError("out is missing; give --out FOLDER for the run of a linear probe")
@@ -148,8 +154,8 @@ def probe(
         return
     encoder = encoder_of(file, img_size=chosen.pictures.size, pool=pool)
     found = nearest_neighbours(
-        encoder, data_of(chosen, data), chosen.pictures, num_neighbours=neighbours, batch_size=batch_size,
-        device=find_device(device),
+        encoder, data_of(chosen, data), chosen.pictures, num_neighbours=neighbours,
+        batch_size=fit.batch_size or 64, workers=fit.workers or 0, device=find_device(fit.device or "auto"),
     )  # fmt: skip
     print(f"top-1 {found.top1:.2f} %, majority class {found.majority_top1:.2f} %, {found.count} pictures")
 
@@ -164,7 +170,7 @@ def evaluate(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Measure a classifier or a segmentation model on validation data.
+    """Measure a classifier, a segmentation model or a detector on validation data.
 
     Args:
         checkpoint: weights of `g2sd distill specific` or `finetune`, or official ones
@@ -252,23 +258,11 @@ def info() -> None:
         print(f"  {recipe.name}: {recipe.summary}")
 
 
-def reproduce(
-    *, full: bool = False, json: Path | None = None, figures_dir: Path | None = None, overwrite: bool = False
-) -> int:
-    """Measure the paper's tables: what this machine can, and for the rest what it would take.
-
-    Args:
-        full: also the cells that take more than minutes
-        json: write the tables here as well
-        figures_dir: draw the figures into this folder
-        overwrite: replace existing outputs
-    """
+def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
+    """Measure the paper's tables: what this machine can, and for the rest what it would take."""
     from g2sd.tables import tables
-    from visionkernels import tables as shared
 
-    return shared.reproduce(
-        "g2sd-vision", tables(), (), full=full, json=json, figures_dir=figures_dir, overwrite=overwrite
-    )
+    return report.measure("g2sd-vision", tables())
 
 
 def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
@@ -311,11 +305,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _recipe(name: str, kind: Any, fit: FitOptions) -> Any:
     from g2sd.recipes import all_recipes, find_recipe, read_recipe
 
-    chosen = read_recipe(name) if name.endswith(".json") else find_recipe(name)
+    chosen = choose_recipe(name, find_recipe, read_recipe, fit)
     if not isinstance(chosen, kind):
         known = ", ".join(recipe.name for recipe in all_recipes().values() if isinstance(recipe, kind))
         raise ValueError(f"recipe {name} is of another stage; this one has {known}")
-    return replace(chosen, fit=fit.apply(chosen.fit))
+    return chosen
 
 
 def _report(result: FitResult) -> None:

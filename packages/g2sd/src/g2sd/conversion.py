@@ -26,9 +26,10 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
 
     "mae": {"model": ...} of MAE's and G2SD's scripts; "timm": for `timm.create_model`; "hf": a folder for
     `from_pretrained` of Hugging Face transformers; "vitdet" and "mmseg": the backbone's part for detectron2 and
-    mmsegmentation, which start the rest afresh. `source` is any file of the family, or a file of transformers. `out`
-    ends in .pth or .safetensors, and is a folder for "hf". Raises CheckpointError for what has no place in the other
-    layout, ValueError for another suffix, FileExistsError unless `overwrite`.
+    mmsegmentation, which start the rest afresh, and a whole detector or segmentation model as it is. `source` is any
+    file of the family, or a file of transformers. `out` ends in .pth or .safetensors, and is a folder for "hf". Raises
+    CheckpointError for what has no place in the other layout, ValueError for another suffix, FileExistsError unless
+    `overwrite`.
     """
     check_choice("to", to, Target)
     out = Path(out)
@@ -36,6 +37,10 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
         raise ValueError(f"out={out} must end in .pth or .safetensors")
     checkpoint = read_state(source)
     contents = contents_of(checkpoint.state, source)
+    is_distiller = any(key.startswith("student.") for key in checkpoint.state)
+    if contents.kind == to and contents.kind in ("vitdet", "mmseg") and not is_distiller:
+        _write(out, checkpoint.state, checkpoint, overwrite=overwrite)
+        return f"{out}: {len(checkpoint.state)} tensors, as they were"
     if contents.kind in ("vitdet", "mmseg", "probe"):
         raise CheckpointError(
             f"{source} holds {contents.kind!r}, whose relative positions or statistics have no place in {to!r}"

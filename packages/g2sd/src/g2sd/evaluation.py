@@ -48,12 +48,16 @@ def evaluate_checkpoint(
 
     For classifiers those of `visionkernels.classification.Evaluation`, and `data` is as for
     `visionkernels.pictures.labelled.open_pictures`; for segmentation models those of
-    `visionkernels.segmentation.evaluate`, and `data` is as for `visionkernels.pictures.scenes.open_scenes`. Raises
+    `visionkernels.segmentation.evaluate`, and `data` is as for `visionkernels.pictures.scenes.open_scenes`; for
+    detectors those of `visionkernels.detection.evaluate`, and `data` is as for
+    `visionkernels.pictures.objects.open_objects`. Raises
     ValueError for a `batch_size` below 1 or `workers` below 0, and as the functions that read weights and data do.
     """
     check_loading(workers, batch_size)
-    if contents_of(read_state(checkpoint).state, checkpoint).kind == "mmseg":
-        return _evaluate_segmentation(checkpoint, data, device, workers)
+    kind = contents_of(read_state(checkpoint).state, checkpoint).kind
+    if kind in ("mmseg", "vitdet"):
+        evaluate = _evaluate_segmentation if kind == "mmseg" else _evaluate_detection
+        return evaluate(checkpoint, data, device, workers)
     model = load_classifier(checkpoint).to(device)
     config = cast(dict[str, Any], model.pretrained_cfg)
     transform = cast(Any, create_transform(**resolve_model_data_config(model)))
@@ -71,3 +75,15 @@ def _evaluate_segmentation(
     model = load_official_segmentation(checkpoint).to(device)
     scenes = open_scenes(data, "validation", model.scene, num_classes=model.num_classes)
     return evaluate(model, scenes, model.scene, num_classes=model.num_classes, workers=workers)
+
+
+def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device, workers: int) -> Mapping[str, float]:
+    from g2sd.detection import load_official_detection
+    from visionkernels.detection import evaluate
+    from visionkernels.pictures.objects import open_objects
+
+    model = load_official_detection(checkpoint).to(device)
+    # official files know classes by their places
+    is_ranked = read_state(checkpoint).metadata.get("is_ranked", "True") == "True"
+    objects = open_objects(data, "validation", num_classes=model.num_classes, is_ranked=is_ranked)
+    return evaluate(model, objects, workers=workers)

@@ -36,7 +36,11 @@ _USES: dict[Kind, tuple[str, ...]] = {
     "average": _CLASSIFIER_USES,
     "class": _CLASSIFIER_USES,
     "probe": ("start of `g2sd finetune --encoder FILE`, without its probe",),
-    "vitdet": (),
+    "vitdet": (
+        "teacher of `g2sd distill specific --teacher FILE` for detection, of as many pixels as the student",
+        "`g2sd eval --checkpoint FILE`",
+        "start of a detector's `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+    ),
     "mmseg": (
         "teacher of `g2sd distill specific --teacher FILE` for segmentation, of as many classes as the data",
         "`g2sd eval --checkpoint FILE`",
@@ -48,6 +52,10 @@ _LACKS: dict[Kind, str] = {
     "generic": "a head: fine-tune it first",
     "mae": "a classification head",
 }
+_BACKBONE_USES = (
+    "start of ViTDet in detectron2",
+    "start of a detector's `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+)
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,13 @@ def inspect_file(path: str | Path, *, entry: str | None = None) -> Inspection:
     """
     checkpoint = read_state(path, entry=entry)
     contents = contents_of(checkpoint.state, path)
+    is_backbone = contents.kind == "vitdet" and contents.num_classes is None
     return Inspection(
         contents,
         checkpoint.taken_from,
         len(checkpoint.state),
         sum(value.numel() for value in checkpoint.state.values()),
         _IS[contents.kind],
-        _LACKS.get(contents.kind, ""),
-        _USES[contents.kind],
+        "a detector's heads" if is_backbone else _LACKS.get(contents.kind, ""),
+        _BACKBONE_USES if is_backbone else _USES[contents.kind],
     )

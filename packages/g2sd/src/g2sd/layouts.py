@@ -44,7 +44,8 @@ def contents_of(state: Mapping[str, Tensor], source: object) -> Contents:
     """Tell what a state dict holds. Raises CheckpointError, which names `source`, for any other kind of file."""
     read = _Reader(state, source)
     if "backbone.net.patch_embed.proj.weight" in state:
-        return read.encoder("vitdet", "backbone.net.")
+        rows = read.rows("roi_heads.box_predictor.cls_score.weight")
+        return read.encoder("vitdet", "backbone.net.", num_classes=None if rows is None else rows - 1)
     for prefix in ("student.", ""):
         parts = (f"{prefix}decode_head.conv_seg.weight", f"{prefix}backbone.patch_embed.proj.weight")
         if all(part in state for part in parts):

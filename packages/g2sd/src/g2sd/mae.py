@@ -5,14 +5,14 @@ removed]: blocks do not care for the order, so that nothing is sorted back unles
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import timm
 import torch
 from jaxtyping import Float
 from timm.layers import Mlp, PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,6 +60,7 @@ class MaskedAutoencoder(nn.Module):
             check(heads >= 1, f"{name}num_heads", heads, "at least 1")
             check(dim % heads == 0, f"{name}embed_dim", dim, f"a multiple of {name}num_heads={heads}")
         self.num_classes, self.num_features, self.embed_dim = 0, embed_dim, embed_dim
+        self.grad_checkpointing = False
         self.patch_embed: Any = PatchEmbed((height, width), cast(Any, patch), in_chans, embed_dim)
         self.grid: tuple[int, int] = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -138,9 +139,7 @@ class MaskedAutoencoder(nn.Module):
         """
         patches = self.embed(images, mask)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], 1)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self._run(self.blocks, x)
 
     def decode(
         self, tokens: Float[Tensor, "batch tokens embed_dim"], mask: PatchMask, *, num_blocks: int | None = None
@@ -165,9 +164,18 @@ class MaskedAutoencoder(nn.Module):
         table = first.attn.qkv(first.norm1(self.mask_token[0] + positions[1:]))
         rows = table[mask.ids_shuffle[:, mask.num_visible :]]
         x = attend(first, x, torch.cat([first.attn.qkv(first.norm1(known)), rows], 1))
-        for block in others:
+        return self._run(others, x)
+
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint_seq(list(blocks), x))
+        for block in blocks:
             x = block(x)
         return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass, instead of keeping what they computed."""
+        self.grad_checkpointing = enable
 
     def forward_features(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Return normed tokens of whole images, [batch, 1 + patches, width]."""
@@ -187,8 +195,7 @@ class MaskedAutoencoder(nn.Module):
         mask = mask_patches(noise, mask_ratio)
         known = self.decoder_embed(self.norm(self.encode(images, mask)))
         x = restore_tokens(known, self.mask_token.view(-1), self.decoder_pos_embed[0], mask.ids_restore)
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self._run(self.decoder_blocks, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:], mask
 
 

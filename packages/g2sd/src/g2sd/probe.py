@@ -1,10 +1,10 @@
 """How good an encoder's features are before any fine-tuning: nearest neighbours, and a linear classifier."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.checkpoint import load_encoder
+from g2sd.checkpoint import load_encoder, square_size
 from g2sd.layouts import contents_of, encoder_heads
-from g2sd.recipes import ProbeRecipe
+from g2sd.recipes import ProbeRecipe, find_recipe
 from visionkernels import classification
-from visionkernels.checkpoints import read_state
+from visionkernels.checkpoints import read_state, stored_options
 from visionkernels.extras import require
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
 from visionkernels.pictures.recipes import PictureRecipe
@@ -27,7 +27,16 @@ from visionkernels.pictures.transforms import evaluation_transform, training_tra
 from visionkernels.recipes import check, data_of, settings
 from visionkernels.training import FitResult, TrainingData, fit
 
-__all__ = ["Encoder", "LinearProbeTask", "NeighbourResult", "encoder_of", "linear_probe", "nearest_neighbours", "vote"]
+__all__ = [
+    "Encoder",
+    "LinearProbeTask",
+    "NeighbourResult",
+    "encoder_of",
+    "linear_probe",
+    "nearest_neighbours",
+    "recipe_for",
+    "vote",
+]
 
 
 class Encoder(nn.Module):
@@ -63,6 +72,25 @@ def encoder_of(
     )  # fmt: skip
     load_encoder(model, path, entry=entry)
     return Encoder(model.eval().requires_grad_(False), pool=pool)
+
+
+def recipe_for(path: str | Path) -> ProbeRecipe:
+    """Return the settings of ImageNet's linear probe for the encoder of a file.
+
+    Pictures and data are those that a file of `g2sd train` names; other files take ImageNet's pictures at the size of
+    their positions. Raises CheckpointError for other files, and ValueError for positions that are no square.
+    """
+    checkpoint = read_state(path)
+    contents = contents_of(checkpoint.state, path)
+    recipe = cast(ProbeRecipe, find_recipe("linear_small_in1k"))
+    if "pictures" in checkpoint.metadata:
+        pictures = PictureRecipe(**stored_options(checkpoint, path, "pictures", package="g2sd"))
+        trained = stored_options(checkpoint, path, "settings", package="g2sd")
+        # digits and other signs are not mirrored, nor cropped, unless training did
+        augmentation = replace(recipe.augmentation, random_crop=trained["augmentation"]["random_crop"])
+        return replace(recipe, pictures=pictures, data=trained["data"], augmentation=augmentation)
+    size, _ = square_size(contents, path)
+    return replace(recipe, pictures=PictureRecipe(size=size, resize=round(size * 256 / 224)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The paper's trainings by name, and small ones for handwritten digits."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -114,12 +113,9 @@ class GenericRecipe(PictureStage):
     """Masks of each picture that are used at a time."""
 
     def __post_init__(self) -> None:
-        # a run.json has them as plain data
-        sizes = tuple(AutoencoderSizes(**each) if isinstance(each, Mapping) else each for each in self.students)
-        object.__setattr__(self, "students", sizes)
         check_choice("supervise", self.supervise, Supervision)
-        whole = bool(sizes) and all(isinstance(each, AutoencoderSizes) for each in sizes)
-        check(whole, "students", sizes, "one or more, with their sizes")
+        is_whole = bool(self.students) and all(isinstance(each, AutoencoderSizes) for each in self.students)
+        check(is_whole, "students", self.students, "one or more, with their sizes")
 
     def settings_of_loss(self) -> dict[str, Any]:
         """Return the keyword arguments of `g2sd.generic.GenericDistiller`."""
@@ -168,9 +164,10 @@ def find_recipe(name: str) -> Recipe:
 
 def all_recipes() -> dict[str, Recipe]:
     """Return the recipes of all stages and tasks by name."""
-    from g2sd.segmentation_recipes import SEGMENTATION_RECIPES  # which is built of what stands here
+    from g2sd.detection_recipes import DETECTION_RECIPES  # which are built of what stands here
+    from g2sd.segmentation_recipes import SEGMENTATION_RECIPES
 
-    return RECIPES | SEGMENTATION_RECIPES
+    return RECIPES | SEGMENTATION_RECIPES | DETECTION_RECIPES
 
 
 def read_recipe(path: str | Path) -> Recipe:

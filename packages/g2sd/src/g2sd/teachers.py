@@ -37,8 +37,18 @@ class TokenTeacher(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels height width"], mask: PatchMask
     ) -> Float[Tensor, "masks tokens embed_dim"]:
-        """Return class and patch tokens; further tokens of the model (registers) are left out."""
+        """Return class and patch tokens; further tokens of the model (registers) are left out.
+
+        Raises ValueError for images of another size than the model takes.
+        """
         model: Any = self.model
+        embed = model.patch_embed
+        if getattr(embed, "strict_img_size", False) and tuple(images.shape[2:]) != tuple(embed.img_size):
+            height, width = embed.img_size
+            raise ValueError(
+                f"images have shape {list(images.shape)}; the teacher takes {height}x{width} pixels: create it with "
+                "their img_size"
+            )
         found, prefix = model.forward_intermediates(
             images, indices=[self.layer - 1], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True,
             stop_early=True,

@@ -17,7 +17,7 @@ from g2sd.blocks import LeanMlp, norm_layer
 from g2sd.positions import interpolate_positions
 from visionkernels.recipes import check
 
-__all__ = ["LEVELS", "SimpleFeaturePyramid", "ViTDetBackbone"]
+__all__ = ["LEVELS", "SimpleFeaturePyramid", "ViTDetBackbone", "resize_relative"]
 
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 """Maps of the pyramid, at strides 4 to 64 of patches of 16 pixels."""
@@ -49,15 +49,17 @@ class ViTDetBackbone(nn.Module):
         check(img_size % patch_size == 0, "img_size", img_size, f"a multiple of patch_size={patch_size}")
         check(embed_dim % num_heads == 0, "embed_dim", embed_dim, f"a multiple of num_heads={num_heads}")
         check(all(0 <= i < depth for i in window_blocks), "window_blocks", tuple(window_blocks), f"in 0 to {depth - 1}")
-        self.embed_dim, self.patch_size, self.pretrain_grid = embed_dim, patch_size, pretrain_size // patch_size
+        grid = img_size // patch_size
+        check(1 <= window_size <= grid, "window_size", window_size, f"1 to {grid}, the patches of a side")
+        self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
+        self.pretrain_grid = pretrain_size // patch_size
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim, output_fmt="NHWC", strict_img_size=False)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.pretrain_grid**2, embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.ModuleList(
             _Block(
                 embed_dim, num_heads, mlp_ratio, window_size=window_size if i in window_blocks else 0,
-                side=window_size if i in window_blocks else img_size // patch_size, drop_path=rates[i],
+                side=window_size if i in window_blocks else grid, drop_path=drop_path_rate * i / max(depth - 1, 1),
             )
             for i in range(depth)
         )  # fmt: skip
@@ -143,10 +145,16 @@ class _Attention(nn.Module):
         return found
 
 
+def resize_relative(
+    table: Float[Tensor, "distances head_dim"], length: int
+) -> Float[Tensor, "new_distances head_dim"]:
+    """Return a table of relative positions for `length` distances, interpolated linearly."""
+    return table if len(table) == length else F.interpolate(table.T[None], size=length, mode="linear")[0].T
+
+
 def _relative(table: Tensor, side: int) -> Tensor:
     """Return [side, side, head_dim]: entry (i, k) for query i and key k, the table interpolated to the side."""
-    if len(table) != 2 * side - 1:
-        table = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+    table = resize_relative(table, 2 * side - 1)
     places = torch.arange(side, device=table.device)
     return table[places[:, None] - places[None] + side - 1]
 
@@ -171,9 +179,10 @@ class SimpleFeaturePyramid(nn.Module):
             setattr(self, name, nn.Sequential(*resize, *ends))
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
-        """Return the maps by name, from the largest to the smallest."""
+        """Return the maps by name, from the largest to the smallest, in float32 in any precision."""
         last = self.net(images)
         maps = [cast(Any, getattr(self, f"simfp_{level}"))(last) for level in (2, 3, 4, 5)]
+        maps = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in maps]
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return dict(zip(LEVELS, maps, strict=True))
 

@@ -82,7 +82,7 @@ def large_scale_jitter(side: int, scale_range: tuple[float, float] = (0.1, 2.0))
     return [v2.ScaleJitter((side, side), scale_range), _CropToFit(side), _KeepVisible()]
 
 
-class _CropToFit(v2.Transform):
+class _CropToFit(v2.Transform):  # type: ignore[misc]  # torchvision.transforms has no types
     """Crops the sides that are longer than `side`, at a random place."""
 
     def __init__(self, side: int) -> None:
