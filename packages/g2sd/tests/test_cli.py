@@ -32,7 +32,8 @@ def fails(capsys, *argv):
 
 
 COMMANDS = [
-    "distill", "pretrain", "finetune", "probe", "eval", "inspect", "convert", "export", "info", "reproduce", "bench",
+    "train", "distill", "pretrain", "finetune", "probe", "eval", "inspect", "convert", "export", "info", "reproduce",
+    "bench",
 ]  # fmt: skip
 
 
@@ -70,6 +71,46 @@ class TestHelp:
         )
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert ran.stdout.splitlines()[-1] == "[]", ran.stderr
+
+
+class TestTrain:
+    """Any recipe, with what it needs and nothing else."""
+
+    @pytest.mark.parametrize(
+        ("stage", "files"),
+        [
+            ("pretrain", {}),
+            ("generic", {"--teacher": "pretrain"}),
+            ("finetune", {"--encoder": "pretrain"}),
+            ("specific", {"--encoder": "generic", "--teacher": "finetune"}),
+        ],
+    )
+    def test_is_the_stage(self, runs, pictures, micro, save_recipe, tmp_path, stage, files):
+        flags = [part for flag, source in files.items() for part in (flag, runs[source])]
+        command = ["train", save_recipe(micro[stage]), *flags, "--data", pictures, "--out", tmp_path / "run"]
+        assert g2sd(*command) == 0
+        torch.testing.assert_close(
+            read_state(tmp_path / "run/weights.safetensors").state, read_state(runs[stage]).state
+        )
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (
+                ["pretrain_tiny_in1k", "--teacher", "a.pth"],
+                "teacher=a.pth: recipe pretrain_tiny_in1k has no use for one",
+            ),
+            (["generic_tiny_in1k"], "recipe generic_tiny_in1k needs one more file: --teacher FILE"),
+            (["generic_tiny_in1k", "--encoder", "a"], "encoder=a: recipe generic_tiny_in1k has no use for one"),
+            (["linear_mnist5k"], "recipe linear_mnist5k needs one more file: --encoder FILE"),
+            (["specific_tiny_coco"], "has mode='imitation', and none is given"),
+            (["finetune_tiny_ade20k", "--teacher", "a.pth"], "has mode=None, and it has no use for one"),
+            (["finetune_tiny"], "did you mean"),
+        ],
+    )
+    def test_errors(self, capsys, tmp_path, argv, message):
+        assert message in fails(capsys, "train", *argv, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 class TestPretrain:

@@ -20,6 +20,30 @@ __all__ = ["main"]
 _VERSION = version("g2sd-vision")
 
 
+def train(
+    recipe: Positional[str],
+    *,
+    out: Path,
+    data: Own[str | None] = None,
+    teacher: Own[Path | None] = None,
+    encoder: Own[Path | None] = None,
+    fit: FitOptions = FitOptions(),
+) -> None:
+    """Run a recipe of any stage; the same command goes on where a run stopped.
+
+    Args:
+        recipe: a name of `g2sd info`, or the run.json of a run
+        out: folder of the run and its weights
+        data: folder with train/CLASS and val/CLASS, or of ADE20K's or COCO's layout; wds/FOLDER, hfds/NAME
+        teacher: of distillation: MAE's file with its decoder, or a fine-tuned model
+        encoder: of stages with labels: the file to start from
+    """
+    from g2sd.recipes import Recipe
+    from g2sd.stages import run_recipe
+
+    _report(run_recipe(_recipe(recipe, Recipe, fit), data, out, start=encoder, teacher=teacher))
+
+
 def distill(
     stage: Positional[Literal["generic", "specific"]],
     recipe: Positional[str],
@@ -45,36 +69,18 @@ def distill(
         targets: generic: folder for the teacher's targets, computed once, where pictures do not vary
     """
     from g2sd.recipes import GenericRecipe
-    from g2sd.training import distil_generic
+    from g2sd.stages import LABELLED, run_recipe
 
-    if stage == "generic":
-        for name, value in (("encoder", encoder), ("loss", loss)):
-            if value is not None:
-                raise ValueError(f"{name}={value} is for `g2sd distill specific`")
-        chosen = _recipe(recipe, GenericRecipe, fit)
-        result = distil_generic(chosen, data, out, teacher=teacher, targets=targets)
-    else:
-        if targets is not None:
-            raise ValueError(f"targets={targets} is for `g2sd distill generic`")
-        trainers = _trainers()
-        specific = _recipe(recipe, tuple(trainers), fit)
-        if specific.mode is None:
-            raise ValueError(f"recipe {recipe} has no use for a teacher; choose one of specific distillation")
-        specific = specific if loss is None else replace(specific, mode=loss)
-        result = trainers[type(specific)](specific, data, out, start=encoder, teacher=teacher)
-    _report(result)
-
-
-def _trainers() -> dict[type, Any]:
-    """Return what trains with labels, by the kind of its recipe."""
-    from g2sd import detection, segmentation, training
-    from g2sd.detection_recipes import DetectionRecipe
-    from g2sd.recipes import FinetuneRecipe
-    from g2sd.segmentation_recipes import SegmentationRecipe
-
-    return {
-        FinetuneRecipe: training.finetune, SegmentationRecipe: segmentation.train, DetectionRecipe: detection.train
-    }  # fmt: skip
+    elsewhere = {"encoder": encoder, "loss": loss} if stage == "generic" else {"targets": targets}
+    for name, value in elsewhere.items():
+        if value is not None:
+            other = "specific" if stage == "generic" else "generic"
+            raise ValueError(f"{name}={value} is for `g2sd distill {other}`")
+    chosen = _recipe(recipe, GenericRecipe if stage == "generic" else LABELLED, fit)
+    if stage == "specific" and chosen.mode is None:
+        raise ValueError(f"recipe {recipe} has no use for a teacher; choose one of specific distillation")
+    chosen = chosen if loss is None else replace(chosen, mode=loss)
+    _report(run_recipe(chosen, data, out, start=encoder, teacher=teacher, targets=targets))
 
 
 def pretrain(
@@ -88,9 +94,9 @@ def pretrain(
         data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME
     """
     from g2sd.recipes import PretrainRecipe
-    from g2sd.training import pretrain as train
+    from g2sd.stages import run_recipe
 
-    _report(train(_recipe(recipe, PretrainRecipe, fit), data, out))
+    _report(run_recipe(_recipe(recipe, PretrainRecipe, fit), data, out))
 
 
 def finetune(
@@ -109,11 +115,12 @@ def finetune(
         data: folder with train/CLASS and val/CLASS, or of ADE20K's or COCO's layout; wds/FOLDER, hfds/NAME
         encoder: file with the encoder to start from; without it, weights are random
     """
-    trainers = _trainers()
-    chosen = _recipe(recipe, tuple(trainers), fit)
+    from g2sd.stages import LABELLED, run_recipe
+
+    chosen = _recipe(recipe, LABELLED, fit)
     if chosen.mode is not None:
         raise ValueError(f"recipe {recipe} needs a teacher; run `g2sd distill specific {recipe} --teacher FILE`")
-    _report(trainers[type(chosen)](chosen, data, out, start=encoder))
+    _report(run_recipe(chosen, data, out, start=encoder))
 
 
 def probe(
@@ -281,6 +288,7 @@ def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = Fal
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv`, by default the process's arguments; returns the exit code."""
     commands: dict[str, Any] = {
+        "train": train,
         "distill": distill,
         "pretrain": pretrain,
         "finetune": finetune,
