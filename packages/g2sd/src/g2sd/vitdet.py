@@ -145,9 +145,7 @@ class _Attention(nn.Module):
         return found
 
 
-def resize_relative(
-    table: Float[Tensor, "distances head_dim"], length: int
-) -> Float[Tensor, "new_distances head_dim"]:
+def resize_relative(table: Float[Tensor, "distances head_dim"], length: int) -> Float[Tensor, "new_distances head_dim"]:
     """Return a table of relative positions for `length` distances, interpolated linearly."""
     return table if len(table) == length else F.interpolate(table.T[None], size=length, mode="linear")[0].T
 
