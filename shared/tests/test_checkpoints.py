@@ -1,6 +1,7 @@
 import argparse
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import http.server
 import io
@@ -10,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from visionkernels import _array_pickles, _stand_ins
 from visionkernels.checkpoints import (
     CheckpointError,
     KeyRules,
@@ -310,6 +313,45 @@ class TestArrays:
     def test_not_numbers(self, tmp_path, content, message):
         with pytest.raises(CheckpointError, match=message):
             read_state(self.write(tmp_path / "w.pkl", content))
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            # an object that is given the hundred millionth place
+            b"\x80\x02}r" + (10**8).to_bytes(4, "little") + b".",
+            # attributes of functions that stand for others
+            b"\x80\x02c_codecs\nencode\n}X\x04\x00\x00\x00evilK\x01sb.",
+            b"\x80\x02cnumpy.core.multiarray\nscalar\nN}X\x0c\x00\x00\x00__defaults__)s\x86b.",
+            # keys whose hash overflows the stack
+            b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s.",
+            pickle.dumps({"w": 10**5000}),
+            pickle.dumps({10**5000: np.ones(2)}),
+            # 2^30 dictionaries, were they copied
+            pickle.dumps(functools.reduce(lambda inner, _: {"a": inner, "b": inner}, range(30), {})),
+            # a text that doubles where it is written out
+            b"\x80\x02]X\x02\x00\x00\x00f4a" + b"]q\x00h\x00ah\x00a" * 40 + b".",
+        ],
+        ids=["memo", "function", "defaults", "deep-key", "number", "key", "shared", "lists"],
+    )
+    def test_attacks(self, tmp_path, content):
+        """None costs memory or time, or changes what this process has."""
+        (tmp_path / "w.pkl").write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(CheckpointError):
+            read_state(tmp_path / "w.pkl")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100 * len(content) + 10_000_000
+        assert not _array_pickles._encode.__dict__ and _stand_ins._scalar.__defaults__ == (b"",)
+
+    def test_one_datum_for_many_arrays(self, tmp_path):
+        """A small file that asks for gigabytes."""
+        datum = b"\x8e" + (80_000).to_bytes(8, "little") + bytes(80_000) + b"\x94"
+        made = b"cnumpy._core.numeric\n_frombuffer\n(h\x00cnumpy\ndtype\nU\x02f8\x85RJ" + (10_000).to_bytes(4, "little")
+        arrays = b"".join(b"U\x02%02d" % i + made + b"\x85U\x01CtR" for i in range(50))
+        (tmp_path / "many.pkl").write_bytes(b"\x80\x04" + datum + b"0}(" + arrays + b"u.")
+        with pytest.raises(CheckpointError, match=r"many\.pkl is damaged: its arrays are larger than the file"):
+            read_state(tmp_path / "many.pkl")
 
     def test_damaged_anywhere(self, tmp_path):
         content = pickle.dumps({"model": {"w": np.arange(6.0)}, "iteration": 3})

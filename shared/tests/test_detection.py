@@ -86,6 +86,12 @@ class TestEvaluate:
         answers[0] |= {"scores": torch.zeros(0)}
         assert self.measure((images, targets), [*answers, *map(answer, targets[1:])])["box_ap"] == pytest.approx(100)
 
+    def test_nothing_found(self, shapes):
+        """No detection in any picture."""
+        nothing = [{key: value[:0] for key, value in answer(target).items()} for target in shapes[1]]
+        found = self.measure(shapes, nothing, MaskOracle)
+        assert set(found.values()) == {0.0} and len(found) == 6
+
     def test_no_objects(self, shapes):
         images, targets = shapes
         empty = [{key: value[:0] for key, value in target.items()} for target in targets]

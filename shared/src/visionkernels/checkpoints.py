@@ -119,7 +119,8 @@ def _entries(content: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _strangers(state: Mapping[str, Any]) -> list[str]:
     return [
-        str(key)
+        # Python writes out no number of thousands of digits
+        str(key) if not isinstance(key, int) or abs(key) < 2**64 else "a large number"
         for key, value in state.items()
         if key != "_metadata" and not (isinstance(key, str) and isinstance(value, Tensor))
     ]
@@ -319,13 +320,14 @@ def _misfit(module: nn.Module, found: Shapes, wanted: Shapes) -> str:
     if misshapen and not missing and not unexpected:
         owner = misshapen[0].rpartition(".")[0]
         layer = module.get_submodule(owner)
-        theirs, ours = found[misshapen[0]][0], wanted[misshapen[0]][0]
         # a linear layer with other outputs that nothing else takes up
         if (
             owner
             and isinstance(layer, nn.Linear)
             and set(misshapen) == {f"{owner}.{key}" for key in layer.state_dict()}
+            and found[misshapen[0]]
         ):
+            theirs, ours = found[misshapen[0]][0], wanted[misshapen[0]][0]
             return (
                 f"its classifier {owner!r} has {theirs} classes, the model {ours}; "
                 f"build the model with {theirs} classes, or drop the head of the file with keep=[{owner!r}]"

@@ -65,11 +65,12 @@ def evaluate(
     result: dict[str, float] = {}
     for kind, metric in metrics.items():
         _share(metric)
-        measured = metric.compute()
-        if measured["map"] < 0:  # torchmetrics' -1
+        if not any((is_crowd == 0).any() for is_crowd in metric.groundtruth_crowds):
             raise ValueError(f"none of the {len(pictures)} pictures has an object, so there is nothing to measure")
+        measured = metric.compute()
         parts = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
-        result |= {f"{kind}_{name}": 100 * float(measured[key]) for name, key in parts.items()}
+        # where nothing at all was found, torchmetrics has -1 for masks
+        result |= {f"{kind}_{name}": 100 * max(float(measured[key]), 0.0) for name, key in parts.items()}
     return result
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from visionkernels.pictures.annotated import CorruptAnnotationError
 from visionkernels.pictures.objects import large_scale_jitter, open_objects
@@ -71,11 +73,12 @@ class TestOpenObjects:
         file.write_text(json.dumps(content))
         pictures = open_objects(coco, "validation", num_classes=6, is_ranked=True)
         assert pictures[0][1]["labels"].tolist() == [5, 3]
+        assert pictures.category_ids == (1, 2, 3, 7, 90)
         with pytest.raises(ValueError, match="has category 5; num_classes=5 allows 1 to 4"):
             open_objects(coco, "validation", num_classes=5, is_ranked=True)
         content["annotations"][0]["category_id"] = 4
         file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="is no annotation file of COCO: KeyError 4"):
+        with pytest.raises(ValueError, match="has category id 4, which its categories do not list"):
             open_objects(coco, "validation", num_classes=6, is_ranked=True)
 
     def test_without_masks(self, coco):
@@ -128,6 +131,19 @@ class TestOpenObjects:
         with pytest.raises(ValueError, match=r"scale_range=\(2, 1\) must be two rising numbers above 0"):
             large_scale_jitter(80, (2, 1))
 
+    @pytest.mark.parametrize("size", [(8, 300), (300, 2), (1, 1)], ids=str)
+    def test_jitter_of_thin_pictures(self, size):
+        """A side never vanishes."""
+        image = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+        boxes = tv_tensors.BoundingBoxes(torch.tensor([[0, 0, *size[::-1]]]), format="XYXY", canvas_size=size)
+        target = {"boxes": boxes, "labels": torch.tensor([1]), "iscrowd": torch.tensor([0])}
+        target["masks"] = tv_tensors.Mask(torch.ones(1, *size, dtype=torch.uint8))
+        change = v2.Compose(large_scale_jitter(64, (0.1, 2.0)))
+        for _ in range(50):
+            changed, found = change(image, target)
+            assert min(changed.shape) >= 1 and found["masks"].shape[1:] == changed.shape[1:]
+            assert found["boxes"].tolist() == [[0, 0, *changed.shape[:0:-1]]]
+
     def test_missing_files(self, coco, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"has no .*train2017; it must be in the layout of COCO"):
             open_objects(tmp_path / "nowhere", "train", num_classes=91)
@@ -153,6 +169,7 @@ class TestOpenObjects:
             ({"bbox": [1, 2, 0.5, 9]}, "has no objects of a pixel or more a side"),
             ({"image_id": 99}, "has no objects"),
             ({"iscrowd": 1}, "has no objects"),
+            ({"iscrowd": "no"}, "has annotation 1 whose iscrowd is neither 0 nor 1"),
             ({"segmentation": []}, "has annotation 1 without segmentation, which masks need"),
         ],
         ids=str,
@@ -177,6 +194,23 @@ class TestOpenObjects:
         (coco / "annotations/instances_val2017.json").write_text(content)
         with pytest.raises(ValueError, match=rf"instances_val2017\.json {message}"):
             open_objects(coco, "validation", num_classes=91)
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ([[4, 6, 12, 6]], "TypeError"),
+            ([[]], "Exception"),
+            ("polygon", "TypeError"),
+            ({"size": [30, 20], "counts": [5, 1000]}, "ValueError"),
+            ({"size": [100_000, 100_000], "counts": [10**10]}, r"ValueError it is for a picture of \[100000, 100000\]"),
+        ],
+        ids=str,
+    )
+    def test_damaged_segmentations(self, coco, code, message):
+        edit(coco, lambda content: content["annotations"][0].update(segmentation=code))
+        pictures = open_objects(coco, "validation", num_classes=91)
+        with pytest.raises(CorruptAnnotationError, match=rf"1\.png has annotation 1 with a segmentation .*: {message}"):
+            pictures[0]
 
     def test_damaged_pictures(self, coco):
         Image.new("RGB", (30, 20)).save(coco / "val2017/1.png")

@@ -3,12 +3,14 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, masks_to_boxes
@@ -24,12 +26,16 @@ from visionkernels.recipes import check
 __all__ = ["ObjectPictures", "large_scale_jitter", "open_objects", "pair_up"]
 
 
+@dataclass(frozen=True)
 class ObjectPictures(AnnotatedPictures[dict[str, Tensor]]):
     """Pictures with objects: item i is (image [3, H, W] in 0..1, target) after `transform`.
 
     A target holds `boxes` [N, 4] as left, top, right, bottom in pixels, `labels` [N], `iscrowd` [N], and `masks`
     [N, H, W] where they are asked for.
     """
+
+    category_ids: tuple[int, ...] | None = None
+    """COCO's id of each label from 1, where labels are the places of these ids."""
 
 
 def open_objects(
@@ -67,7 +73,9 @@ def open_objects(
     if not with_objects.intersection(numbers):
         raise ValueError(f"{file} has no objects of a pixel or more a side in its pictures")
     require_files(data, "pictures", [folder / coco.imgs[number]["file_name"] for number in numbers])
-    return ObjectPictures(partial(_read_coco, coco, folder, numbers, is_train, has_masks), len(numbers), transform)
+    category_ids = tuple(sorted(coco.cats)) if is_ranked else None
+    read = partial(_read_coco, coco, folder, numbers, is_train, has_masks)
+    return ObjectPictures(read, len(numbers), transform, category_ids)
 
 
 def large_scale_jitter(side: int, scale_range: tuple[float, float] = (0.1, 2.0)) -> list[nn.Module]:
@@ -79,7 +87,15 @@ def large_scale_jitter(side: int, scale_range: tuple[float, float] = (0.1, 2.0))
     """
     low, high = scale_range
     check(0 < low <= high, "scale_range", scale_range, "two rising numbers above 0")
-    return [v2.ScaleJitter((side, side), scale_range), _CropToFit(side), _KeepVisible()]
+    return [_Jitter((side, side), scale_range), _CropToFit(side), _KeepVisible()]
+
+
+class _Jitter(v2.ScaleJitter):  # type: ignore[misc]  # torchvision.transforms has no types
+    """Leaves thin pictures a pixel."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = super().make_params(flat_inputs)["size"]
+        return {"size": (max(height, 1), max(width, 1))}
 
 
 class _CropToFit(v2.Transform):  # type: ignore[misc]  # torchvision.transforms has no types
@@ -152,17 +168,24 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
             coco = pycocotools.COCO(str(file))
         annotations, images = coco.dataset["annotations"], coco.imgs.values()
         boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64)
-        if is_ranked:
-            ranks = {number: place + 1 for place, number in enumerate(sorted(coco.cats))}
-            for each in annotations:
-                each["category_id"] = ranks[each["category_id"]]
         labels = {each["category_id"] for each in annotations}
+        unlisted = sorted(labels - set(coco.cats)) if is_ranked else []
+        odd = [each["id"] for each in annotations if each.get("iscrowd", 0) not in (0, 1)]
         unlike = [
             each for each in images if not (isinstance(each["file_name"], str) and each["height"] * each["width"])
         ]
         empty = [each["id"] for each in annotations if has_masks and not each["segmentation"]]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
+    if unlisted:
+        raise ValueError(f"{file} has category id {unlisted[0]!r}, which its categories do not list")
+    if is_ranked:
+        ranks = {number: place + 1 for place, number in enumerate(sorted(coco.cats))}
+        for each in annotations:
+            each["category_id"] = ranks[each["category_id"]]
+        labels = {ranks[each] for each in labels}
+    if odd:
+        raise ValueError(f"{file} has annotation {odd[0]} whose iscrowd is neither 0 nor 1")
     if unlike:
         raise ValueError(f"{file} has an image without name or size: {unlike[0]}")
     if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
@@ -194,5 +217,21 @@ def _read_coco(
     )
     masks = None
     if has_masks:
-        masks = torch.from_numpy(np.array([coco.annToMask(each) for each in found], np.uint8).reshape(-1, *size))
+        masks = torch.from_numpy(np.array([_mask(coco, each, file, size) for each in found], np.uint8))
+        masks = masks.reshape(-1, *size)
     return image, _target(image, box_convert(boxes, "xywh", "xyxy"), labels, is_crowd, masks)
+
+
+def _mask(coco: Any, annotation: dict[str, Any], file: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Draw an object's mask; a polygon or a run-length code that is none may make pycocotools raise anything."""
+    code = annotation["segmentation"]
+    try:
+        if isinstance(code, dict) and tuple(code["size"]) != size:
+            raise ValueError(f"it is for a picture of {code['size']}")
+        found: NDArray[np.uint8] = coco.annToMask(annotation)
+    except Exception as error:
+        reason = f"{type(error).__name__} {error}".rstrip()
+        raise CorruptAnnotationError(
+            f"picture {file} has annotation {annotation['id']} with a segmentation that cannot be drawn: {reason}"
+        ) from error
+    return found
