@@ -103,8 +103,11 @@ class TestTrain:
             (["generic_tiny_in1k"], "recipe generic_tiny_in1k needs one more file: --teacher FILE"),
             (["generic_tiny_in1k", "--encoder", "a"], "encoder=a: recipe generic_tiny_in1k has no use for one"),
             (["linear_mnist5k"], "recipe linear_mnist5k needs one more file: --encoder FILE"),
-            (["specific_tiny_coco"], "has mode='imitation', and none is given"),
-            (["finetune_tiny_ade20k", "--teacher", "a.pth"], "has mode=None, and it has no use for one"),
+            (["specific_tiny_coco"], "has mode='imitation' and needs a teacher (--teacher FILE)"),
+            (
+                ["finetune_tiny_ade20k", "--teacher", "a.pth"],
+                "has no use for a teacher; choose one of specific distillation",
+            ),
             (["finetune_tiny"], "did you mean"),
         ],
     )

@@ -137,7 +137,8 @@ class TestConvertFile:
     def test_official_scripts_read_it(self, tmp_path):
         stored("mae", tmp_path / "a.safetensors")
         convert_file(tmp_path / "a.safetensors", tmp_path / "mae.pth", to="mae")
-        assert set(torch.load(tmp_path / "mae.pth", weights_only=True)) == {"model"}
+        content = torch.load(tmp_path / "mae.pth", weights_only=True)
+        assert all(isinstance(value, str) for key, value in content.items() if key != "model")
         assert load_official(tmp_path / "mae.pth").decoder_width == 64
 
     def test_errors(self, tmp_path):

@@ -1,11 +1,15 @@
 """Detection: imitation of a teacher, the paper's settings, and training on shapes drawn on photographs."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from g2sd.cli import main
@@ -150,6 +154,8 @@ class TestDetectionDistillTask:
         ):
             with pytest.raises(ValueError, match=message):
                 DetectionDistillTask(detection_model(**SIZES), teacher, **options)
+        with pytest.raises(ValueError, match="teacher='the student' must be another detector"):
+            DetectionDistillTask(teacher, teacher)
         larger = detection_model(**(SIZES | {"img_size": 96}))
         with pytest.raises(
             ValueError, match="teacher takes images of 64 pixels a side in patches of 16, the student of 96"
@@ -238,9 +244,9 @@ class TestTrain:
         assert result.metrics["update"] == 1
 
     def test_errors(self, teacher, tmp_path, runs):
-        with pytest.raises(ValueError, match="finetune_objects has mode=None, and it has no use for one"):
+        with pytest.raises(ValueError, match="finetune_objects has no use for a teacher"):
             train(micro(), None, tmp_path, teacher=teacher)
-        with pytest.raises(ValueError, match="specific_objects has mode='imitation', and none is given"):
+        with pytest.raises(ValueError, match="specific_objects has mode='imitation' and needs a teacher"):
             train(micro("imitation"), None, tmp_path)
         with pytest.raises(CheckpointError, match="holds 'generic', no detector"):
             train(micro("imitation"), None, tmp_path, teacher=runs["generic"])
@@ -262,6 +268,66 @@ class TestTrain:
         losses = [epoch["loss"] for epoch in result.history]
         assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
         assert told.metrics["box_ap50"] > 50 and result.metrics["box_ap50"] > 40
+
+
+@pytest.mark.slow
+class TestTwoProcesses:
+    def test_learns_and_measures(self, teacher, tmp_path, save_recipe):
+        """Both processes train one detector, and measure it as one process does."""
+        recipe = save_recipe(micro("imitation", updates=4))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "g2sd", "train", recipe]
+        command += ["--teacher", teacher, "--out", tmp_path / "run"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout.count("weights: ")) == (0, 1), ran.stderr
+        assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
+        (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
+        pictures = open_objects("shapes", "validation", num_classes=4)
+        model = load_official_detection(tmp_path / "run/weights.safetensors")
+        assert evaluate(model, pictures, show_progress=False)["box_ap"] == pytest.approx(json.loads(line)["box_ap"])
+
+
+class TestCategories:
+    """Classes are places of COCO's category ids."""
+
+    @pytest.fixture
+    def coco(self, tmp_path):
+        """A picture to train and one to validate, with a square each."""
+        (tmp_path / "annotations").mkdir()
+        square = {"id": 1, "image_id": 1, "category_id": 90, "bbox": [8, 8, 30, 30], "area": 900, "iscrowd": 0}
+        square["segmentation"] = [[8, 8, 38, 8, 38, 38, 8, 38]]
+        for name in ("train2017", "val2017"):
+            (tmp_path / name).mkdir()
+            Image.new("RGB", (64, 64)).save(tmp_path / name / "1.png")
+            images = [{"id": 1, "file_name": "1.png", "height": 64, "width": 64}]
+            content = {"images": images, "annotations": [square], "categories": [{"id": i} for i in (1, 3, 90)]}
+            (tmp_path / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    def edit(self, coco, name, categories):
+        file = coco / "annotations" / f"instances_{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"categories": [{"id": i} for i in categories]}))
+
+    def test_the_same_in_training_and_evaluation(self, coco, tmp_path, capsys):
+        result = train(micro(updates=1, batch_size=1), coco, tmp_path / "run")
+        assert read_state(result.weights).metadata["category_ids"] == "[1, 3, 90]"
+        command = ["eval", "--checkpoint", str(result.weights), "--data", str(coco)]
+        assert main(command) == 0
+        self.edit(coco, "val2017", (1, 90))
+        assert main(command) != 0
+        assert "trained for categories [1, 3, 90]" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"lists categories \(1, 3, 90\) to train and \(1, 90\) to validate"):
+            train(micro(updates=1, batch_size=1), coco, tmp_path / "other")
+
+    def test_ids_as_they_are(self, coco, tmp_path, capsys):
+        """Told by the file, also after conversion."""
+        sizes = DetectionSizes(**(TEACHER | {"num_classes": 91}))
+        recipe = replace(micro(updates=1, batch_size=1), is_ranked=False, model=sizes)
+        result = train(recipe, coco, tmp_path / "run")
+        out = str(tmp_path / "run/w.pth")
+        assert main(["convert", str(result.weights), "--to", "vitdet", "--out", out]) == 0
+        assert read_state(out).metadata["is_ranked"] == "False"
+        assert main(["eval", "--checkpoint", out, "--data", str(coco)]) == 0
 
 
 class TestCommands:

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from g2sd.export import export_classifier
+from g2sd.export import export_model
+from g2sd.upernet import segmentation_model
 from visionkernels.checkpoints import CheckpointError, save_weights
 from visionkernels.testing.golden import recipe_weights
 
@@ -34,7 +35,7 @@ def reopened(path, images):
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-class TestExportClassifier:
+class TestExportModel:
     @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
     @pytest.mark.parametrize("head", [None, "class"])
     def test_agrees(self, file, tmp_path, suffix, head):
@@ -43,7 +44,7 @@ class TestExportClassifier:
         model, path = file()
         model.eval_head = head or "mean"
         out = tmp_path / f"m.{suffix}"
-        assert export_classifier(path, out, head=head) == "images [batch, 3, 32, 32] to logits [batch, 5]"
+        assert export_model(path, out, head=head) == "images [batch, 3, 32, 32] to logits [batch, 5]"
         for batch in (1, 3):
             images = torch.randn(batch, 3, 32, 32)
             with torch.no_grad():
@@ -52,36 +53,61 @@ class TestExportClassifier:
     @pytest.mark.parametrize("options", [{"distilled": False}, {"in_chans": 1}], ids=str)
     def test_other_models(self, file, tmp_path, options):
         model, path = file(**options)
-        export_classifier(path, tmp_path / "m.pt2")
+        export_model(path, tmp_path / "m.pt2")
         images = torch.randn(2, options.get("in_chans", 3), 32, 32)
         with torch.no_grad():
             torch.testing.assert_close(reopened(tmp_path / "m.pt2", images).detach(), model(images), **TOLERANCE)
 
     def test_description(self, runs, tmp_path):
         extra = {"model.json": ""}
-        export_classifier(runs["specific"], tmp_path / "m.pt2")
+        export_model(runs["specific"], tmp_path / "m.pt2")
         torch.export.load(tmp_path / "m.pt2", extra_files=extra)
         described = json.loads(extra["model.json"])
         assert described["classes"] == 3 and described["label_names"] == ["blue", "green", "red"]
 
+    @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+    def test_segmentation(self, tmp_path, suffix):
+        if suffix == "onnx":
+            pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        sizes = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "out_indices": (0, 1, 2, 3)}
+        model = segmentation_model(
+            "tiny", num_classes=4, img_size=32, decoder_channels=8, auxiliary_channels=8, **sizes
+        )
+        model.load_state_dict(recipe_weights(model.state_dict()))
+        path, out = tmp_path / "weights.safetensors", tmp_path / f"m.{suffix}"
+        save_weights(path, model.state_dict(), metadata={"out_indices": "[0, 1, 2, 3]"})
+        assert export_model(path, out) == "images [batch, 3, 32, 32] to logits [batch, 4, 32, 32]"
+        for batch in (1, 3):
+            images = torch.randn(batch, 3, 32, 32)
+            with torch.no_grad():
+                expected = model.eval()(images)
+                torch.testing.assert_close(reopened(out, images).detach(), expected, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match="head='class' is for models with a distillation token"):
+            export_model(path, out, head="class", overwrite=True)
+
     def test_errors(self, file, runs, tmp_path):
+        save_weights(
+            tmp_path / "d.safetensors", {"backbone.net.patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)}, metadata={}
+        )
+        with pytest.raises(CheckpointError, match="holds a detector, which is not exported"):
+            export_model(tmp_path / "d.safetensors", tmp_path / "m.pt2")
         _, path = file(distilled=False)
         with pytest.raises(ValueError, match="head='class' is for models with a distillation token"):
-            export_classifier(path, tmp_path / "m.pt2", head="class")
+            export_model(path, tmp_path / "m.pt2", head="class")
         with pytest.raises(ValueError, match="must be onnx or pt2"):
-            export_classifier(path, tmp_path / "m.bin")
+            export_model(path, tmp_path / "m.bin")
         with pytest.raises(CheckpointError, match="no classification head"):
-            export_classifier(runs["generic"], tmp_path / "m.pt2")
+            export_model(runs["generic"], tmp_path / "m.pt2")
         (tmp_path / "m.pt2").touch()
         with pytest.raises(FileExistsError, match="--overwrite"):
-            export_classifier(path, tmp_path / "m.pt2")
+            export_model(path, tmp_path / "m.pt2")
         assert (tmp_path / "m.pt2").read_bytes() == b""
 
     def test_without_the_extra(self, file, tmp_path, monkeypatch):
         _, path = file()
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(ImportError, match=r"pip install 'g2sd-vision\[export\]'"):
-            export_classifier(path, tmp_path / "m.onnx")
+            export_model(path, tmp_path / "m.onnx")
         assert not (tmp_path / "m.onnx").exists()
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.models.detection.image_list import ImageList
+from torchvision.transforms import v2
 
 from g2sd.mask_rcnn import MaskRCNN, _AlignedPool, _Anchors, _masks_in, detection_model
 
@@ -42,20 +44,71 @@ def lively(model):
     """Weights at which every part of the model shows in what it returns."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1 if "bbox_pred" in name else 0.3)
+            torch.nn.init.normal_(parameter, std=0.1 if "predictor" in name else 0.3)
     return model
 
 
 class TestParts:
-    def test_anchors(self):
-        """Around the places' corners, areas of the sizes squared, heights of the ratios times the widths."""
-        (found,) = _Anchors(((8,),), ((0.5, 1.0, 2.0),)).grid_anchors([[2, 3]], [[4, 4]])
+    @pytest.mark.parametrize("stride", [4.0, 3.5])
+    def test_anchors(self, stride):
+        """Around the places' corners, areas of eight strides squared, heights of the ratios times the widths."""
+        # of an image whose size the map does not divide
+        images = ImageList(torch.zeros(1, 3, 9, 13), [(9, 13)])
+        (found,) = _Anchors([stride])(images, [torch.zeros(1, 8, 2, 3)])
         assert found.shape == (2 * 3 * 3, 4)
         for place, (row, column) in enumerate((row, column) for row in range(2) for column in range(3)):
             for ratio, (left, top, right, bottom) in zip((0.5, 1, 2), found[3 * place : 3 * place + 3], strict=True):
-                assert_close(torch.stack([left + right, top + bottom]) / 2, torch.tensor([4.0 * column, 4.0 * row]))
-                assert_close((right - left) * (bottom - top), torch.tensor(64.0))
+                centre = torch.tensor([stride * column, stride * row])
+                assert_close(torch.stack([left + right, top + bottom]) / 2, centre, rtol=1e-5, atol=1e-5)
+                assert_close((right - left) * (bottom - top), torch.tensor(64 * stride**2))
                 assert_close((bottom - top) / (right - left), torch.tensor(float(ratio)))
+
+    @pytest.mark.parametrize(("patch", "size"), [(14, 84), (16, 80), (6, 48)])
+    def test_places_of_maps(self, patch, size):
+        """Anchors and pools of every map are where its pixels are, whatever the patch and the image."""
+        model = micro(patch_size=patch, img_size=size, pretrain_size=size)
+        features, _ = model.maps(torch.zeros(1, 3, size, size))
+        anchors = model.rpn.anchor_generator(ImageList(torch.zeros(1, 3, size, size), [(size, size)]), features)[0]
+        counts = [each.shape[2] for each in features]
+        for level, found in enumerate(anchors.split([3 * count**2 for count in counts])):
+            stride = patch / 4 * 2**level
+            last = (found[-1, :2] + found[-1, 2:]) / 2
+            assert_close(last, torch.full((2,), stride * (counts[level] - 1)))
+        side = counts[0]
+        centres = (torch.arange(side) + 0.5) * patch / 4
+        maps = {"p2": centres.expand(1, 1, side, side)} | {
+            f"p{level}": features[level - 2][:, :1] for level in (3, 4, 5)
+        }
+        box = torch.tensor([[0.5 * size, 0.5 * size, 0.5 * size + 2 * patch, 0.5 * size + 2 * patch]])
+        pooled = model.roi_heads.box_roi_pool(maps, [box], [])
+        assert_close(pooled.mean(), box[0, ::2].mean(), rtol=1e-3, atol=1e-3)
+
+    def test_settings(self):
+        """Those of section 2.6 of the specification."""
+        with torch.device("meta"):
+            model = detection_model("small")
+        rpn, heads = model.rpn, model.roi_heads
+        assert rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+        assert len(rpn.head.conv) == 2
+        assert (rpn.proposal_matcher.low_threshold, rpn.proposal_matcher.high_threshold) == (0.3, 0.7)
+        assert rpn.proposal_matcher.allow_low_quality_matches
+        assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
+        assert rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}
+        assert rpn._post_nms_top_n == {"training": 1000, "testing": 1000}
+        assert (rpn.nms_thresh, rpn.score_thresh) == (0.7, 0.0)
+        assert (heads.proposal_matcher.low_threshold, heads.proposal_matcher.high_threshold) == (0.5, 0.5)
+        assert not heads.proposal_matcher.allow_low_quality_matches
+        assert (heads.fg_bg_sampler.batch_size_per_image, heads.fg_bg_sampler.positive_fraction) == (512, 0.25)
+        assert heads.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
+        assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
+        assert [(pool.side, pool.strides) for pool in (heads.box_roi_pool, heads.mask_roi_pool)] == [
+            (7, (4, 8, 16, 32)), (14, (4, 8, 16, 32))
+        ]  # fmt: skip
+        assert (heads.box_head[5].in_features, heads.box_head[5].out_features) == (256 * 49, 1024)
+        assert (heads.box_predictor.cls_score.out_features, heads.box_predictor.bbox_pred.out_features) == (81, 324)
+        mean, std = (torch.tensor(each) for each in (model.transform.image_mean, model.transform.image_std))
+        assert_close(255 * mean, torch.tensor([123.675, 116.28, 103.53]))
+        assert_close(255 * std, torch.tensor([58.395, 57.12, 57.375]))
 
     def test_pool_is_aligned(self):
         """On a map of its pixels' centres, means of regions are their own centres."""
@@ -206,6 +259,32 @@ class TestMaskRCNN:
         prepared, _ = model.eval().transform([torch.rand(3, 20, 32)])
         assert (prepared.tensors.shape, prepared.image_sizes) == ((1, 3, 64, 64), [(40, 64)])
 
+    @pytest.mark.parametrize(
+        ("size", "resized"),
+        [((1, 65), (1, 64)), ((100, 33), (64, 21)), ((103, 7), (64, 4)), ((5, 5), (64, 64))],
+        ids=str,
+    )
+    def test_evaluation_resizes(self, size, resized):
+        """To the model's size, rounded, as smoothly as training pictures are."""
+        model, image = micro().eval(), torch.rand(3, *size)
+        prepared, _ = model.transform([image])
+        assert prepared.image_sizes == [resized]
+        expected = v2.functional.resize(image, list(resized), antialias=True)
+        mean, std = (
+            torch.tensor(each)[:, None, None] for each in (model.transform.image_mean, model.transform.image_std)
+        )
+        assert_close(prepared.tensors[0, :, : resized[0], : resized[1]] * std + mean, expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert model([image])[0]["masks"].shape[2:] == size
+
+    def test_compile_export(self):
+        """The pyramid, which images come to in one size; heads draw, sort and leave out."""
+        pyramid, images = micro().eval().backbone, torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = pyramid(images)
+            assert_close(torch.compile(pyramid, fullgraph=True, backend="aot_eager")(images), expected)
+            assert_close(torch.export.export(pyramid, (images,)).module()(images), expected)
+
     def test_no_objects(self):
         images, targets = pictures()
         empty = [{key: value[:0] for key, value in target.items()} for target in targets]
@@ -244,7 +323,13 @@ class TestMaskRCNN:
             ({"num_classes": 1}, "num_classes=1 must be at least 2: the background and one kind of object"),
             ({"regions_per_image": 0}, "regions_per_image=0 must be at least 1"),
             ({"head_width": 0}, "head_width=0 must be at least 1"),
-            ({"window_size": 5}, "window_size=5 must be 1 to 4, the patches of a side"),
+            ({"window_size": 5}, "window_size=5 must be at most 4, the patches of a side"),
+            ({"window_blocks": (0, 1)}, r"window_blocks=\(0, 1\) must be fewer, so that a block attends everywhere"),
+            ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+            ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+            ({"pyramid_channels": 0}, "out_channels=0 must be at least 1"),
+            ({"drop_path_rate": 2}, r"drop_path_rate=2 must be in \[0, 1\)"),
+            ({"pretrain_size": 8}, "pretrain_size=8 must be at least patch_size=16"),
         ],
     )
     def test_sizes(self, options, message):
@@ -277,6 +362,7 @@ class TestMaskRCNN:
             ({"masks": torch.zeros(1, 64, 32)}, r"expected \[N, 4\], \[N\] and \[N, 64, 64\]"),
             ({"boxes": torch.tensor([[4.0, 4, 4, 9]])}, "target 0 has a box without width or height"),
             ({"boxes": torch.full((1, 4), math.nan)}, "target 0 has a box without width or height"),
+            ({"boxes": torch.tensor([[4.0, 4, 9, math.inf]])}, "target 0 has a box without width or height"),
         ],
     )
     def test_targets(self, change, message):

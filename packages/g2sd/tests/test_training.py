@@ -19,7 +19,7 @@ from g2sd.recipes import AutoencoderSizes, find_recipe
 from g2sd.teachers import TokenTeacher
 from g2sd.training import distil_generic, finetune, pretrain, with_few_labels
 from visionkernels.checkpoints import CheckpointError, read_state
-from visionkernels.pictures.labelled import open_pictures
+from visionkernels.pictures.labelled import LabelledPictures, open_pictures
 
 # the paper's crops, erasing and mixing
 VARIED = replace(find_recipe("specific_tiny_in1k").augmentation, rand_augment=None)
@@ -200,9 +200,9 @@ class TestFinetune:
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
     def test_teacher_and_mode(self, micro, runs, pictures, tmp_path):
-        with pytest.raises(ValueError, match="teacher: recipe specific_tiny_in1k has mode='hard', and none is given"):
+        with pytest.raises(ValueError, match="recipe specific_tiny_in1k has mode='hard' and needs a teacher"):
             finetune(micro["specific"], pictures, tmp_path)
-        with pytest.raises(ValueError, match="has mode=None, and it has no use for one"):
+        with pytest.raises(ValueError, match="has no use for a teacher"):
             finetune(micro["finetune"], pictures, tmp_path, teacher=runs["finetune"])
 
     def test_teacher_without_classes(self, micro, runs, pictures, tmp_path):
@@ -379,6 +379,34 @@ class TestDigits:
         files = {"start": generic.weights, "teacher": teacher.weights}
         student = finetune(recipe("specific_mnist5k", 8), None, tmp_path / "student", **files)
         assert student.metrics["top1"] > 40
+
+
+class TestRemembered:
+    """Small pictures that do not vary are prepared once."""
+
+    @pytest.fixture
+    def opened(self, monkeypatch):
+        """The pictures that were prepared."""
+        prepared = []
+        read = LabelledPictures.picture
+        monkeypatch.setattr(LabelledPictures, "picture", lambda self, i: prepared.append(i) or read(self, i))
+        return prepared
+
+    @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+    def test_same_run(self, micro, pictures, tmp_path, monkeypatch, opened, stage):
+        """The run is the same, bit for bit, as with pictures that are prepared anew."""
+        train = {"pretrain": pretrain, "finetune": finetune}[stage]
+        ours = train(micro[stage], pictures, tmp_path / "1")
+        assert len(opened) == 48 + 12
+        monkeypatch.setattr("g2sd.training._REMEMBERED_BYTES", 0)
+        theirs = train(micro[stage], pictures, tmp_path / "2")
+        assert len(opened) == 3 * (48 + 12)  # of two epochs
+        assert ours.history == theirs.history
+        torch.testing.assert_close(read_state(ours.weights).state, read_state(theirs.weights).state, rtol=0, atol=0)
+
+    def test_pictures_that_vary(self, micro, pictures, tmp_path, opened):
+        finetune(replace(micro["finetune"], augmentation=VARIED), pictures, tmp_path)
+        assert len(opened) == 2 * 48 + 12
 
 
 def test_sizes_of_a_recipe():

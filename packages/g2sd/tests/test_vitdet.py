@@ -87,6 +87,8 @@ class TestViTDetBackbone:
     def test_errors(self):
         with pytest.raises(ValueError, match=r"sides must be multiples of 8 pixels"):
             ViTDetBackbone(**SIZES)(torch.zeros(1, 3, 60, 64))
+        with pytest.raises(ValueError, match=r"images have shape \[3, 64, 64\]"):
+            ViTDetBackbone(**SIZES)(torch.zeros(3, 64, 64))
         with pytest.raises(ValueError, match="img_size=60 must be a multiple of patch_size=8"):
             ViTDetBackbone(**{**SIZES, "img_size": 60})
         with pytest.raises(ValueError, match="embed_dim=24 must be a multiple of num_heads=5"):

@@ -17,7 +17,15 @@ from g2sd.positions import interpolate_positions
 from g2sd.vit import DistilledViT
 from visionkernels.checkpoints import CheckpointError, load_strict, read_state
 
-__all__ = ["create_model", "load_encoder", "load_official", "load_teacher", "resized", "square_size"]
+__all__ = [
+    "create_model",
+    "load_encoder",
+    "load_official",
+    "load_teacher",
+    "refuse_other_layouts",
+    "resized",
+    "square_size",
+]
 
 FULL_TEACHER = "mae_pretrain_vit_base_full.pth"
 _CLASSIFIERS = ("distilled", "average", "class")
@@ -91,8 +99,7 @@ def load_encoder(model: VisionTransformer, path: str | Path, *, entry: str | Non
     told = _number(checkpoint.metadata, "num_heads")
     if contents.width == model.embed_dim and told not in (None, heads.attn.num_heads):
         raise CheckpointError(f"{path} is of num_heads={told}, the model of {heads.attn.num_heads}; they must agree")
-    if contents.kind in ("vitdet", "mmseg", "hf"):
-        raise CheckpointError(f"{path} holds {contents.kind!r}; convert it first: g2sd convert {path} --to timm")
+    refuse_other_layouts(contents, path)
     own = ("head", "head_dist", "dist_token", "fc_norm")
     others = ("decoder", "mask_token", "encoderfeature_pred", *own)
     # a classifier of patches norms their mean instead of all tokens
@@ -107,6 +114,14 @@ def load_encoder(model: VisionTransformer, path: str | Path, *, entry: str | Non
     present = [name for name in own if hasattr(model, name) and any(k.startswith(name) for k in model.state_dict())]
     load_strict(model, resized(kept, model), source=path, keep=present)
     return f"encoder of {path} ({contents.kind}); fresh: {', '.join(present) or 'nothing'}"
+
+
+def refuse_other_layouts(contents: Contents, path: str | Path, *, allowed: Kind | None = None) -> None:
+    """Raise CheckpointError for a file whose encoder has other names or relative positions, unless it is `allowed`."""
+    if contents.kind == "hf":
+        raise CheckpointError(f"{path} holds 'hf'; convert it first: g2sd convert {path} --to timm --out OUT")
+    if contents.kind in ("vitdet", "mmseg") and contents.kind != allowed:
+        raise CheckpointError(f"{path} holds {contents.kind!r}, whose encoder starts no other kind of model")
 
 
 def create_model(

@@ -77,8 +77,6 @@ def distill(
             other = "specific" if stage == "generic" else "generic"
             raise ValueError(f"{name}={value} is for `g2sd distill {other}`")
     chosen = _recipe(recipe, GenericRecipe if stage == "generic" else LABELLED, fit)
-    if stage == "specific" and chosen.mode is None:
-        raise ValueError(f"recipe {recipe} has no use for a teacher; choose one of specific distillation")
     chosen = chosen if loss is None else replace(chosen, mode=loss)
     _report(run_recipe(chosen, data, out, start=encoder, teacher=teacher, targets=targets))
 
@@ -182,7 +180,7 @@ def evaluate(
     Args:
         checkpoint: weights of `g2sd distill specific` or `finetune`, or official ones
         data: as for training
-        batch_size: pictures that are computed together
+        batch_size: pictures that a classifier computes together; other models take one by one
         workers: data loading processes
         device: auto, cpu, cuda, ...
         json: write the result here as well
@@ -236,7 +234,7 @@ def convert(
 def export(
     file: Positional[Path], *, out: Path, head: Own[Literal["mean", "class"] | None] = None, overwrite: bool = False
 ) -> None:
-    """Write a classifier as ONNX (.onnx) or as a program of torch.export (.pt2).
+    """Write a classifier or segmentation model as ONNX (.onnx) or as a program of torch.export (.pt2).
 
     Args:
         file: its weights
@@ -244,10 +242,10 @@ def export(
         head: logits of a classifier with a distillation token: mean of both heads, or class alone
         overwrite: replace an existing output
     """
-    from g2sd.export import export_classifier
+    from g2sd.export import export_model
 
     refuse_existing(out, overwrite)
-    print(f"{out}: {export_classifier(file, out, head=head, overwrite=overwrite)}")
+    print(f"{out}: {export_model(file, out, head=head, overwrite=overwrite)}")
 
 
 def info() -> None:

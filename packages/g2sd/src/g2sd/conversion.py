@@ -228,11 +228,11 @@ def _told_heads(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
 
 def _write(out: Path, state: Mapping[str, Tensor], checkpoint: Checkpoint, *, overwrite: bool) -> None:
     if out.suffix == ".safetensors":
-        told = {key: value for key, value in checkpoint.metadata.items() if isinstance(value, str)}
-        save_weights(out, state, metadata=told, overwrite=overwrite)
+        save_weights(out, state, metadata=checkpoint.metadata, overwrite=overwrite)
         return
     with replace_file(out, overwrite=overwrite) as temporary:
-        torch.save({"model": {key: value.contiguous() for key, value in state.items()}}, temporary)
+        weights = {key: value.contiguous() for key, value in state.items()}
+        torch.save({**checkpoint.metadata, "model": weights}, temporary)
 
 
 def _write_folder(out: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, overwrite: bool) -> None:

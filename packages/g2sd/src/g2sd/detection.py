@@ -4,6 +4,7 @@ The student learns boxes, classes and masks, and the pyramid and the objectness 
 of `g2sd.mask_rcnn`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from g2sd.detection_checkpoint import detector_rules, load_detection_encoder, load_official_detection
 from g2sd.detection_losses import FeatureAdapter, objectness_weighted_losses
 from g2sd.detection_recipes import DetectionRecipe
 from g2sd.mask_rcnn import MaskRCNN, Targets, detection_model
+from g2sd.recipes import check_teacher
+from g2sd.task import TaughtTask
 from g2sd.vitdet import LEVELS
 from visionkernels.detection import DetectionTask, evaluate
 from visionkernels.extras import require
@@ -52,19 +54,23 @@ def train(
     `load_official_detection`. The metrics are those of `visionkernels.detection.evaluate`. Raises ValueError for a
     teacher that the recipe has no use for, and none where it needs one.
     """
-    if (teacher is None) != (recipe.mode is None):
-        given = "none is given" if teacher is None else "it has no use for one; choose a recipe with a mode"
-        raise ValueError(f"teacher: recipe {recipe.name} has mode={recipe.mode!r}, and {given}")
+    check_teacher(recipe, teacher)
     for module in ("accelerate", "torchmetrics", "pycocotools"):
         require(module, "g2sd-vision[train,dense]")
     data = data_of(recipe, data)
     opened = partial(open_objects, data, num_classes=recipe.model.num_classes, is_ranked=recipe.is_ranked)
     train_set = opened("train", steps=large_scale_jitter(recipe.model.img_size, recipe.scale_range))
     val_set = opened("validation")
+    if train_set.category_ids != val_set.category_ids:
+        raise ValueError(
+            f"--data {data} lists categories {train_set.category_ids} to train and {val_set.category_ids} to validate; "
+            "their places are the classes, so that they must be the same"
+        )
     torch.manual_seed(recipe.fit.seed)
     model = detection_model(**recipe.model.options())
     details: dict[str, Any] = {
         "task": "detection", "settings": settings(recipe), "is_ranked": str(recipe.is_ranked),
+        "category_ids": json.dumps(train_set.category_ids),
         "g2sd": version("g2sd-vision"),
     }  # fmt: skip
     if start is not None:
@@ -91,13 +97,14 @@ class _PlainTask(DetectionTask):
         return detector_rules().inverse().rename(state)
 
 
-class DetectionDistillTask(TrainingTask):
+class DetectionDistillTask(TaughtTask):
     """A detector's losses, and those of a frozen teacher's pyramid and objectness.
 
     loss = the detector's + ramp (feature_weight features + objectness_weight objectness), the two of
     `objectness_weighted_losses`; the ramp rises linearly from 0 to 1 over `ramp_updates`. The teacher stays in
-    evaluation mode, sees the same pictures, and computes nothing but its maps. Raises ValueError for detectors of
-    different image or patch sizes, and for settings that cannot be.
+    evaluation mode, sees the same pictures, and computes nothing but its maps. Several processes draw regions by
+    themselves, and weigh the imitation by what the teacher sees in their own pictures. Raises ValueError for detectors
+    of different image or patch sizes, and for settings that cannot be.
     """
 
     def __init__(
@@ -120,6 +127,7 @@ class DetectionDistillTask(TrainingTask):
                 f"the teacher takes images of {theirs} pixels a side in patches of {their_patch}, the student of "
                 f"{ours} in patches of {our_patch}; they must be the same"
             )
+        check(student is not teacher, "teacher", "the student", "another detector")
         self.trainable_module: nn.Module = DistilledDetector(student, teacher.backbone.out_channels)
         self.teacher = teacher.eval().requires_grad_(False)
         self.feature_weight, self.objectness_weight = feature_weight, objectness_weight
@@ -128,12 +136,6 @@ class DetectionDistillTask(TrainingTask):
     def begin_update(self, update: int, total_updates: int) -> None:
         """Set the ramp for the update with this index, from 0."""
         self.ramp = min(1.0, update / self.ramp_updates) if self.ramp_updates else 1.0
-
-    def train(self, mode: bool = True) -> "DetectionDistillTask":
-        """Set the student's mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(  # type: ignore[override]  # lists, since images differ in size
         self, images: Sequence[Tensor], targets: Targets

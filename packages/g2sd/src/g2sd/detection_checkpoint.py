@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from g2sd.checkpoint import refuse_other_layouts
 from g2sd.layouts import contents_of
 from g2sd.mask_rcnn import MaskRCNN, detection_model
 from g2sd.positions import interpolate_positions
@@ -71,7 +72,8 @@ def load_official_detection(path: str | Path, *, entry: str | None = None) -> Ma
     try:
         model = detection_model(**_sizes(state, contents.patch_size[0]))
         renamed = detector_rules().rename(state)
-    except (KeyError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        # sizes that shapes tell may be none, or more than fits in memory
         raise CheckpointError(f"{path} is damaged or no Mask R-CNN of ViTDet: {error}") from error
     load_strict(model, renamed, source=path)
     return model.eval()
@@ -109,8 +111,7 @@ def load_detection_encoder(backbone: ViTDetBackbone, path: str | Path, *, entry:
     """
     state = read_state(path, entry=entry).state
     contents = contents_of(state, path)
-    if contents.kind in ("mmseg", "hf"):
-        raise CheckpointError(f"{path} holds {contents.kind!r}; convert it first: g2sd convert {path} --to timm")
+    refuse_other_layouts(contents, path, allowed="vitdet")
     if contents.kind == "vitdet":
         state = {key.removeprefix(_NET): value for key, value in state.items() if key.startswith(_NET)}
     own, taken = backbone.state_dict(), {}

@@ -1,5 +1,6 @@
 """How good a classifier is on validation data."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +85,13 @@ def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device,
 
     model = load_official_detection(checkpoint).to(device)
     # official files know classes by their places
-    is_ranked = read_state(checkpoint).metadata.get("is_ranked", "True") == "True"
+    told = read_state(checkpoint).metadata
+    is_ranked = told.get("is_ranked", "True") == "True"
     objects = open_objects(data, "validation", num_classes=model.num_classes, is_ranked=is_ranked)
+    trained = json.loads(told.get("category_ids", "null"))
+    if trained is not None and list(objects.category_ids or ()) != trained:
+        raise ValueError(
+            f"{checkpoint} was trained for categories {trained}, and --data {data} lists {objects.category_ids}; their "
+            "places are the classes, so that they must be the same"
+        )
     return evaluate(model, objects, workers=workers)

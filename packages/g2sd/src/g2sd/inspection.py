@@ -24,6 +24,7 @@ _IS: dict[Kind, str] = {
 _CLASSIFIER_USES = (
     "teacher of `g2sd distill specific --teacher FILE`, of as many classes as the data",
     "`g2sd eval --checkpoint FILE`, `g2sd export FILE`",
+    "start of `g2sd finetune` and `g2sd distill specific --encoder FILE`, without its head",
 )
 _USES: dict[Kind, tuple[str, ...]] = {
     "mae": (

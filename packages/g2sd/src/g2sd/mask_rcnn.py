@@ -1,13 +1,14 @@
 """Mask R-CNN on ViTDet's pyramid: torchvision's detector with detectron2's settings (G2SD, sec. 4.2; ViTDet).
 
-What torchvision's own Mask R-CNN computes otherwise is replaced here: anchors are not rounded, regions are pooled
-around pixel centres with as many samples as they need, boxes are compared by L1, the region proposals' losses are
-divided by all anchors that may be drawn, and the masks to learn are binary. Two things differ from detectron2 still:
-the background is class 0 instead of the last, which files of weights do not show, and masks are pasted into pictures
-by torchvision's resizing.
+What torchvision's own Mask R-CNN computes otherwise is replaced here: anchors are not rounded and have the strides of
+the patches, whatever the image's size; regions are pooled around pixel centres with as many samples as they need; boxes
+are compared by L1; the region proposals' losses are divided by all anchors that may be drawn; the masks to learn are
+binary; and pictures are resized smoothly, as in training. What differs from detectron2 still: the background is class 0
+instead of the last, which files of weights do not show; masks are pasted into pictures by torchvision's resizing; boxes
+of less than a hundredth of a pixel are dropped; and proposals are ranked by probabilities, whose ties are logits above
+17.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
     In evaluation they are resized so that the longer side has `img_size` pixels, and padded to a square; the result
     holds for each image `boxes` [N, 4] in its pixels, `labels` and `scores` [N], and `masks` [N, 1, H, W] in 0..1. In
     training they are padded as they are, and with targets (`boxes`, `labels`, `masks`) the result is the losses.
+    Weights are float32; autocast takes other types where they do no harm. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -101,8 +103,12 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
         check(head_width >= 1, "head_width", head_width, "at least 1")
         check(regions_per_image >= 1, "regions_per_image", regions_per_image, "at least 1")
         net = pyramid.net
-        strides = [net.patch_size * 2**level // 4 for level in range(len(LEVELS))]
-        transform = GeneralizedRCNNTransform(
+        windows = [cast(int, block.window_size) for block in net.blocks]
+        check(0 in windows, "window_blocks", tuple(range(len(windows))), "fewer, so that a block attends everywhere")
+        grid = net.img_size // net.patch_size
+        check(max(windows) <= grid, "window_size", max(windows), f"at most {grid}, the patches of a side")
+        strides = [net.patch_size / 4 * 2**level for level in range(len(LEVELS))]
+        transform = _Transform(
             min_size=net.img_size,
             max_size=net.img_size,
             image_mean=list(IMAGENET_DEFAULT_MEAN),
@@ -177,10 +183,21 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
                 )
             if not (labels.dtype == torch.int64 and bool(((labels > 0) & (labels < self.num_classes)).all())):
                 raise ValueError(f"target {place} has labels other than integers of 1 to {self.num_classes - 1}")
-            if not bool((boxes[:, 2:] > boxes[:, :2]).all()):  # false for NaN as well
+            if not bool((boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2])).all()):
                 raise ValueError(
                     f"target {place} has a box without width or height; boxes are left, top, right, bottom"
                 )
+
+
+class _Transform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision.models has no types
+    """Resizes smoothly, and rounds sizes; torchvision does neither."""
+
+    def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+        if self.training:
+            return cast(Any, super().resize(image, target))
+        scale = self.max_size / max(image.shape[1:])
+        size = [max(round(side * scale), 1) for side in image.shape[1:]]
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
 
 
 @contextmanager
@@ -194,9 +211,9 @@ def _kept_output(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _region_proposals(channels: int, strides: Sequence[int]) -> "_RegionProposals":
+def _region_proposals(channels: int, strides: Sequence[float]) -> "_RegionProposals":
     return _RegionProposals(
-        _Anchors(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)),
+        _Anchors(strides),
         _in_float32(RPNHead(channels, 3, conv_depth=2)),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
@@ -209,7 +226,17 @@ def _region_proposals(channels: int, strides: Sequence[int]) -> "_RegionProposal
 
 
 class _Anchors(AnchorGenerator):  # type: ignore[misc]  # torchvision.models has no types
-    """Anchors with fractions of pixels."""
+    """Three anchors a place, of the area of squares of eight strides, with fractions of pixels."""
+
+    def __init__(self, strides: Sequence[float]) -> None:
+        super().__init__(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        self.strides = tuple(strides)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        # torchvision's strides are whole numbers, from the sizes of image and map
+        device = strides[0][0].device
+        fixed = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        return cast(list[Tensor], super().grid_anchors(grid_sizes, fixed))
 
     def generate_anchors(
         self,
@@ -239,7 +266,7 @@ class _RegionProposals(RegionProposalNetwork):  # type: ignore[misc]  # torchvis
 
 
 def _region_heads(
-    channels: int, strides: Sequence[int], num_classes: int, head_width: int, regions_per_image: int
+    channels: int, strides: Sequence[float], num_classes: int, head_width: int, regions_per_image: int
 ) -> "_RegionHeads":
     layers = [channels] * 4
     predictor = FastRCNNPredictor(head_width, num_classes)
@@ -275,7 +302,7 @@ _channel_norm = partial(LayerNorm2d, eps=1e-6)
 class _AlignedPool(nn.Module):
     """Pools regions from the map of their size (T.-Y. Lin and others, 2017), around the centres of its pixels."""
 
-    def __init__(self, strides: Sequence[int], side: int) -> None:
+    def __init__(self, strides: Sequence[float], side: int) -> None:
         super().__init__()
         self.strides, self.side = tuple(strides), side
 
@@ -285,9 +312,9 @@ class _AlignedPool(nn.Module):
         # of the finer maps, as many as there are strides
         maps = list(features.values())[: len(self.strides)]
         regions = torch.cat([F.pad(each, (1, 0), value=place) for place, each in enumerate(boxes)])
-        # a region of 224 x 224 pixels belongs to the map of stride 16
-        octaves = torch.log2(box_area(regions[:, 1:]).sqrt() / 224 + 1e-8) + 4
-        levels = (octaves.floor() - round(math.log2(self.strides[0]))).clamp(0, len(maps) - 1)
+        # a region of 14 x 14 patches belongs to the map of the patches' stride, the third
+        octaves = torch.log2(box_area(regions[:, 1:]).sqrt() / (56 * self.strides[0]) + 1e-8) + 2
+        levels = octaves.floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], self.side, self.side)
         for level, (each, stride) in enumerate(zip(maps, self.strides, strict=True)):
             places = torch.where(levels == level)[0]

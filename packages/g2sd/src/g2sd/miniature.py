@@ -1,16 +1,20 @@
 """The paper's comparison in small: five ways to a student that classifies digits with 200 labels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
-from g2sd.recipes import FinetuneRecipe, GenericRecipe, PretrainRecipe, find_recipe
+from g2sd.recipes import find_recipe
 from g2sd.training import distil_generic, finetune, pretrain
 from visionkernels import sweeps
 
 __all__ = ["ARMS", "compare_arms"]
+
+_WEIGHTS = "weights.safetensors"
 
 ARMS = ("scratch", "scratch, teacher", "MAE", "generic", "generic, specific")
 """What a student goes through: labels alone; labels and a teacher's; its own pre-training and then labels; generic
@@ -22,36 +26,53 @@ def compare_arms(seeds: Sequence[int], out: str | Path, *, jobs: int = 2) -> dic
 
     One teacher, pre-trained on 4,000 digits, serves all; it is fine-tuned with the 200 labels that its students get,
     which differ by seed, as weights and order do. Runs lie in `out`, and the same call goes on where it stopped. `jobs`
-    processes of one thread share the seeds. Raises ValueError for no seeds.
+    processes of one thread share the runs. Raises ValueError for no seeds.
     """
     if not seeds:
         raise ValueError("seeds are none; give one or more")
-    out = Path(out)
-    masked = pretrain(cast(PretrainRecipe, find_recipe("pretrain_teacher_mnist5k")), None, out / "teacher")
-    run = partial(_run, out=out, masked=masked.weights)
-    found = sweeps.map(run, list(seeds), jobs=jobs, description="seeds")
-    return {arm: tuple(each[arm] for each in found) for arm in ARMS}
+    # each round waits for the one before; the longest come first, so that the processes end together
+    rounds: dict[str, list[_Step]] = {
+        "on their own": [("teacher", None), *product(("MAE", "scratch"), seeds)],
+        "by the teacher": list(product(("generic", "teacher, fine-tuned"), seeds)),
+        "by its logits": list(product(("generic, specific", "scratch, teacher"), seeds)),
+    }
+    found: dict[_Step, float] = {}
+    for name, steps in rounds.items():
+        results = sweeps.map(partial(_run, out=Path(out)), steps, jobs=jobs, description=name)
+        found |= dict(zip(steps, results, strict=True))
+    return {arm: tuple(found[arm, seed] for seed in seeds) for arm in ARMS}
 
 
-def _run(seed: int, *, out: Path, masked: Path) -> dict[str, float]:
+_Step: TypeAlias = tuple[str, int | None]
+"""An arm or what arms wait for, and its seed; None for what all seeds share."""
+
+
+def _run(step: _Step, *, out: Path) -> float:
+    """Take a step, and return the top-1 of an arm."""
+    kind, seed = step
     folder = out / f"seed-{seed}"
+    masked, adapted, generic = (each / _WEIGHTS for each in (out / "teacher", folder / "teacher", folder / "generic"))
 
     def recipe(name: str) -> Any:
         found = find_recipe(name)
-        return replace(found, fit=replace(found.fit, seed=seed))
+        return found if seed is None else replace(found, fit=replace(found.fit, seed=seed))
 
-    plain = cast(FinetuneRecipe, recipe("finetune_few_mnist5k"))
-    taught = cast(FinetuneRecipe, recipe("specific_few_mnist5k"))
-    adapted = cast(FinetuneRecipe, recipe("finetune_teacher_few_mnist5k"))
-    teacher = finetune(adapted, None, folder / "teacher", start=masked).weights
-    own = pretrain(cast(PretrainRecipe, recipe("pretrain_student_mnist5k")), None, folder / "mae").weights
-    generic = cast(GenericRecipe, recipe("generic_mnist5k"))
-    distilled = distil_generic(generic, None, folder / "generic", teacher=masked).weights
-    results = {
-        "scratch": finetune(plain, None, folder / "scratch"),
-        "scratch, teacher": finetune(taught, None, folder / "scratch-teacher", teacher=teacher),
-        "MAE": finetune(plain, None, folder / "mae-finetuned", start=own),
-        "generic": finetune(plain, None, folder / "generic-finetuned", start=distilled),
-        "generic, specific": finetune(taught, None, folder / "specific", start=distilled, teacher=teacher),
-    }
-    return {arm: result.metrics["top1"] for arm, result in results.items()}
+    if kind == "teacher":
+        pretrain(recipe("pretrain_teacher_mnist5k"), None, masked.parent)
+        return math.nan
+    plain, taught = recipe("finetune_few_mnist5k"), recipe("specific_few_mnist5k")
+    if kind == "scratch":
+        result = finetune(plain, None, folder / "scratch")
+    elif kind == "MAE":
+        own = pretrain(recipe("pretrain_student_mnist5k"), None, folder / "mae").weights
+        result = finetune(plain, None, folder / "mae-finetuned", start=own)
+    elif kind == "generic":
+        distil_generic(recipe("generic_mnist5k"), None, generic.parent, teacher=masked)
+        result = finetune(plain, None, folder / "generic-finetuned", start=generic)
+    elif kind == "teacher, fine-tuned":
+        result = finetune(recipe("finetune_teacher_few_mnist5k"), None, adapted.parent, start=masked)
+    elif kind == "scratch, teacher":
+        result = finetune(taught, None, folder / "scratch-teacher", teacher=adapted)
+    else:
+        result = finetune(taught, None, folder / "specific", start=generic, teacher=adapted)
+    return result.metrics["top1"]

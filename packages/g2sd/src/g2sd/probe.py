@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.checkpoint import load_encoder, square_size
+from g2sd.checkpoint import load_encoder, refuse_other_layouts, square_size
 from g2sd.layouts import contents_of, encoder_heads
 from g2sd.recipes import ProbeRecipe, find_recipe
 from visionkernels import classification
@@ -63,6 +63,7 @@ def encoder_of(
     """
     checkpoint = read_state(path, entry=entry)
     contents = contents_of(checkpoint.state, path)
+    refuse_other_layouts(contents, path)
     told = checkpoint.metadata.get("num_heads", "")
     heads = num_heads or (int(told) if told.isdigit() else None)
     model: Any = timm.create_model(

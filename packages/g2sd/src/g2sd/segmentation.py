@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from g2sd.recipes import check_teacher
 from g2sd.segmentation_checkpoint import load_official_segmentation, load_segmentation_encoder
 from g2sd.segmentation_losses import Reduction, channel_wise_loss, pixel_kl_loss
 from g2sd.segmentation_recipes import SegmentationMode, SegmentationRecipe
+from g2sd.task import TaughtTask
 from g2sd.upernet import SegmentationModel, segmentation_model
 from visionkernels.extras import require
 from visionkernels.pictures.scenes import Scenes, open_scenes
@@ -52,9 +53,7 @@ def train(
     those of `visionkernels.segmentation.evaluate`. Raises ValueError for a teacher that the recipe has no use for, none
     where it needs one, and batches of one picture.
     """
-    if (teacher is None) != (recipe.mode is None):
-        given = "none is given" if teacher is None else "it has no use for one; choose a recipe with a mode"
-        raise ValueError(f"teacher: recipe {recipe.name} has mode={recipe.mode!r}, and {given}")
+    check_teacher(recipe, teacher)
     for module in ("accelerate", "torchmetrics"):
         require(module, "g2sd-vision[train]")
     data = data_of(recipe, data)
@@ -107,7 +106,7 @@ def _metrics(model: nn.Module, scenes: Scenes, recipe: SegmentationRecipe) -> Ma
     return evaluate(model, scenes, recipe.scene, num_classes=recipe.model.num_classes, workers=recipe.fit.num_workers)
 
 
-class SegmentationDistillTask(TrainingTask):
+class SegmentationDistillTask(TaughtTask):
     """Cross-entropy of both heads, as `visionkernels.segmentation.SegmentationTask`, and a frozen teacher's class maps.
 
     loss = main + auxiliary_weight auxiliary + weight distillation. Class maps are compared before they are enlarged, by
@@ -145,12 +144,6 @@ class SegmentationDistillTask(TrainingTask):
         self.mode, self.weight, self.temperature, self.reduction = mode, weight, temperature, reduction
         self.auxiliary_weight = auxiliary_weight
         self.share = teacher.num_classes / student.num_classes
-
-    def train(self, mode: bool = True) -> "SegmentationDistillTask":
-        """Set the student's mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch height width"]

@@ -185,7 +185,9 @@ class BiasedAttention(nn.Module):
         table = self.relative_position_bias_table
         assert table is not None
         # a tensor made in inference mode does not tell that it changed, nor does any after a step of a fused optimiser
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
+        if torch.compiler.is_compiling():
+            return _gathered(table, index, dtype)
+        if self.training or torch.is_grad_enabled() or table.is_inference():
             self._kept = None
             return _gathered(table, index, dtype)
         seen = (table.data_ptr(), table._version, table.device, dtype, index.shape)

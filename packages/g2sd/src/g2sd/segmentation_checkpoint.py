@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from g2sd.checkpoint import resized
+from g2sd.checkpoint import refuse_other_layouts, resized
 from g2sd.layouts import Contents, contents_of, encoder_heads
 from g2sd.positions import interpolate_positions
 from g2sd.segmentation_backbone import SegmentationBackbone, interpolate_biases, num_biases, relative_index
@@ -71,8 +71,7 @@ def load_segmentation_encoder(backbone: SegmentationBackbone, path: str | Path, 
     """
     state = read_state(path, entry=entry).state
     contents = contents_of(state, path)
-    if contents.kind in ("vitdet", "mmseg", "hf"):
-        raise CheckpointError(f"{path} holds {contents.kind!r}; convert it first: g2sd convert {path} --to timm")
+    refuse_other_layouts(contents, path)
     taken = {
         key: value
         for key, value in state.items()

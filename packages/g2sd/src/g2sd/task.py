@@ -4,6 +4,7 @@ Losses are float32 in any precision.
 """
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,20 @@ from g2sd.mae import MaskedAutoencoder, pixel_loss, pixel_patches
 from g2sd.masking import draw_noise, mask_patches
 from g2sd.specific import SpecificDistiller
 
-__all__ = ["AutoencoderTask", "ClassifierTask", "GenericTask"]
+__all__ = ["AutoencoderTask", "ClassifierTask", "GenericTask", "TaughtTask"]
+
+
+class TaughtTask(TrainingTask):
+    """A task whose teacher, None or a module, stays in evaluation mode."""
+
+    teacher: Any
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the student's mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
 
 class AutoencoderTask(TrainingTask):
@@ -44,7 +58,7 @@ class AutoencoderTask(TrainingTask):
         return {"loss": loss, "flat_loss": flat_loss}
 
 
-class GenericTask(TrainingTask):
+class GenericTask(TaughtTask):
     """Generic distillation. The teacher is no part of what is trained and stored.
 
     Beside the loss stand two that need no student, and that it must get below: `zero_loss` of always predicting 0, and
@@ -96,12 +110,6 @@ class GenericTask(TrainingTask):
             self.mean_target += update * (len(target) / self.num_targets)
         return found
 
-    def train(self, mode: bool = True) -> "GenericTask":
-        """Set the students' mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
     def final_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a single student under its own names; of several, with the place of each before."""
         (distiller,) = self._distiller
@@ -109,7 +117,7 @@ class GenericTask(TrainingTask):
         return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-class ClassifierTask(TrainingTask):
+class ClassifierTask(TaughtTask):
     """Fine-tuning with labels, or specific distillation where there is a distiller."""
 
     def __init__(self, model: nn.Module, distiller: SpecificDistiller | None = None) -> None:
@@ -118,13 +126,6 @@ class ClassifierTask(TrainingTask):
         self.teacher = None if distiller is None else distiller.teacher
         # not a submodule: its student is trained above
         self._distiller = () if distiller is None else (distiller,)
-
-    def train(self, mode: bool = True) -> "ClassifierTask":
-        """Set the model's mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
 
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from g2sd.checkpoint import load_encoder, load_official, load_teacher
 from g2sd.generic import GenericDistiller
 from g2sd.mae import MaskedAutoencoder, create_autoencoder
-from g2sd.recipes import AutoencoderSizes, FinetuneRecipe, GenericRecipe, PictureStage, PretrainRecipe
+from g2sd.recipes import (
+    AutoencoderSizes,
+    FinetuneRecipe,
+    GenericRecipe,
+    PictureStage,
+    PretrainRecipe,
+    check_teacher,
+)
 from g2sd.specific import SpecificDistiller
 from g2sd.targets import StoredTargets, store_targets
 from g2sd.task import AutoencoderTask, ClassifierTask, GenericTask
@@ -81,6 +88,7 @@ def distil_generic(
     samples: Dataset = train_set
     if targets is not None:
         check(not _varies(recipe), "targets", str(targets), f"None: recipe {recipe.name} varies its pictures")
+        train_set = _remembered(train_set, recipe)
         samples = StoredTargets(train_set, store_targets(distiller, train_set, targets, seed=recipe.fit.seed))
     told = {"teacher": _named(teacher), **(_heads(students[0]) if len(students) == 1 else {})}
     result = _fit(task, recipe, samples, partial(_unlabelled_metrics, task=task, pictures=val_set), out, told)
@@ -114,9 +122,7 @@ def finetune(
     opens with `load_official`. The metrics are those of `visionkernels.classification`. Raises ValueError for a teacher
     that the recipe has no use for, or none where it needs one.
     """
-    if (teacher is None) != (recipe.mode is None):
-        given = "none is given" if teacher is None else "it has no use for one; choose a recipe with a mode"
-        raise ValueError(f"teacher: recipe {recipe.name} has mode={recipe.mode!r}, and {given}")
+    check_teacher(recipe, teacher)
     train_set, val_set = _pictures(recipe, data)
     names = train_set.class_names
     if recipe.labels_per_class is not None:
@@ -166,27 +172,27 @@ def _at(function: Any, places: list[int], index: int) -> Any:
     return function(places[index])
 
 
-class _Remembered(Dataset):
+@dataclass(frozen=True)
+class _Remembered(LabelledPictures):
     """Small pictures that do not vary, prepared once."""
 
-    def __init__(self, pictures: LabelledPictures) -> None:
-        self.pictures = pictures
-        self.known: dict[int, Any] = {}
+    known: dict[int, tuple[Any, int]] = field(default_factory=dict, init=False)
 
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if index not in self.known:
-            self.known[index] = self.pictures[index]
+            self.known[index] = super().__getitem__(index)
         return self.known[index]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        # of a batch at once: random numbers, which no picture draws here, are then not seeded for each
+        return [self[index] for index in indices]
 
-def _training_set(samples: Dataset, recipe: PictureStage) -> Dataset:
-    if not isinstance(samples, LabelledPictures) or _varies(recipe):
-        return samples
-    bytes_of_all = len(samples) * 3 * recipe.pictures.size**2 * 4
-    return samples if bytes_of_all > _REMEMBERED_BYTES else _Remembered(samples)
+
+def _remembered(pictures: LabelledPictures, recipe: PictureStage) -> LabelledPictures:
+    bytes_of_all = len(pictures) * 3 * recipe.pictures.size**2 * 4
+    if bytes_of_all > _REMEMBERED_BYTES:
+        return pictures
+    return _Remembered(**{each.name: getattr(pictures, each.name) for each in fields(pictures)})
 
 
 def _varies(recipe: PictureStage) -> bool:
@@ -201,7 +207,8 @@ def _pictures(recipe: PictureStage, data: str | Path | None) -> tuple[LabelledPi
     source = data_of(recipe, data)
     train_set = open_pictures(source, "train", training_transform(recipe.pictures, recipe.augmentation))
     transform = evaluation_transform(recipe.pictures)
-    return train_set, open_pictures(source, "validation", transform, class_names=train_set.class_names)
+    val_set = open_pictures(source, "validation", transform, class_names=train_set.class_names)
+    return train_set, _remembered(val_set, recipe)
 
 
 def _autoencoder(sizes: AutoencoderSizes, recipe: PictureStage, **widths: int | None) -> MaskedAutoencoder:
@@ -245,7 +252,9 @@ def _fit(
     described = {
         "settings": settings(recipe), "pictures": asdict(recipe.pictures), "g2sd": version("g2sd-vision"), **details
     }  # fmt: skip
-    data = TrainingData(train=_training_set(train_set, recipe), evaluate=evaluate, **options)
+    if isinstance(train_set, LabelledPictures) and not _varies(recipe):
+        train_set = _remembered(train_set, recipe)
+    data = TrainingData(train=train_set, evaluate=evaluate, **options)
     return fit(task, recipe.fit, data, out, details=described)
 
 

@@ -46,11 +46,15 @@ class ViTDetBackbone(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        check(patch_size >= 1, "patch_size", patch_size, "at least 1")
         check(img_size % patch_size == 0, "img_size", img_size, f"a multiple of patch_size={patch_size}")
+        check(num_heads >= 1, "num_heads", num_heads, "at least 1")
+        check(pretrain_size >= patch_size, "pretrain_size", pretrain_size, f"at least patch_size={patch_size}")
+        check(0 <= drop_path_rate < 1, "drop_path_rate", drop_path_rate, "in [0, 1)")
         check(embed_dim % num_heads == 0, "embed_dim", embed_dim, f"a multiple of num_heads={num_heads}")
         check(all(0 <= i < depth for i in window_blocks), "window_blocks", tuple(window_blocks), f"in 0 to {depth - 1}")
+        check(window_size >= 1, "window_size", window_size, "at least 1")
         grid = img_size // patch_size
-        check(1 <= window_size <= grid, "window_size", window_size, f"1 to {grid}, the patches of a side")
         self.img_size, self.patch_size, self.embed_dim = img_size, patch_size, embed_dim
         self.pretrain_grid = pretrain_size // patch_size
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim, output_fmt="NHWC", strict_img_size=False)
@@ -63,13 +67,16 @@ class ViTDetBackbone(nn.Module):
             )
             for i in range(depth)
         )  # fmt: skip
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch embed_dim rows columns"]:
         """Return the last map. Raises ValueError for sides that are no multiples of the patch."""
-        height, width = images.shape[2:]
-        if images.ndim != 4 or height % self.patch_size or width % self.patch_size:
+        if images.ndim != 4 or any(side % self.patch_size or not side for side in images.shape[2:]):
             raise ValueError(
                 f"images have shape {list(images.shape)}; sides must be multiples of {self.patch_size} pixels"
             )
@@ -162,6 +169,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, net: ViTDetBackbone, out_channels: int = 256) -> None:
         super().__init__()
+        check(out_channels >= 1, "out_channels", out_channels, "at least 1")
         self.net, self.out_channels = net, out_channels
         width = net.embed_dim
         double = [nn.ConvTranspose2d(width, width // 2, 2, 2)]
