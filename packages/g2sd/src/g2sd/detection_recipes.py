@@ -118,6 +118,8 @@ def _objects(
         data="shapes",
         model=model,
         mode=mode,
+        # the loss sums over channels, which are fewer than the paper's 256
+        feature_weight=0.01,
         ramp_updates=50,
         scale_range=(0.75, 1.5),
         fit=FitRecipe(
