@@ -195,7 +195,7 @@ class TestTrain:
     def test_files(self, teacher):
         """Weights in detectron2's layout, which tell all sizes; the metrics are those of `evaluate`."""
         run = json.loads((teacher.parent / "run.json").read_text())
-        assert (run["details"]["task"], run["details"]["is_ranked"]) == ("detection", "True")
+        assert (run["details"]["task"], run["details"]["category_ids"]) == ("detection", "null")
         state = read_state(teacher).state
         assert state["roi_heads.box_predictor.cls_score.weight"].shape == (4, 32)
         assert {key.split(".")[0] for key in state} == {"backbone", "proposal_generator", "roi_heads"}
@@ -326,7 +326,7 @@ class TestCategories:
         result = train(recipe, coco, tmp_path / "run")
         out = str(tmp_path / "run/w.pth")
         assert main(["convert", str(result.weights), "--to", "vitdet", "--out", out]) == 0
-        assert read_state(out).metadata["is_ranked"] == "False"
+        assert read_state(out).metadata["category_ids"] == "null"
         assert main(["eval", "--checkpoint", out, "--data", str(coco)]) == 0
 
 

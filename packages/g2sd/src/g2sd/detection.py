@@ -69,8 +69,7 @@ def train(
     torch.manual_seed(recipe.fit.seed)
     model = detection_model(**recipe.model.options())
     details: dict[str, Any] = {
-        "task": "detection", "settings": settings(recipe), "is_ranked": str(recipe.is_ranked),
-        "category_ids": json.dumps(train_set.category_ids),
+        "task": "detection", "settings": settings(recipe), "category_ids": json.dumps(train_set.category_ids),
         "g2sd": version("g2sd-vision"),
     }  # fmt: skip
     if start is not None:

@@ -1,4 +1,4 @@
-"""How good a classifier is on validation data."""
+"""How good a model is on validation data, told from its file: classifier, segmentation model or detector."""
 
 import json
 from collections.abc import Mapping
@@ -51,8 +51,8 @@ def evaluate_checkpoint(
     `visionkernels.pictures.labelled.open_pictures`; for segmentation models those of
     `visionkernels.segmentation.evaluate`, and `data` is as for `visionkernels.pictures.scenes.open_scenes`; for
     detectors those of `visionkernels.detection.evaluate`, and `data` is as for
-    `visionkernels.pictures.objects.open_objects`. Raises
-    ValueError for a `batch_size` below 1 or `workers` below 0, and as the functions that read weights and data do.
+    `visionkernels.pictures.objects.open_objects`. Raises ValueError for a `batch_size` below 1, `workers` below 0 and
+    data of other classes, and as the functions that read weights and data do.
     """
     check_loading(workers, batch_size)
     kind = contents_of(read_state(checkpoint).state, checkpoint).kind
@@ -84,11 +84,11 @@ def _evaluate_detection(checkpoint: str | Path, data: str, device: torch.device,
     from visionkernels.pictures.objects import open_objects
 
     model = load_official_detection(checkpoint).to(device)
-    # official files know classes by their places
-    told = read_state(checkpoint).metadata
-    is_ranked = told.get("is_ranked", "True") == "True"
+    # null: classes are category ids themselves; official files do not tell, and know classes by their places
+    told = read_state(checkpoint).metadata.get("category_ids")
+    trained = None if told is None else json.loads(told)
+    is_ranked = told is None or trained is not None
     objects = open_objects(data, "validation", num_classes=model.num_classes, is_ranked=is_ranked)
-    trained = json.loads(told.get("category_ids", "null"))
     if trained is not None and list(objects.category_ids or ()) != trained:
         raise ValueError(
             f"{checkpoint} was trained for categories {trained}, and --data {data} lists {objects.category_ids}; their "
