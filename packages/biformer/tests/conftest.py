@@ -1,36 +1,17 @@
 """What the tests share: seeds, one thread, no network, small pictures in folders, a recipe that trains in seconds."""
 
 import json
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from biformer.recipes import ClassificationRecipe, ModelRecipe, find_recipe
 from visionkernels.pictures.recipes import PictureRecipe
 from visionkernels.recipes import settings
+from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 from visionkernels.testing.pictures import write_colours
-
-
-@pytest.fixture(autouse=True)
-def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seeds and one thread; whatever opens a connection to another machine fails."""
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        raise OSError(f"tests have no network: {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what timm draws from
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """What the tests share: seeds, one thread, no network, small models, and runs of every stage on small pictures."""
 
 import json
-import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -18,26 +16,10 @@ from g2sd.mae import MaskedAutoencoder
 from g2sd.recipes import AutoencoderSizes, FinetuneRecipe, GenericRecipe, PretrainRecipe, Recipe, ViTSizes
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
 from visionkernels.recipes import settings
+from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 from visionkernels.testing.golden import recipe_weights
 from visionkernels.testing.pictures import write_colours
 from visionkernels.training import FitRecipe, OptimizerRecipe
-
-
-@pytest.fixture(autouse=True)
-def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seeds and one thread; whatever opens a connection to another machine fails."""
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        raise OSError(f"tests have no network: {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 - what timm draws from
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 GOLDEN = Path(__file__).parent / "golden"
 

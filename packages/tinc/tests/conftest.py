@@ -1,19 +1,17 @@
 """What the tests share: seeds, one thread, no network, small volumes, and a small file of each kind."""
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import tinc
 import tinc.compression
 import tinc.design
 import tinc.jobs
+from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 from visionkernels.testing.golden import load_module
 
 Wavy = Callable[..., np.ndarray]
@@ -22,24 +20,6 @@ EXAMPLES = (
     "mask", "mask-channels", "tree", "tree-float32", "both", "constant-leaves", "step", "step-tree", "step-float32",
     "step-float32-tree", "bits", "bits-tree", "palette", "palette-tree", "constant", "checksums", "tiles",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seeds and one thread; whatever opens a connection to another machine fails."""
-    connect = socket.socket.connect
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise OSError(f"tests have no network: {address}")
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
