@@ -16,6 +16,7 @@ def test_this_repository(tool, root: Path) -> None:
         ("packages/demo/src/demo/patches.py", "import other"),
         ("packages/demo/src/demo/patches.py", "import triton"),
         ("shared/src/visionkernels/files.py", "import demo"),
+        ("packages/demo/src/demo/patches.py", "import demo.model"),
     ],
 )
 def test_an_import_that_does_not_point_down(tool, workspace: Path, module: str, line: str) -> None:

@@ -1,11 +1,17 @@
 """Every distribution has the files, the metadata and the pins that the design asks for."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+
+from visionkernels.package import Package, installed_packages
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT / "shared"
@@ -28,7 +34,7 @@ class TestDistribution:
         name = "visionkernels" if folder == SHARED else folder.name
         wanted = ["README.md", "CHANGELOG.md", "LICENSE", "changes/README.md", f"src/{name}/py.typed", "tests"]
         if folder != SHARED:
-            modules = ("__init__", "__main__", "cli", "recipes", "tables")
+            modules = ("__init__", "__main__", "cli", "tables", "bench")
             wanted += [f"src/{name}/{module}.py" for module in modules] + ["tests/parity.py", "tests/golden"]
         assert [path for path in wanted if not (folder / path).exists()] == []
 
@@ -59,6 +65,30 @@ class TestDistribution:
 class TestPackage:
     def test_command(self, folder: Path) -> None:
         assert project(folder)["scripts"] == {folder.name: f"{folder.name}.cli:main"}
+
+    def test_record(self, folder: Path) -> None:
+        announced = project(folder)["entry-points"]["visionkernels.packages"]
+        assert announced == {folder.name: f"{folder.name}.cli:PACKAGE"}
+        record: Package = resolve_name(announced[folder.name])
+        assert (record.name, record.distribution) == (folder.name, project(folder)["name"])
+
+    def test_references(self, folder: Path) -> None:
+        """What the record names exists."""
+        record = installed_packages()[folder.name]
+        named = ["recipes", "official", "create", "upgrade", "evaluate", "export", "tables", "figures", "bench"]
+        for reference in (*(getattr(record, name) for name in (*named, "facts", "verdict")), *record.openers.values()):
+            assert reference is None or record.resolve(reference) is not None
+        record.register_models()
+
+    def test_help_does_not_wait_for_torch(self, folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", folder.name, "--help"],
+            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0
+        assert re.findall(r"\| +(torch|timm|numpy)$", done.stderr, re.MULTILINE) == []
 
     def test_pin(self, folder: Path) -> None:
         major, minor, _ = project(SHARED)["version"].split(".")

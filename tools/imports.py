@@ -1,4 +1,4 @@
-"""Show that imports point down only: packages stand side by side on visionkernels, and no Triton outside it.
+"""Show that imports point down only: packages side by side on visionkernels, no circles, no Triton outside it.
 
 The contracts are made from the folders and handed to import-linter, so that a new package is bound by them at once.
 """
@@ -22,6 +22,7 @@ def contracts() -> str:
 root_packages =
     {roots}
 include_external_packages = True
+exclude_type_checking_imports = True
 
 [importlinter:contract:layers]
 name = No package imports another; visionkernels imports none
@@ -29,6 +30,12 @@ type = layers
 layers =
     {" | ".join(names)}
     {SHARED.name}
+
+[importlinter:contract:circles]
+name = No modules or folders import each other in a circle
+type = acyclic_siblings
+ancestors =
+    {roots}
 
 [importlinter:contract:triton]
 name = Triton is imported by visionkernels alone

@@ -14,9 +14,12 @@ import tyro
 from torch.utils.data import DataLoader
 
 from visionkernels import cli
+from visionkernels.checks import InputError
+from visionkernels.cli import FitOptions
 from visionkernels.profiling import BenchRow, bench_table
 from visionkernels.tables import TIME, Cell, Table
-from visionkernels.training import FitOptions, FitRecipe
+from visionkernels.tables import reproduce as measure
+from visionkernels.training import FitResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} must be above 1")
-
-
-@dataclass(frozen=True)
-class Named:
-    name: str
-    fit: FitRecipe
+            raise InputError(f"ratio={self.ratio} must be above 1")
 
 
 def shrink(
@@ -57,12 +54,11 @@ def shrink(
 def fail(kind: str = "value") -> int:
     """Fail on purpose."""
     errors: dict[str, BaseException] = {
-        "value": ValueError("topk=64 exceeds\nthe 49 regions"),
-        "type": TypeError("size must be an int"),
+        "value": InputError("topk=64 exceeds\nthe 49 regions"),
         "extra": ImportError("needs timm; run: pip install 'demo[train]'"),
         "work": RuntimeError("loss is not finite"),
         "interrupt": KeyboardInterrupt(),
-        "saved": KeyboardInterrupt("stopped and saved after update 25; the same command goes on"),
+        "saved": KeyboardInterrupt("stopped and saved after update 25; rerun to resume"),
     }
     if kind in errors:
         raise errors[kind]
@@ -88,7 +84,7 @@ class Broken(list):
 
     def __getitem__(self, index: object) -> object:
         if self.kind == "worker-check":
-            raise ValueError("picture x.png cannot be read")
+            raise InputError("picture x.png cannot be read")
         return len(None)  # type: ignore[arg-type]
 
 
@@ -174,7 +170,6 @@ class TestErrors:
             (("shrink", "a.png", "--ratio", "0.5"), "ratio=0.5 must be above 1"),
             (("shrink", "a.png", "x" * 200), "x" * 200),
             (("fail",), "topk=64 exceeds; the 49 regions"),
-            (("fail", "--kind", "type"), "size must be an int"),
             (("fail", "--kind", "extra"), "needs timm; run: pip install 'demo[train]'"),
             (("fail", "--kind", "file"), "/nowhere/picture.png: No such file or directory"),
             (("fail", "--kind", "worker-check"), "demo: error: picture x.png cannot be read\n"),
@@ -216,7 +211,7 @@ class TestErrors:
         assert run("fail", "--kind", "interrupt") == 130
         assert capsys.readouterr().err == "demo: interrupted\n"
         assert run("fail", "--kind", "saved") == 130
-        assert capsys.readouterr().err == "demo: stopped and saved after update 25; the same command goes on\n"
+        assert capsys.readouterr().err == "demo: stopped and saved after update 25; rerun to resume\n"
 
     def test_closed_pipe(self) -> None:
         folder = str(Path(__file__).parent)
@@ -236,27 +231,19 @@ def test_metrics_in_words(capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def test_recipe_of_a_name_or_a_file():
-    plain = FitRecipe(epochs=1, batch_size=2)
-    sources = {"find": lambda name: Named(name, plain), "read": lambda path: Named(f"of {path}", plain)}
-    assert cli.choose_recipe("tiny", **sources) == Named("tiny", plain)
-    assert cli.choose_recipe("a/run.json", **sources, fit=FitOptions(epochs=7)) == Named(
-        "of a/run.json", FitRecipe(epochs=7, batch_size=2)
-    )
-
-
 def test_one_process_reports(capsys, monkeypatch):
-    cli.report_fit({"epoch": 1, "top1": 91.25}, Path("run/weights.safetensors"))
-    assert capsys.readouterr().out == "top-1 91.25 %\nweights: run/weights.safetensors\n"
+    result = FitResult({"epoch": 1, "top1": 91.25}, [], Path("run/weights.safetensors"), None)
+    cli.report_fit(result, "well")
+    assert capsys.readouterr().out == "top-1 91.25 %\nwell\nweights: run/weights.safetensors\n"
     monkeypatch.setenv("RANK", "1")
-    cli.report_fit({"top1": 91.25}, Path("run/weights.safetensors"))
+    cli.report_fit(result)
     assert capsys.readouterr().out == ""
 
 
 def test_tables(capsys, tmp_path):
     def reproduce(*, report: cli.ReportOptions = cli.ReportOptions()) -> int:
         """Measure the paper's tables."""
-        return report.measure("visionkernels", [Table("one", "Table 1: models", "", (cell,))])
+        return measure("visionkernels", [Table("one", "Table 1: models", "", (cell,))], **vars(report))
 
     cell = Cell(
         row="tiny", column="top-1", paper=2.2, digits=1, tolerance=0.05, command="", needs=(TIME,), measure=lambda: 2.2

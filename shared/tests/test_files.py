@@ -112,7 +112,7 @@ class TestRequire:
             require("needs_another", "visionkernels[train]")
 
     def test_imports_stay_light(self):
-        modules = ["checkpoints", "files", "profiling", "samples", "sweeps", "training"]
+        modules = ["weights", "files", "profiling", "samples", "sweeps", "training"]
         code = f"""
 import sys
 {"; ".join(f"import visionkernels.{module}" for module in modules)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from biformer.recipes import ClassificationRecipe, ModelRecipe, find_recipe
+from biformer.recipes import RECIPES, BiFormerRecipe, ClassificationRecipe
 from visionkernels.pictures.recipes import PictureRecipe
 from visionkernels.recipes import settings
 from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
@@ -23,9 +23,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def micro() -> ClassificationRecipe:
     """One block a stage, 32 pixels, 2 epochs of 3 updates on `pictures`."""
-    recipe = find_recipe("biformer_micro_mnist5k")
+    recipe = RECIPES["biformer_micro_mnist5k"]
     assert isinstance(recipe, ClassificationRecipe)
-    model = ModelRecipe(
+    model = BiFormerRecipe(
         name="biformer_tiny", num_classes=3, n_win=2, depth=(1,) * 4, embed_dim=(32,) * 4, topks=(1, 2, 4, -2)
     )
     fit = replace(recipe.fit, epochs=2, batch_size=16, device="cpu")

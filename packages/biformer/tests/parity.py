@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biformer
-from biformer.checkpoint import official_block_rules, official_rules
 from biformer.full_attention import FullAttention
 from biformer.losses import distillation_loss
 from biformer.model import BiFormerBlock
+from biformer.official import official_block_rules, official_rules
 from biformer.regional import regional_routing_attention, regional_routing_attention_weights
-from visionkernels.checkpoints import KeyRules
 from visionkernels.pictures.transforms import repeated_augmentation_order
 from visionkernels.testing.golden import (
     check_cases,
@@ -26,6 +25,7 @@ from visionkernels.testing.golden import (
     make_inputs,
     recipe_weights,
 )
+from visionkernels.weights import KeyRules
 
 Case = Mapping[str, Any]
 Stored = Mapping[str, np.ndarray]

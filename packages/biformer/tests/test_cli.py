@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from biformer.checkpoint import MODEL_NAMES, load_model
 from biformer.cli import main
-from biformer.recipes import all_recipes
-from visionkernels.checkpoints import read_state
+from biformer.official import MODEL_NAMES, load_model
+from biformer.recipes import RECIPES
+from visionkernels.weights import read_checkpoint
 
 
 def biformer(*argv):
@@ -72,7 +72,7 @@ class TestTrain:
         assert f"weights: {tmp_path}/run/weights.safetensors" in out
         run = json.loads((tmp_path / "run" / "run.json").read_text())
         assert run["recipe"]["epochs"] == 1
-        assert run["details"]["settings"]["pictures"]["size"] == 32
+        assert run["trained"]["settings"]["pictures"]["size"] == 32
 
     def test_flags(self, pictures, micro, save_recipe, tmp_path):
         flags = ["--batch-size", 8, "--epochs", 1, "--accumulation-steps", 2, "--precision", "bf16", "--seed", 3]
@@ -86,7 +86,7 @@ class TestTrain:
         teacher = ["--teacher", weights, "--distillation", "soft", "--epochs", 1]
         assert biformer("train", save_recipe(micro), "--data", pictures, "--out", tmp_path / "run", *teacher) == 0
         run = json.loads((tmp_path / "run" / "run.json").read_text())
-        assert run["details"]["settings"]["distillation"]["kind"] == "soft"
+        assert run["trained"]["settings"]["distillation"]["kind"] == "soft"
 
     def test_killed_run_ends_the_same(self, pictures, micro, save_recipe, tmp_path):
         recipe = replace(micro, fit=replace(micro.fit, epochs=3, save_every_updates=2, ema_decay=0.9))
@@ -102,7 +102,7 @@ class TestTrain:
         assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] != []
         assert biformer(*command, tmp_path / "cut") == 0
         for name in ("weights.safetensors", "ema.safetensors"):
-            ours, whole = (read_state(tmp_path / run / name).state for run in ("cut", "whole"))
+            ours, whole = (read_checkpoint(tmp_path / run / name).state for run in ("cut", "whole"))
             torch.testing.assert_close(ours, whole, rtol=0, atol=0)
 
     def test_another_run(self, capsys, pictures, micro, save_recipe, weights):
@@ -113,7 +113,7 @@ class TestTrain:
         ("argv", "message"),
         [
             (["biformer_tiny_in1"], "unknown recipe 'biformer_tiny_in1'; did you mean 'biformer_tiny_in1k'? known: "),
-            (["biformer_tiny_in1k"], "has no data of its own; give --data FOLDER"),
+            (["biformer_tiny_in1k"], "has no built-in data; give --data FOLDER"),
             (["biformer_tiny_in1k", "--data", "/nowhere"], "--data /nowhere does not exist; it must hold train/CLASS"),
             (["biformer_tiny_in1k", "--data", "tfds/x"], "--data tfds/x is a stream"),
             (["biformer_tiny_in1k", "--data", "wds/nowhere"], "nowhere is not a folder of WebDataset shards"),
@@ -123,8 +123,8 @@ class TestTrain:
             (["biformer_tiny_in1k", "--epochs", "many"], "--epochs"),
             (["biformer_tiny_in1k", "--precision", "fp8"], "fp8"),
             (["biformer_tiny_in1k", "--seed", "-1"], "seed=-1 must be at least 0"),
-            (["biformer_micro_mnist5k", "--checkpoint", "nowhere.pth"], "nowhere.pth is not a file"),
-            (["biformer_micro_mnist5k", "--teacher", "nowhere"], "'nowhere' is neither a file nor a model of timm"),
+            (["biformer_micro_mnist5k", "--init", "nowhere.pth"], "nowhere.pth is not a file"),
+            (["biformer_micro_mnist5k", "--teacher", "nowhere"], "unknown model 'nowhere'"),
         ],
     )
     def test_errors(self, capsys, tmp_path, argv, message):
@@ -195,7 +195,7 @@ class TestClassify:
         assert sum(each["probability"] for each in found) == pytest.approx(1)
 
     def test_imagenet_names(self, capsys, picture, tmp_path):
-        from visionkernels.checkpoints import save_weights
+        from visionkernels.weights import save_weights
 
         model = load_random(num_classes=1000)
         metadata = {"model_name": "biformer_tiny", "model_options": json.dumps(MICRO | {"num_classes": 1000})}
@@ -254,7 +254,7 @@ class TestInfo:
     def test_all(self, capsys, tmp_path):
         assert biformer("info", "--json", tmp_path / "info.json") == 0
         out = capsys.readouterr().out
-        assert all(name in out for name in (*MODEL_NAMES, *all_recipes()))
+        assert all(name in out for name in (*MODEL_NAMES, *RECIPES))
         found = {each["name"]: each for each in json.loads((tmp_path / "info.json").read_text())}
         assert found["biformer_tiny"]["parameters"] == 13_142_760
         assert found["biformer_base"]["flops"] / 1e9 == pytest.approx(9.79451, abs=1e-5)

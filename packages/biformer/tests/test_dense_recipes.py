@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from biformer.dense_recipes import DENSE_RECIPES, DetectionRecipe, SegmentationRecipe
 from biformer.detection import detection_model
-from biformer.recipes import ModelRecipe, with_batch_size
+from biformer.recipes import RECIPES, BiFormerRecipe, DetectionRecipe, SegmentationRecipe
 from biformer.segmentation import segmentation_model
+from visionkernels.cli import FitOptions
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.training.optimization import LearningRate, create_optimizer
 
@@ -36,7 +36,7 @@ MICRO = {"depth": (1,) * 4, "embed_dim": (32, 32, 64, 64), "topks": (1, 4, 4, -2
 
 def learning_rate(name: str, updates_per_epoch: int):
     """From an update to its learning rate."""
-    fit = DENSE_RECIPES[name].fit
+    fit = RECIPES[name].fit
     optimizer = create_optimizer(nn.Linear(2, 2), fit.optimizer)
     total = fit.updates or fit.epochs * updates_per_epoch
     schedule = LearningRate(optimizer, fit.schedule, updates_per_epoch=updates_per_epoch, total_updates=total)
@@ -53,8 +53,10 @@ class TestPaperRecipes:
     def test_models(self, name, drop_path):
         size, data, _ = name.split("_")
         num_classes, n_win = {"ade20k": (150, 8), "coco": (91, 16)}[data]
-        expected = ModelRecipe(name=f"biformer_{size}", num_classes=num_classes, drop_path_rate=drop_path, n_win=n_win)
-        recipe = DENSE_RECIPES[f"biformer_{name}"]
+        expected = BiFormerRecipe(
+            name=f"biformer_{size}", num_classes=num_classes, drop_path_rate=drop_path, n_win=n_win
+        )
+        recipe = RECIPES[f"biformer_{name}"]
         assert recipe.model == expected
         assert recipe.name == f"biformer_{name}"
         assert recipe.data is None
@@ -63,7 +65,7 @@ class TestPaperRecipes:
     @pytest.mark.parametrize("head", SEGMENTATION)
     def test_segmentation(self, head, size):
         updates, batch_size, lr, weight_decay, no_decay = SEGMENTATION[head]
-        recipe = DENSE_RECIPES[f"biformer_{size}_ade20k_{head}"]
+        recipe = RECIPES[f"biformer_{size}_ade20k_{head}"]
         fit, optimizer = recipe.fit, recipe.fit.optimizer
         assert isinstance(recipe, SegmentationRecipe)
         assert (fit.updates, fit.epochs, fit.batch_size, fit.precision) == (updates, None, batch_size, "no")
@@ -79,7 +81,7 @@ class TestPaperRecipes:
     @pytest.mark.parametrize("head", DETECTION)
     def test_detection(self, head, size):
         weight_decay, no_decay = DETECTION[head]
-        recipe = DENSE_RECIPES[f"biformer_{size}_coco_{head}"]
+        recipe = RECIPES[f"biformer_{size}_coco_{head}"]
         fit, optimizer = recipe.fit, recipe.fit.optimizer
         assert isinstance(recipe, DetectionRecipe)
         assert (fit.epochs, fit.updates, fit.batch_size, fit.norm_eval) == (12, None, 16, True)
@@ -107,9 +109,9 @@ class TestPaperRecipes:
         ends = [8 * 7000 - 1, 8 * 7000, 11 * 7000 - 1, 11 * 7000, 12 * 7000 - 1]
         assert [at(update) for update in ends] == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
 
-    @pytest.mark.parametrize("name", [name for name in DENSE_RECIPES if "small" in name])
+    @pytest.mark.parametrize("name", [name for name in RECIPES if "small" in name and "in1k" not in name])
     def test_weight_decay(self, name):
-        recipe = DENSE_RECIPES[name]
+        recipe = RECIPES[name]
         make = segmentation_model if isinstance(recipe, SegmentationRecipe) else detection_model
         with torch.device("meta"):
             model = make("biformer_tiny", recipe.head, num_classes=4, **MICRO)
@@ -122,8 +124,9 @@ class TestPaperRecipes:
         assert {key.split(".")[-2].rstrip("0123") for key in named_norm} == {"norm", ""}
 
     def test_batch_size(self):
-        smaller = with_batch_size(DENSE_RECIPES["biformer_small_coco_maskrcnn"], 4)
-        assert (smaller.fit.batch_size, smaller.fit.optimizer.lr) == (4, pytest.approx(2.5e-5))
+        recipe = RECIPES["biformer_small_coco_maskrcnn"]
+        fit = FitOptions(batch_size=4).apply(recipe.fit)
+        assert (fit.batch_size, fit.optimizer.lr) == (4, pytest.approx(2.5e-5))
 
 
 class TestChecks:
@@ -146,10 +149,10 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("name", "changes", "message"),
         [
-            ("biformer_small_ade20k_fpn", {"head": "deeplab"}, "head='deeplab' must be 'upernet' or 'fpn'"),
+            ("biformer_small_ade20k_fpn", {"head": "deeplab"}, "head='deeplab' must be one of 'upernet', 'fpn'"),
             ("biformer_small_ade20k_fpn", {"auxiliary_weight": -1.0}, "auxiliary_weight=-1.0 must be at least 0"),
             ("biformer_small_ade20k_fpn", {"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
-            ("biformer_small_coco_maskrcnn", {"head": "yolo"}, "head='yolo' must be 'retinanet' or 'maskrcnn'"),
+            ("biformer_small_coco_maskrcnn", {"head": "yolo"}, "head='yolo' must be one of 'retinanet', 'maskrcnn'"),
             ("biformer_small_coco_maskrcnn", {"min_size": 8}, "min_size=8 must be at least 32"),
             ("biformer_small_coco_maskrcnn", {"max_size": 300}, "max_size=300 must be at least min_size=800"),
             ("biformer_small_coco_maskrcnn", {"regions_per_image": 0}, "regions_per_image=0 must be at least 1"),
@@ -157,4 +160,4 @@ class TestChecks:
     )
     def test_recipe(self, name, changes, message):
         with pytest.raises(ValueError, match=message):
-            replace(DENSE_RECIPES[name], **changes)
+            replace(RECIPES[name], **changes)

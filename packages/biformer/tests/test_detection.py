@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from biformer.dense_recipes import DENSE_RECIPES
-from biformer.detection import detection_model, load_detection_model, train
-from visionkernels.checkpoints import CheckpointError
-from visionkernels.detection import DetectionTask, evaluate
-from visionkernels.pictures.objects import open_objects, pair_up
+from biformer.detection import detection_model, train
+from biformer.official import load_model
+from biformer.recipes import RECIPES
+from visionkernels.pictures.objects import collate_detection, open_objects
+from visionkernels.tasks.detection import DetectionTask, evaluate
+from visionkernels.weights import CheckpointError
 
 HEADS = ("retinanet", "maskrcnn")
 
@@ -26,7 +27,7 @@ def micro_model(head: str, **options):
 
 
 def micro_recipe(head: str, **fit):
-    recipe = DENSE_RECIPES["biformer_micro_shapes_maskrcnn"]
+    recipe = RECIPES["biformer_micro_shapes_maskrcnn"]
     return replace(recipe, head=head, fit=replace(recipe.fit, **fit))
 
 
@@ -34,7 +35,7 @@ def micro_recipe(head: str, **fit):
 def shapes() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     """Four pictures and their objects."""
     pictures = open_objects("shapes", "validation", num_classes=4)
-    return pair_up([pictures[index] for index in range(4)])
+    return collate_detection([pictures[index] for index in range(4)])
 
 
 class TestDetectionModel:
@@ -154,14 +155,14 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from visionkernels.pictures.objects import open_objects
-from biformer.detection import load_detection_model
-from visionkernels.detection import evaluate
+from biformer.official import load_model
+from visionkernels.tasks.detection import evaluate
 
 if "RANK" in os.environ:
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 pictures = replace(open_objects("shapes", "validation", num_classes=4), num_pictures=5)
 run, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
-measured = evaluate(load_detection_model(run / "weights.safetensors"), pictures, show_progress=False)
+measured = evaluate(load_model(run / "weights.safetensors"), pictures, show_progress=False)
 (run / f"rank{rank}.json").write_text(json.dumps(measured))
 """
 
@@ -170,7 +171,7 @@ class TestTrain:
     def test_retinanet(self, tmp_path):
         result = train(micro_recipe("retinanet", updates=20), None, tmp_path / "run")
         assert {"box_ap", "box_ap50", "box_ap75", "classification", "bbox_regression"} <= set(result.metrics)
-        model = load_detection_model(result.weights)
+        model = load_model(result.weights)
         pictures = open_objects("shapes", "validation", num_classes=4, has_masks=False)
         measured = evaluate(model, pictures, show_progress=False)
         assert measured["box_ap"] == pytest.approx(result.metrics["box_ap"])
@@ -189,8 +190,8 @@ class TestTrain:
         assert result.metrics["box_ap50"] > 15
 
     def test_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
-            train(DENSE_RECIPES["biformer_small_coco_retinanet"], None, tmp_path / "run")
+        with pytest.raises(ValueError, match="has no built-in data; give --data FOLDER"):
+            train(RECIPES["biformer_small_coco_retinanet"], None, tmp_path / "run")
         torch.save({"model": {"stages.0.0.norm1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-        with pytest.raises(CheckpointError, match=r"other.pth holds no detection model of `biformer train`"):
-            load_detection_model(tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=r"other.pth fits none of biformer_tiny"):
+            load_model(tmp_path / "other.pth")

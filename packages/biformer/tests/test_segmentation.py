@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from biformer.checkpoint import official_rules
-from biformer.dense_recipes import DENSE_RECIPES, SegmentationRecipe
-from biformer.segmentation import SegmentationModel, load_segmentation_model, segmentation_model, train
-from visionkernels.checkpoints import CheckpointError
+from biformer.official import load_model, official_rules
+from biformer.recipes import RECIPES, SegmentationRecipe
+from biformer.segmentation import SegmentationModel, segmentation_model, train
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.pictures.scenes import IGNORED, open_scenes
-from visionkernels.segmentation import SegmentationTask, evaluate, predict
+from visionkernels.tasks.segmentation import SegmentationTask, evaluate, predict
+from visionkernels.weights import CheckpointError
 
 HEADS = ("fpn", "upernet")
 LAYOUT = json.loads((Path(__file__).parent / "golden" / "state_layout.json").read_text())
@@ -31,7 +31,7 @@ def micro_model(head: str, **options) -> SegmentationModel:
 
 
 def micro_recipe(head: str, **fit) -> SegmentationRecipe:
-    recipe = DENSE_RECIPES["biformer_micro_shapes_fpn"]
+    recipe = RECIPES["biformer_micro_shapes_fpn"]
     return replace(
         recipe,
         head=head,
@@ -94,7 +94,7 @@ class TestSegmentationModel:
             for key, shape in LAYOUT["biformer_tiny_224"].items()
         }
         torch.save({"model": official}, tmp_path / "official.pth")
-        model = segmentation_model("biformer_tiny", "fpn", num_classes=5, checkpoint=tmp_path / "official.pth")
+        model = segmentation_model("biformer_tiny", "fpn", num_classes=5, init=tmp_path / "official.pth")
         loaded = model.backbone.state_dict()
         renamed = official_rules(model.backbone).rename(
             {key: value for key, value in official.items() if not key.startswith(("norm.", "head."))}
@@ -184,7 +184,7 @@ class TestTrain:
         recipe = micro_recipe("fpn", updates=150)
         result = train(recipe, None, tmp_path / "run")
         assert result.metrics["miou"] > result.metrics["majority_miou"] + 5
-        model = load_segmentation_model(result.weights)
+        model = load_model(result.weights)
         assert (model.scene, model.training) == (recipe.scene, False)
         scenes = open_scenes("shapes", "validation", recipe.scene, num_classes=4)
         measured = evaluate(model, scenes, model.scene, num_classes=4, show_progress=False)
@@ -194,13 +194,13 @@ class TestTrain:
     def test_upernet(self, tmp_path):
         result = train(micro_recipe("upernet", updates=100), None, tmp_path / "run")
         assert result.metrics["miou"] > result.metrics["majority_miou"] + 10
-        assert load_segmentation_model(result.weights).auxiliary is not None
+        assert load_model(result.weights).auxiliary is not None
 
     def test_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
-            train(DENSE_RECIPES["biformer_small_ade20k_fpn"], None, tmp_path / "run")
+        with pytest.raises(ValueError, match="has no built-in data; give --data FOLDER"):
+            train(RECIPES["biformer_small_ade20k_fpn"], None, tmp_path / "run")
         with pytest.raises(ValueError, match="batch_size=1 norms 1 pictures at a time; UperNet needs 2"):
             train(micro_recipe("upernet", batch_size=1), None, tmp_path / "run")
         torch.save({"model": {"stages.0.0.norm1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-        with pytest.raises(CheckpointError, match=r"other.pth holds no segmentation model of `biformer train`"):
-            load_segmentation_model(tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=r"other.pth fits none of biformer_tiny"):
+            load_model(tmp_path / "other.pth")

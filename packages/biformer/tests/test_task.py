@@ -9,15 +9,14 @@ from torch.nn import functional as F
 
 from biformer.losses import distillation_loss, soft_cross_entropy
 from biformer.recipes import DistillationRecipe, TokenLabellingRecipe
-from biformer.task import CellClassifier, ClassifierTask, Teacher, TokenLabellingTask, mix_cells
-from biformer.training import create_model
+from biformer.task import CellClassifier, CellTeacher, ClassifierTask, TokenLabellingTask, mix_cells
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 @pytest.fixture
 def model(micro):
-    return create_model(micro)
+    return timm.create_model(micro.model.name, **micro.model.options())
 
 
 def images(count=4, size=64):
@@ -34,7 +33,11 @@ class TestClassifierTask:
     @pytest.mark.parametrize("kind", ["soft", "hard"])
     def test_distillation(self, model, micro, kind):
         torch.manual_seed(5)
-        teacher = Teacher(create_model(micro), mean=micro.pictures.mean, std=micro.pictures.std)
+        teacher = CellTeacher(
+            timm.create_model(micro.model.name, **micro.model.options()),
+            mean=micro.pictures.mean,
+            std=micro.pictures.std,
+        )
         recipe = DistillationRecipe(teacher="teacher", kind=kind, alpha=0.3, tau=2.0)
         task = ClassifierTask(model.eval(), teacher=teacher, distillation=recipe)
         x, target = images(), torch.tensor([0, 1, 2, 0])
@@ -47,7 +50,7 @@ class TestClassifierTask:
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
     def test_teacher_stays_frozen(self, model, micro):
-        teacher = Teacher(create_model(micro), mean=MEAN, std=STD)
+        teacher = CellTeacher(timm.create_model(micro.model.name, **micro.model.options()), mean=MEAN, std=STD)
         task = ClassifierTask(model, teacher=teacher, distillation=DistillationRecipe(teacher="teacher")).train()
         before = {key: value.clone() for key, value in teacher.state_dict().items()}
         task(images(), torch.tensor([0, 1, 2, 0]))["loss"].backward()
@@ -56,7 +59,7 @@ class TestClassifierTask:
 
     def test_teacher_without_distillation(self, model):
         with pytest.raises(ValueError, match="belong together"):
-            ClassifierTask(model, teacher=Teacher(nn.Identity(), mean=MEAN, std=STD))
+            ClassifierTask(model, teacher=CellTeacher(nn.Identity(), mean=MEAN, std=STD))
 
 
 class TestTeacher:
@@ -66,11 +69,11 @@ class TestTeacher:
         pixels = torch.rand(2, 3, 4, 4)
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         own_mean, own_std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
-        seen = Teacher(model, mean=MEAN, std=STD)((pixels - mean) / std)
+        seen = CellTeacher(model, mean=MEAN, std=STD)((pixels - mean) / std)
         torch.testing.assert_close(seen, (pixels - own_mean) / own_std)
 
     def test_labels_of_cells(self, model, micro):
-        teacher = Teacher(model, mean=micro.pictures.mean, std=micro.pictures.std)
+        teacher = CellTeacher(model, mean=micro.pictures.mean, std=micro.pictures.std)
         x = images(size=64)
         cells = teacher.label_cells(x, (2, 2))
         assert cells.shape == (4, 2, 2, 3)
@@ -83,7 +86,7 @@ class TestTeacher:
     def test_features_without_map(self):
         vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64, depth=1)
         with pytest.raises(ValueError, match=r"teacher VisionTransformer has features \[4, 17, 192\]"):
-            Teacher(vit, mean=MEAN, std=STD).label_cells(images(), (2, 2))
+            CellTeacher(vit, mean=MEAN, std=STD).label_cells(images(), (2, 2))
 
 
 class TestMixCells:
@@ -102,7 +105,11 @@ class TestMixCells:
 
 class TestTokenLabelling:
     def test_every_parameter_learns(self, model, micro):
-        teacher = Teacher(create_model(micro), mean=micro.pictures.mean, std=micro.pictures.std)
+        teacher = CellTeacher(
+            timm.create_model(micro.model.name, **micro.model.options()),
+            mean=micro.pictures.mean,
+            std=micro.pictures.std,
+        )
         module = CellClassifier(model)
         task = TokenLabellingTask(module.train(), TokenLabellingRecipe(), smoothing=0.1, teacher=teacher)
         loss = task(images(size=64), torch.tensor([0, 1, 2, 0]))["loss"]

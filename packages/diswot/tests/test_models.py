@@ -64,18 +64,24 @@ class TestCreateNetwork:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("resnet19", r"unknown model of timm 'resnet19'; did you mean 'resnet\d+\w*'"),
-            ("s0_712", r"unknown model of timm 's0_712'; did you mean 's0_7\d\d'"),
-            ("", "unknown model of timm ''"),
-            ("torchvision:resnet19", "unknown model of torchvision 'resnet19'; did you mean 'resnet1"),
-            ("torchvision:", "unknown model of torchvision ''"),
+            ("resnet19", r"unknown model 'resnet19'; did you mean 'resnet\d+\w*'"),
+            ("s0_712", r"unknown model 's0_712'; did you mean 's0_7\d\d'"),
+            ("", "unknown model ''"),
+            ("torchvision:resnet19", "unknown torchvision model 'resnet19'; did you mean 'resnet1"),
+            ("torchvision:", "unknown torchvision model ''"),
             ("s0:712", "S0 key '712' has '2' at position 2; expected a depth among 1, 3, 5, 7"),
             ("nasbench201:|conv~0|", "conv"),
-            ("no_such_module:f", "model 'no_such_module:f': No module named 'no_such_module'; give a name of timm"),
-            ("math:network", "model 'math:network': module 'math' has no attribute 'network'; give"),
-            (":f", "model ':f': Empty module name; give a name of timm, torchvision:NAME, SPACE:KEY or module:call"),
-            (".models:f", "model '.models:f': .*; give a name of timm"),
-            ("math:pi", "model 'math:pi': pi is a float, not callable; give"),
+            (
+                "no_such_module:f",
+                "model 'no_such_module:f' cannot be imported: No module named 'no_such_module'; give a name of timm",
+            ),
+            ("math:network", "model 'math:network' cannot be imported: module 'math' has no attribute 'network'; give"),
+            (
+                ":f",
+                "model ':f' cannot be imported: Empty module name; give a name of timm, torchvision:NAME",
+            ),
+            (".models:f", "model '.models:f' cannot be imported: .*; give a name of timm"),
+            ("math:pi", "model 'math:pi' is a float, which cannot be called"),
         ],
     )
     def test_errors(self, name, message):
@@ -83,9 +89,9 @@ class TestCreateNetwork:
             create_network(name)
 
     def test_what_a_module_gives(self, module):
-        with pytest.raises(ValueError, match=f"model '{module}:nothing' gave a int, which is no torch.nn.Module"):
+        with pytest.raises(ValueError, match=f"model '{module}:nothing' gave a int; expected a torch.nn.Module"):
             create_network(f"{module}:nothing")
-        with pytest.raises(ValueError, match=f"model '{module}:size': size is a int, not callable"):
+        with pytest.raises(ValueError, match=f"model '{module}:size' is a int, which cannot be called"):
             create_network(f"{module}:size")
         # a mistake of theirs is not hidden
         with pytest.raises(KeyError, match="theirs"):

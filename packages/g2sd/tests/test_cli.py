@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 
-from g2sd.checkpoint import load_official
 from g2sd.cli import main
+from g2sd.official import load_official
 from g2sd.recipes import RECIPES
-from visionkernels.checkpoints import read_state
+from visionkernels.weights import read_checkpoint
 
 
 def g2sd(*argv):
@@ -81,8 +81,8 @@ class TestTrain:
         [
             ("pretrain", {}),
             ("generic", {"--teacher": "pretrain"}),
-            ("finetune", {"--encoder": "pretrain"}),
-            ("specific", {"--encoder": "generic", "--teacher": "finetune"}),
+            ("finetune", {"--init": "pretrain"}),
+            ("specific", {"--init": "generic", "--teacher": "finetune"}),
         ],
     )
     def test_is_the_stage(self, runs, pictures, micro, save_recipe, tmp_path, stage, files):
@@ -90,7 +90,7 @@ class TestTrain:
         command = ["train", save_recipe(micro[stage]), *flags, "--data", pictures, "--out", tmp_path / "run"]
         assert g2sd(*command) == 0
         torch.testing.assert_close(
-            read_state(tmp_path / "run/weights.safetensors").state, read_state(runs[stage]).state
+            read_checkpoint(tmp_path / "run/weights.safetensors").state, read_checkpoint(runs[stage]).state
         )
 
     @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ class TestTrain:
         [
             (
                 ["pretrain_tiny_in1k", "--teacher", "a.pth"],
-                "teacher=a.pth: recipe pretrain_tiny_in1k has no use for one",
+                "recipe pretrain_tiny_in1k does not take --teacher",
             ),
-            (["generic_tiny_in1k"], "recipe generic_tiny_in1k needs one more file: --teacher FILE"),
-            (["generic_tiny_in1k", "--encoder", "a"], "encoder=a: recipe generic_tiny_in1k has no use for one"),
-            (["linear_mnist5k"], "recipe linear_mnist5k needs one more file: --encoder FILE"),
-            (["specific_tiny_coco"], "has mode='imitation' and needs a teacher (--teacher FILE)"),
+            (["generic_tiny_in1k"], "recipe generic_tiny_in1k needs --teacher"),
+            (["generic_tiny_in1k", "--init", "a"], "recipe generic_tiny_in1k does not take --init"),
+            (["linear_mnist5k"], "recipe linear_mnist5k needs --init"),
+            (["specific_tiny_coco"], "has mode='imitation' and needs --teacher"),
             (
                 ["finetune_tiny_ade20k", "--teacher", "a.pth"],
-                "has no use for a teacher; choose one of specific distillation",
+                "does not take --teacher; choose one of specific distillation",
             ),
             (["finetune_tiny"], "did you mean"),
         ],
@@ -146,7 +146,7 @@ class TestDistillGeneric:
         assert "(always 0) and " in out and "(the mean of each position): " in out
         assert "below, as it must be" in out or "NOT below" in out
         torch.testing.assert_close(
-            read_state(tmp_path / "run/weights.safetensors").state, read_state(runs["generic"]).state
+            read_checkpoint(tmp_path / "run/weights.safetensors").state, read_checkpoint(runs["generic"]).state
         )
 
     def test_the_same_command_goes_on(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
@@ -167,7 +167,7 @@ class TestDistillGeneric:
         command = ["distill", "generic", "generic_mnist5k", "--teacher", tmp_path / "base.pth"]
         assert "mae_pretrain_vit_base_full.pth" in fails(capsys, *command, "--out", tmp_path / "run")
 
-    @pytest.mark.parametrize("option", [["--encoder", "x.pth"], ["--loss", "nkd"]])
+    @pytest.mark.parametrize("option", [["--init", "x.pth"], ["--loss", "nkd"]])
     def test_options_of_the_other_stage(self, capsys, tmp_path, option):
         command = ["distill", "generic", "generic_mnist5k", "--teacher", "x.pth", "--out", tmp_path]
         said = fails(capsys, *command, *option)
@@ -185,7 +185,7 @@ class TestDistillGeneric:
 
 class TestDistillSpecific:
     def test_classifies(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
-        files = ["--encoder", runs["generic"], "--teacher", runs["finetune"], "--data", pictures]
+        files = ["--init", runs["generic"], "--teacher", runs["finetune"], "--data", pictures]
         recipe = save_recipe(micro["specific"])
         assert g2sd("distill", "specific", recipe, *files, "--out", tmp_path / "run", "--epochs", 1) == 0
         out = capsys.readouterr().out
@@ -197,24 +197,22 @@ class TestDistillSpecific:
     def test_loss(self, runs, pictures, micro, save_recipe, tmp_path, loss):
         files = ["--teacher", runs["finetune"], "--data", pictures, "--loss", loss, "--epochs", 1]
         assert g2sd("distill", "specific", save_recipe(micro["specific"]), *files, "--out", tmp_path / "run") == 0
-        details = json.loads((tmp_path / "run/run.json").read_text())["details"]
-        assert details["settings"]["mode"] == loss
+        trained = json.loads((tmp_path / "run/run.json").read_text())["trained"]
+        assert trained["settings"]["mode"] == loss
 
     def test_errors(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
         common = ["--teacher", runs["finetune"], "--data", pictures, "--out", tmp_path / "run"]
         said = fails(capsys, "distill", "specific", save_recipe(micro["finetune"]), *common)
-        assert "has no use for a teacher; choose one of specific distillation" in said
+        assert "does not take --teacher; choose one of specific distillation" in said
         recipe = save_recipe(micro["specific"])
-        assert "none.pth is not a file" in fails(
-            capsys, "distill", "specific", recipe, *common, "--encoder", "none.pth"
-        )
-        wrong = ["distill", "specific", recipe, *common, "--encoder", runs["pretrain"]]
+        assert "none.pth is not a file" in fails(capsys, "distill", "specific", recipe, *common, "--init", "none.pth")
+        wrong = ["distill", "specific", recipe, *common, "--init", runs["pretrain"]]
         assert "cls_token [1, 1, 32] instead of [1, 1, 24]" in fails(capsys, *wrong)
         assert "warm" in fails(capsys, "distill", "specific", recipe, *common, "--loss", "warm")
 
     def test_another_run(self, capsys, runs, pictures, micro, save_recipe):
         recipe = save_recipe(micro["specific"])
-        files = ["--encoder", runs["generic"], "--teacher", runs["finetune"], "--data", pictures]
+        files = ["--init", runs["generic"], "--teacher", runs["finetune"], "--data", pictures]
         said = fails(capsys, "distill", "specific", recipe, *files, "--out", runs["specific"].parent, "--seed", 5)
         assert "holds another run: seed was 0, now 5" in said
 
@@ -222,13 +220,13 @@ class TestDistillSpecific:
 class TestFinetune:
     @pytest.mark.parametrize("start", [True, False])
     def test_classifies(self, capsys, runs, pictures, micro, save_recipe, tmp_path, start):
-        options = ["--encoder", runs["pretrain"]] if start else []
+        options = ["--init", runs["pretrain"]] if start else []
         recipe = save_recipe(micro["finetune"])
         command = ["finetune", recipe, "--data", pictures, "--out", tmp_path / "run", "--epochs", 1, *options]
         assert g2sd(*command) == 0
         assert "top-1 " in capsys.readouterr().out
-        details = json.loads((tmp_path / "run/run.json").read_text())["details"]
-        assert ("started_from" in details) == start
+        trained = json.loads((tmp_path / "run/run.json").read_text())["trained"]
+        assert ("started_from" in trained["details"]) == start
 
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -236,13 +234,13 @@ class TestFinetune:
             (["specific_tiny_in1k"], "needs a teacher; run `g2sd distill specific specific_tiny_in1k --teacher FILE`"),
             (["finetune_tinny_in1k"], "unknown recipe 'finetune_tinny_in1k'; did you mean 'finetune_tiny_in1k'?"),
             (["generic_tiny_in1k"], "is of another stage; this one has finetune_tiny_in1k"),
-            (["finetune_tiny_in1k"], "has no data of its own; give --data FOLDER"),
+            (["finetune_tiny_in1k"], "has no built-in data; give --data FOLDER"),
             (["finetune_tiny_in1k", "--data", "/nowhere"], "--data /nowhere does not exist"),
             (["nowhere/run.json"], "nowhere/run.json: No such file or directory"),
             (["finetune_tiny_in1k", "--batch-size", "0"], "batch_size=0 must be at least 1"),
             (["finetune_tiny_in1k", "--epochs", "many"], "--epochs"),
             (["finetune_tiny_in1k", "--precision", "fp8"], "fp8"),
-            (["finetune_mnist5k", "--encoder", "nowhere.pth"], "nowhere.pth is not a file"),
+            (["finetune_mnist5k", "--init", "nowhere.pth"], "nowhere.pth is not a file"),
         ],
     )
     def test_errors(self, capsys, tmp_path, argv, message):
@@ -274,7 +272,6 @@ class TestProbe:
         assert recipe["optimizer"]["lr"] == pytest.approx(1.6 * 8 / 4096)
 
     def test_errors(self, capsys, runs, tmp_path):
-        assert "has no data of its own; give --data" in fails(capsys, "probe", "knn", runs["generic"])
         assert "out is missing; give --out FOLDER" in fails(capsys, "probe", "linear", runs["generic"])
         assert "none.pth is not a file" in fails(capsys, "probe", "linear", "none.pth", "--out", tmp_path)
         said = fails(capsys, "probe", "knn", runs["generic"], "--recipe", "generic_mnist5k")
@@ -294,7 +291,9 @@ class TestEval:
     def test_errors(self, capsys, runs, pictures, tmp_path):
         data = ["--data", pictures]
         assert "nowhere.pth is not a file" in fails(capsys, "eval", "--checkpoint", "nowhere.pth", *data)
-        assert "no classification head" in fails(capsys, "eval", "--checkpoint", runs["generic"], *data)
+        assert "holds an autoencoder, which has no metric on labelled data" in fails(
+            capsys, "eval", "--checkpoint", runs["generic"], *data
+        )
         said = fails(capsys, "eval", "--checkpoint", runs["specific"], *data, "--device", "toaster")
         assert "device='toaster' cannot be used" in said
         (tmp_path / "eval.json").touch()
@@ -326,7 +325,7 @@ class TestConvert:
         out = tmp_path / "timm.safetensors"
         assert g2sd("convert", runs["generic"], "--to", "timm", "--out", out) == 0
         assert capsys.readouterr().out
-        ours, theirs = read_state(runs["generic"]).state, read_state(out).state
+        ours, theirs = read_checkpoint(runs["generic"]).state, read_checkpoint(out).state
         torch.testing.assert_close(theirs["blocks.0.attn.qkv.weight"], ours["blocks.0.attn.qkv.weight"])
 
     def test_errors(self, capsys, runs, tmp_path):
@@ -339,7 +338,7 @@ class TestConvert:
 
 class TestExport:
     def test_program(self, capsys, runs, tmp_path):
-        assert g2sd("export", runs["specific"], "--out", tmp_path / "m.pt2", "--head", "class") == 0
+        assert g2sd("export", "--checkpoint", runs["specific"], "--out", tmp_path / "m.pt2", "--head", "class") == 0
         assert "images [batch, 3, 32, 32] to logits [batch, 3]" in capsys.readouterr().out
         model, images = load_official(runs["specific"]), torch.randn(2, 3, 32, 32)
         model.eval_head = "class"
@@ -347,11 +346,13 @@ class TestExport:
         torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
     def test_errors(self, capsys, runs, tmp_path):
-        assert "must be onnx or pt2" in fails(capsys, "export", runs["specific"], "--out", tmp_path / "m.bin")
-        said = fails(capsys, "export", runs["finetune"], "--out", tmp_path / "m.pt2", "--head", "class")
+        assert "must be onnx or pt2" in fails(
+            capsys, "export", "--checkpoint", runs["specific"], "--out", tmp_path / "m.bin"
+        )
+        said = fails(capsys, "export", "--checkpoint", runs["finetune"], "--out", tmp_path / "m.pt2", "--head", "class")
         assert "is for models with a distillation token" in said
         (tmp_path / "m.pt2").touch()
-        assert "--overwrite" in fails(capsys, "export", runs["specific"], "--out", tmp_path / "m.pt2")
+        assert "--overwrite" in fails(capsys, "export", "--checkpoint", runs["specific"], "--out", tmp_path / "m.pt2")
 
 
 class TestInfo:

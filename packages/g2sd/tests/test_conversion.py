@@ -7,10 +7,10 @@ import timm
 import torch
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.checkpoint import load_encoder, load_official
 from g2sd.conversion import convert_file, from_huggingface, to_huggingface
 from g2sd.mae import MaskedAutoencoder
-from visionkernels.checkpoints import CheckpointError, read_state, save_weights
+from g2sd.official import load_encoder, load_official
+from visionkernels.weights import CheckpointError, read_checkpoint, save_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
 WIDTHS = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
@@ -51,7 +51,7 @@ class TestConvertFile:
         assert "from_pretrained" in said
         assert {file.name for file in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
         convert_file(tmp_path / "hf" / "model.safetensors", tmp_path / "back.pth", to="mae")
-        back = read_state(tmp_path / "back.pth").state
+        back = read_checkpoint(tmp_path / "back.pth").state
         assert set(back) == set(model.state_dict())
         for key, value in model.state_dict().items():
             torch.testing.assert_close(back[key], value, rtol=0, atol=0)
@@ -97,7 +97,7 @@ class TestConvertFile:
         name = "deit_tiny_distilled_patch16_224" if kind == "distilled" else "vit_tiny_patch16_224"
         pooling = {"distilled": {}, "average": {"global_pool": "avg"}, "class": {"global_pool": "token"}}[kind]
         theirs = timm.create_model(name, num_classes=5, **SIZES, **pooling)
-        theirs.load_state_dict(read_state(tmp_path / "timm.pth").state)
+        theirs.load_state_dict(read_checkpoint(tmp_path / "timm.pth").state)
         for module in theirs.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = 1e-6
@@ -108,7 +108,7 @@ class TestConvertFile:
     def test_backbones(self, tmp_path, to, prefix):
         model = stored("generic", tmp_path / "a.safetensors")
         said = convert_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=to)
-        state = read_state(tmp_path / "b.safetensors").state
+        state = read_checkpoint(tmp_path / "b.safetensors").state
         assert "without decoder" in said
         expected = {key for key in model.state_dict() if key.startswith(("blocks.", "patch_embed.", "pos_embed"))}
         expected |= {"cls_token"} if to == "mmseg" else set()

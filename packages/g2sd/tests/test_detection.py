@@ -21,12 +21,12 @@ from g2sd.detection import (
     train,
 )
 from g2sd.detection_losses import objectness_weighted_losses
-from g2sd.detection_recipes import DETECTION_RECIPES, DetectionRecipe, DetectionSizes
 from g2sd.inspection import inspect_file
-from visionkernels.checkpoints import CheckpointError, read_state
-from visionkernels.detection import evaluate
-from visionkernels.pictures.objects import large_scale_jitter, open_objects, pair_up
+from g2sd.recipes import RECIPES, DetectionRecipe, DetectionSizes
+from visionkernels.pictures.objects import collate_detection, large_scale_jitter, open_objects
+from visionkernels.tasks.detection import evaluate
 from visionkernels.training.optimization import create_optimizer
+from visionkernels.weights import CheckpointError, read_checkpoint
 
 SIZES = {
     "size": "tiny", "num_classes": 4, "img_size": 64, "depth": 2, "num_heads": 3, "embed_dim": 24, "window_size": 2,
@@ -38,7 +38,7 @@ TEACHER = SIZES | {"pyramid_channels": 24}
 
 def micro(mode=None, **fit) -> DetectionRecipe:
     """A recipe of few updates; a teacher's has a wider pyramid."""
-    recipe = DETECTION_RECIPES["finetune_objects" if mode is None else "specific_objects"]
+    recipe = RECIPES["finetune_objects" if mode is None else "specific_objects"]
     model = DetectionSizes(**(TEACHER if mode is None else SIZES))
     changes = {"updates": 2, "device": "cpu", "evaluate_every_epochs": 1, "save_every_epochs": 1} | fit
     return replace(recipe, model=model, fit=replace(recipe.fit, **changes))
@@ -49,7 +49,7 @@ def batch():
     """Four pictures of at most 64 pixels a side, and their objects."""
     torch.manual_seed(0)
     pictures = open_objects("shapes", "train", num_classes=4, steps=large_scale_jitter(64, (0.8, 1.2)))
-    return pair_up([pictures[index] for index in range(4)])
+    return collate_detection([pictures[index] for index in range(4)])
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ class TestDetectionDistillTask:
         """The paper's rate of every part of a detector of twelve blocks."""
         golden = index["vitdet_lr_decay"]
         model = DistilledDetector(detection_model(**(SIZES | {"depth": golden["num_layers"]})), 16)
-        recipe = DETECTION_RECIPES["specific_small_coco"].fit.optimizer
+        recipe = RECIPES["specific_small_coco"].fit.optimizer
         assert recipe.layer_decay == golden["lr_decay_rate"]
         optimizer = create_optimizer(model, recipe)
         scales = {id(each): group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
@@ -167,7 +167,7 @@ class TestRecipes:
     @pytest.mark.parametrize("size", ["tiny", "small"])
     def test_paper(self, size):
         """The settings of section 5 of the specification."""
-        recipe = DETECTION_RECIPES[f"specific_{size}_coco"]
+        recipe = RECIPES[f"specific_{size}_coco"]
         assert (recipe.mode, recipe.feature_weight, recipe.objectness_weight) == ("imitation", 0.001, 0.1)
         assert (recipe.ramp_updates, recipe.scale_range, recipe.model.img_size) == (500, (0.1, 2.0), 1024)
         fit, schedule = recipe.fit, recipe.fit.schedule
@@ -175,7 +175,7 @@ class TestRecipes:
         assert (fit.optimizer.lr, fit.optimizer.weight_decay, fit.optimizer.layer_decay) == (1e-4, 0.05, 0.7)
         assert (schedule.milestones, schedule.milestone_unit) == ((163_889, 177_546), "update")
         assert (schedule.warmup, schedule.warmup_lr) == (250, pytest.approx(1e-7))
-        assert DETECTION_RECIPES[f"finetune_{size}_coco"].mode is None
+        assert RECIPES[f"finetune_{size}_coco"].mode is None
 
     def test_errors(self):
         sizes = DetectionSizes()
@@ -195,8 +195,8 @@ class TestTrain:
     def test_files(self, teacher):
         """Weights in detectron2's layout, which tell all sizes; the metrics are those of `evaluate`."""
         run = json.loads((teacher.parent / "run.json").read_text())
-        assert (run["details"]["task"], run["details"]["category_ids"]) == ("detection", "null")
-        state = read_state(teacher).state
+        assert (run["trained"]["kind"], run["trained"]["details"]) == ("detector", {"is_ranked": True})
+        state = read_checkpoint(teacher).state
         assert state["roi_heads.box_predictor.cls_score.weight"].shape == (4, 32)
         assert {key.split(".")[0] for key in state} == {"backbone", "proposal_generator", "roi_heads"}
         model = load_official_detection(teacher)
@@ -207,8 +207,8 @@ class TestTrain:
         for name in ("feature_imitation", "objectness_imitation", "box_ap", "mask_ap"):
             assert name in result.metrics
         run = json.loads((tmp_path / "run.json").read_text())
-        assert run["details"]["teacher"] == str(teacher)
-        assert not any("adapter" in key for key in read_state(result.weights).state)
+        assert run["trained"]["details"]["teacher"] == str(teacher)
+        assert not any("adapter" in key for key in read_checkpoint(result.weights).state)
         pictures = open_objects("shapes", "validation", num_classes=4)
         measured = evaluate(load_official_detection(result.weights), pictures, show_progress=False)
         assert measured["box_ap"] == pytest.approx(result.metrics["box_ap"])
@@ -236,22 +236,22 @@ class TestTrain:
                 train(recipe, None, stopped, teacher=teacher)
         result = train(recipe, None, stopped, teacher=teacher)
         assert seen == [0, 1, 2, 3]
-        assert_close(read_state(result.weights).state, read_state(whole.weights).state, rtol=0, atol=0)
+        assert_close(read_checkpoint(result.weights).state, read_checkpoint(whole.weights).state, rtol=0, atol=0)
 
     def test_start(self, teacher, tmp_path):
-        result = train(micro(updates=1), None, tmp_path, start=teacher)
-        assert "vitdet" in json.loads((tmp_path / "run.json").read_text())["details"]["started_from"]
+        result = train(micro(updates=1), None, tmp_path, init=teacher)
+        assert "vitdet" in json.loads((tmp_path / "run.json").read_text())["trained"]["details"]["started_from"]
         assert result.metrics["update"] == 1
 
     def test_errors(self, teacher, tmp_path, runs):
-        with pytest.raises(ValueError, match="finetune_objects has no use for a teacher"):
+        with pytest.raises(ValueError, match="finetune_objects does not take --teacher"):
             train(micro(), None, tmp_path, teacher=teacher)
-        with pytest.raises(ValueError, match="specific_objects has mode='imitation' and needs a teacher"):
+        with pytest.raises(ValueError, match="specific_objects has mode='imitation' and needs --teacher"):
             train(micro("imitation"), None, tmp_path)
         with pytest.raises(CheckpointError, match="holds 'generic', no detector"):
             train(micro("imitation"), None, tmp_path, teacher=runs["generic"])
-        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
-            train(DETECTION_RECIPES["finetune_tiny_coco"], None, tmp_path)
+        with pytest.raises(ValueError, match="has no built-in data; give --data FOLDER"):
+            train(RECIPES["finetune_tiny_coco"], None, tmp_path)
         with pytest.raises(ValueError, match="num_classes=3 is too few for the 4 of the shapes"):
             train(replace(micro(), model=DetectionSizes(**(SIZES | {"num_classes": 3}))), None, tmp_path)
 
@@ -260,7 +260,7 @@ class TestTrain:
         """A student that finds most shapes after a teacher's lessons; its losses fall from epoch to epoch."""
 
         def shortened(name):
-            recipe = DETECTION_RECIPES[name]
+            recipe = RECIPES[name]
             return replace(recipe, fit=replace(recipe.fit, updates=384, device="cpu", evaluate_every_epochs=1))
 
         told = train(shortened("finetune_teacher_objects"), None, tmp_path / "teacher")
@@ -310,7 +310,7 @@ class TestCategories:
 
     def test_the_same_in_training_and_evaluation(self, coco, tmp_path, capsys):
         result = train(micro(updates=1, batch_size=1), coco, tmp_path / "run")
-        assert read_state(result.weights).metadata["category_ids"] == "[1, 3, 90]"
+        assert read_checkpoint(result.weights).trained.details["category_ids"] == (1, 3, 90)
         command = ["eval", "--checkpoint", str(result.weights), "--data", str(coco)]
         assert main(command) == 0
         self.edit(coco, "val2017", (1, 90))
@@ -326,7 +326,7 @@ class TestCategories:
         result = train(recipe, coco, tmp_path / "run")
         out = str(tmp_path / "run/w.pth")
         assert main(["convert", str(result.weights), "--to", "vitdet", "--out", out]) == 0
-        assert read_state(out).metadata["category_ids"] == "null"
+        assert read_checkpoint(out).trained.details["is_ranked"] is False
         assert main(["eval", "--checkpoint", out, "--data", str(coco)]) == 0
 
 

@@ -11,7 +11,7 @@ from g2sd.detection_checkpoint import detector_rules, load_detection_encoder, lo
 from g2sd.mask_rcnn import detection_model
 from g2sd.positions import interpolate_positions
 from g2sd.vitdet import ViTDetBackbone
-from visionkernels.checkpoints import CheckpointError, read_state
+from visionkernels.weights import CheckpointError, read_checkpoint
 
 SIZES = {
     "num_classes": 4, "img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 3, "window_size": 2,
@@ -131,7 +131,7 @@ class TestLoadDetectionEncoder:
         assert told.startswith(f"encoder of {runs[stage]}") and told.endswith(
             "fresh: relative positions, pyramid, heads"
         )
-        state, own = read_state(runs[stage]).state, backbone.state_dict()
+        state, own = read_checkpoint(runs[stage]).state, backbone.state_dict()
         for key in ("pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "blocks.0.mlp.fc2.bias"):
             assert_close(own[key], state[key], rtol=0, atol=0)
         assert not any(value.any() for key, value in own.items() if "rel_pos" in key)
@@ -139,7 +139,7 @@ class TestLoadDetectionEncoder:
     def test_another_grid(self, runs):
         backbone = ViTDetBackbone(**(ENCODER | {"pretrain_size": 48}), embed_dim=24, num_heads=3)
         load_detection_encoder(backbone, runs["generic"])
-        table = read_state(runs["generic"]).state["pos_embed"]
+        table = read_checkpoint(runs["generic"]).state["pos_embed"]
         assert_close(backbone.pos_embed.data, interpolate_positions(table, (6, 6)))
 
     def test_a_detector(self, tmp_path, official):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from g2sd.evaluation import evaluate_checkpoint, load_classifier
-from visionkernels.checkpoints import CheckpointError, save_weights
+from g2sd.cli import PACKAGE
+from g2sd.official import load_classifier
+from visionkernels import tasks
 from visionkernels.pictures.labelled import open_pictures
 from visionkernels.pictures.transforms import evaluation_transform
+from visionkernels.weights import CheckpointError, Trained, open_trained
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,8 @@ class TestLoadClassifier:
         assert config["interpolation"] == "bicubic" and config["mean"] == (0.485, 0.456, 0.406)
 
     def test_other_channels(self, vit, tmp_path):
-        save_weights(tmp_path / "grey.safetensors", vit(in_chans=1).state_dict(), metadata={"num_heads": "3"})
+        trained = Trained(kind="classifier", package="g2sd", options={"num_heads": 3})
+        trained.save(tmp_path / "grey.safetensors", vit(in_chans=1).state_dict())
         assert load_classifier(tmp_path / "grey.safetensors").pretrained_cfg["input_size"] == (1, 32, 32)
 
     @pytest.mark.parametrize("stage", ["pretrain", "generic"])
@@ -45,10 +48,15 @@ class TestLoadClassifier:
             load_classifier(tmp_path / "file.pth")
 
 
-class TestEvaluateCheckpoint:
+def evaluate(path, data, **options):
+    """Measure as `g2sd eval` does."""
+    return tasks.evaluate(open_trained(path, package=PACKAGE), data, device=CPU, **options)
+
+
+class TestEvaluate:
     @pytest.mark.parametrize("stage", ["finetune", "specific"])
     def test_definition(self, runs, micro, pictures, stage):
-        found = evaluate_checkpoint(runs[stage], str(pictures), device=CPU, batch_size=5)
+        found = evaluate(runs[stage], str(pictures), batch_size=5)
         model = load_classifier(runs[stage])
         samples = list(open_pictures(pictures, "validation", evaluation_transform(micro[stage].pictures)))
         with torch.no_grad():
@@ -62,10 +70,10 @@ class TestEvaluateCheckpoint:
         (tmp_path / "val" / "pink").mkdir(parents=True)
         (tmp_path / "val" / "pink" / "0.png").write_bytes((pictures / "val" / "red" / "0.png").read_bytes())
         with pytest.raises(ValueError, match="classes that training does not know: pink"):
-            evaluate_checkpoint(runs["specific"], str(tmp_path), device=CPU)
+            evaluate(runs["specific"], str(tmp_path))
 
     @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}])
     def test_errors(self, runs, pictures, options):
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
-            evaluate_checkpoint(runs["specific"], str(pictures), device=CPU, **options)
+            evaluate(runs["specific"], str(pictures), **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from g2sd.inspection import inspect_file
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.weights import CheckpointError
 
 HF = {
     "vit.embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from g2sd.layouts import contents_of, decoder_heads, encoder_heads
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.weights import CheckpointError
 
 HF = {
     "embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8), "embeddings.position_embeddings": (1, 17, 24),

@@ -8,12 +8,14 @@ import torch
 from torch.nn import functional as F
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.checkpoint import load_official
+from g2sd.cli import main
 from g2sd.mae import MaskedAutoencoder
+from g2sd.official import load_official
 from g2sd.probe import Encoder, LinearProbeTask, encoder_of, linear_probe, nearest_neighbours, recipe_for, vote
-from g2sd.recipes import find_recipe
-from visionkernels.checkpoints import read_state, save_weights
+from g2sd.recipes import RECIPES
+from visionkernels import tasks
 from visionkernels.testing.pictures import write_colours
+from visionkernels.weights import open_trained, read_checkpoint, save_weights
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3}
 
@@ -29,7 +31,7 @@ def student(tmp_path):
 
 
 def probe_recipe(**changes):
-    recipe = find_recipe("linear_mnist5k")
+    recipe = RECIPES["linear_mnist5k"]
     fit = replace(recipe.fit, epochs=12, batch_size=8, device="cpu")
     pictures = replace(recipe.pictures, size=16, resize=16)
     return replace(recipe, data=None, fit=fit, pictures=pictures, **changes)
@@ -55,18 +57,18 @@ class TestEncoderOf:
 
 
 class TestRecipeFor:
-    def test_a_file_of_a_run(self, runs, micro):
+    def test_a_file_of_a_run(self, runs, micro, pictures):
         """Its pictures and their changes."""
         recipe = recipe_for(runs["generic"])
         assert recipe.pictures == micro["generic"].pictures
-        assert (recipe.data, recipe.augmentation.random_crop) == (None, False)
-        assert recipe.fit == find_recipe("linear_small_in1k").fit
+        assert (recipe.data, recipe.augmentation.random_crop) == (str(pictures), False)
+        assert recipe.fit == RECIPES["linear_small_in1k"].fit
 
     def test_other_files(self, student):
         """ImageNet's pictures, at the size that the positions are for."""
         recipe = recipe_for(student[0])
         assert (recipe.pictures.size, recipe.pictures.resize) == (16, 18)
-        assert recipe.pictures.mean == find_recipe("linear_small_in1k").pictures.mean
+        assert recipe.pictures.mean == RECIPES["linear_small_in1k"].pictures.mean
 
     def test_no_square(self, tmp_path):
         model = MaskedAutoencoder(**(SIZES | {"img_size": (16, 24)}), decoder_embed_dim=64, decoder_depth=1)
@@ -115,9 +117,9 @@ class TestLinearProbe:
     def test_colours(self, student, tmp_path):
         path, model = student
         data = write_colours(tmp_path / "colours")
-        result = linear_probe(probe_recipe(), data, tmp_path / "run", start=path)
+        result = linear_probe(probe_recipe(), data, tmp_path / "run", init=path)
         assert result.metrics["top1"] > result.metrics["majority_top1"]
-        state = read_state(result.weights).state
+        state = read_checkpoint(result.weights).state
         assert {"head.0.running_mean", "head.1.weight", "norm.weight"} <= set(state)
         # the encoder is what it was
         torch.testing.assert_close(state["blocks.0.mlp.fc1.weight"], model.blocks[0].mlp.fc1.weight.detach())
@@ -130,6 +132,26 @@ class TestLinearProbe:
         assert all(parameter.grad is not None for parameter in task.trainable_module.parameters())
 
     def test_a_probe_is_no_classifier_file(self, student, tmp_path):
-        result = linear_probe(probe_recipe(), write_colours(tmp_path / "colours"), tmp_path / "run", start=student[0])
+        result = linear_probe(probe_recipe(), write_colours(tmp_path / "colours"), tmp_path / "run", init=student[0])
         with pytest.raises(ValueError, match="holds 'probe'"):
             load_official(result.weights)
+
+    def test_opens_again(self, student, tmp_path):
+        """Measured as in training, with the images and the data that it was trained on."""
+        result = linear_probe(probe_recipe(), write_colours(tmp_path / "colours"), tmp_path / "run", init=student[0])
+        opened = open_trained(result.weights)
+        measured = tasks.evaluate(opened, None, device=torch.device("cpu"))
+        assert measured["loss"] == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+        assert measured["top1"] == result.metrics["top1"]
+
+    @pytest.mark.parametrize("data", [True, False])
+    def test_neighbours_of_a_probe(self, runs, pictures, tmp_path, capsys, data):
+        """The frozen encoder has the neighbours that it had before."""
+        recipe = replace(probe_recipe(), pictures=recipe_for(runs["generic"]).pictures)
+        probed = linear_probe(recipe, pictures, tmp_path / "run", init=runs["generic"]).weights
+        said = []
+        for file in (runs["generic"], probed):
+            flags = ["--data", str(pictures)] if data else []
+            assert main(["probe", "knn", str(file), *flags]) == 0
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1]

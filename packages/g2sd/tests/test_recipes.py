@@ -15,11 +15,9 @@ from g2sd.recipes import (
     GenericRecipe,
     PretrainRecipe,
     ViTSizes,
-    find_recipe,
-    read_recipe,
 )
-from visionkernels.recipes import settings
-from visionkernels.training import FitOptions
+from visionkernels.cli import FitOptions
+from visionkernels.recipes import choose, settings
 from visionkernels.training.optimization import LearningRate, create_optimizer
 
 
@@ -35,7 +33,7 @@ def fit_facts(recipe):
 @pytest.mark.parametrize("size", ["tiny", "small"])
 class TestImageNetRecipes:
     def test_generic(self, size):
-        recipe = find_recipe(f"generic_{size}_in1k")
+        recipe = RECIPES[f"generic_{size}_in1k"]
         assert fit_facts(recipe) == {
             "epochs": 300, "batch": 4096, "lr": pytest.approx(1.5e-4 * 4096 / 256), "betas": (0.9, 0.95),
             "weight_decay": 0.05, "layer_decay": None, "clip": None, "warmup": 10, "warmup_lr": 0, "min_lr": 2.5e-6,
@@ -50,7 +48,7 @@ class TestImageNetRecipes:
         assert recipe.augmentation.mixup == recipe.augmentation.cutmix == recipe.augmentation.erasing == 0
 
     def test_specific(self, size):
-        recipe = find_recipe(f"specific_{size}_in1k")
+        recipe = RECIPES[f"specific_{size}_in1k"]
         assert fit_facts(recipe) == {
             "epochs": 200, "batch": 1024, "lr": pytest.approx(1e-3 * 1024 / 256), "betas": (0.9, 0.999),
             "weight_decay": 0.05, "layer_decay": 0.75, "clip": None, "warmup": 5, "warmup_lr": 0, "min_lr": 1e-6,
@@ -63,12 +61,12 @@ class TestImageNetRecipes:
         assert (recipe.pictures.size, recipe.pictures.resize, recipe.pictures.interpolation) == (224, 256, "bicubic")
 
     def test_finetune(self, size):
-        recipe = find_recipe(f"finetune_{size}_in1k")
-        assert fit_facts(recipe) == fit_facts(find_recipe(f"specific_{size}_in1k"))
+        recipe = RECIPES[f"finetune_{size}_in1k"]
+        assert fit_facts(recipe) == fit_facts(RECIPES[f"specific_{size}_in1k"])
         assert (recipe.mode, recipe.model.distilled, recipe.model.drop_path_rate) == (None, False, 0.1)
 
     def test_pretrain(self, size):
-        recipe = find_recipe(f"pretrain_{size}_in1k")
+        recipe = RECIPES[f"pretrain_{size}_in1k"]
         facts = fit_facts(recipe)
         assert (facts["epochs"], facts["warmup"], facts["min_lr"], facts["betas"]) == (400, 40, 0, (0.9, 0.95))
         assert (recipe.mask_ratio, recipe.is_normalised) == (0.75, True)
@@ -78,7 +76,7 @@ class TestSchedule:
     def test_golden(self, index):
         """The official rate at fractions of epochs."""
         facts = index["lr_schedule"]["args"]
-        recipe = find_recipe("specific_small_in1k")
+        recipe = RECIPES["specific_small_in1k"]
         assert (facts["lr"], facts["epochs"]) == (pytest.approx(recipe.fit.optimizer.lr), recipe.fit.epochs)
         assert (facts["warmup_epochs"], facts["min_lr"]) == (
             recipe.fit.schedule.warmup_epochs,
@@ -95,7 +93,7 @@ class TestSchedule:
 
     def test_generic(self):
         """Linear from 0 to the peak in ten epochs, then a cosine to its end."""
-        fit = find_recipe("generic_tiny_in1k").fit
+        fit = RECIPES["generic_tiny_in1k"].fit
         optimizer = create_optimizer(torch.nn.Linear(2, 2), fit.optimizer)
         rate = LearningRate(optimizer, fit.schedule, updates_per_epoch=4, total_updates=1200)
         found = []
@@ -112,7 +110,7 @@ class TestLayerDecay:
         config = next(case["config"]["model"] for case in index["cases"] if case["name"] == "vit_distilled")
         model = timm.create_model("g2sd_vit_tiny_patch16_224", **config)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        optimizer = create_optimizer(model, find_recipe("specific_tiny_in1k").fit.optimizer)
+        optimizer = create_optimizer(model, RECIPES["specific_tiny_in1k"].fit.optimizer)
         found = {
             names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
             for group in optimizer.param_groups
@@ -128,7 +126,7 @@ class TestLayerDecay:
     def test_average(self, vit):
         """Without the token: the norm before the head learns at the full rate, as the head does."""
         model = vit(distilled=False)
-        optimizer = create_optimizer(model, find_recipe("finetune_tiny_in1k").fit.optimizer)
+        optimizer = create_optimizer(model, RECIPES["finetune_tiny_in1k"].fit.optimizer)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
         assert scales["fc_norm.weight"] == scales["head.weight"] == 1
@@ -137,7 +135,7 @@ class TestLayerDecay:
     def test_decay_of_students(self, distiller, teacher):
         """In pre-training and generic distillation all but vectors and biases decay, tokens too."""
         for module, recipe in ((distiller().students, "generic_tiny_in1k"), (teacher(), "pretrain_tiny_in1k")):
-            optimizer = create_optimizer(module, find_recipe(recipe).fit.optimizer)
+            optimizer = create_optimizer(module, RECIPES[recipe].fit.optimizer)
             names = {id(parameter): name for name, parameter in module.named_parameters()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -146,9 +144,9 @@ class TestLayerDecay:
 
 
 class TestFindRecipe:
-    @pytest.mark.parametrize("name", RECIPES)
+    @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(("in1k", "mnist5k"))])
     def test_names(self, name):
-        recipe = find_recipe(name)
+        recipe = RECIPES[name]
         assert recipe.name == name
         assert len(recipe.summary) < 100
         assert (recipe.data == "mnist5k") == name.endswith("mnist5k")
@@ -159,22 +157,22 @@ class TestFindRecipe:
 
     def test_unknown(self):
         with pytest.raises(ValueError, match=r"unknown recipe 'generic_tinny_in1k'; did you mean 'generic_tiny_in1k'"):
-            find_recipe("generic_tinny_in1k")
+            choose("generic_tinny_in1k", RECIPES)
 
 
 class TestReadRecipe:
     @pytest.mark.parametrize("name", RECIPES)
     def test_round_trip(self, save_recipe, name):
-        assert read_recipe(save_recipe(RECIPES[name])) == RECIPES[name]
+        assert choose(str(save_recipe(RECIPES[name])), RECIPES) == RECIPES[name]
 
     def test_several_students(self, save_recipe):
-        recipe = find_recipe("generic_mnist5k")
+        recipe = RECIPES["generic_mnist5k"]
         recipe = replace(recipe, students=(*recipe.students, AutoencoderSizes(name="mae_vit_tiny_patch16", depth=2)))
-        assert read_recipe(save_recipe(recipe)) == recipe
+        assert choose(str(save_recipe(recipe)), RECIPES) == recipe
 
     @pytest.mark.parametrize("stage", ["pretrain", "generic", "finetune", "specific"])
     def test_of_a_run(self, runs, micro, stage):
-        assert read_recipe(runs[stage].parent / "run.json") == micro[stage]
+        assert choose(str(runs[stage].parent / "run.json"), RECIPES) == micro[stage]
 
     @pytest.mark.parametrize(
         "change",
@@ -182,31 +180,31 @@ class TestReadRecipe:
         ids=str,
     )
     def test_other_settings(self, tmp_path, change):
-        recipe = find_recipe("generic_mnist5k")
+        recipe = RECIPES["generic_mnist5k"]
         content = {"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe) | change}}
         (tmp_path / "run.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r"run\.json is no run\.json of g2sd train|students="):
-            read_recipe(tmp_path / "run.json")
+        with pytest.raises(ValueError, match=r"run\.json is not the run\.json of a training|students="):
+            choose(str(tmp_path / "run.json"), RECIPES)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": {}, "details": {"settings": {"name": "x"}}}', "\0"])
     def test_other_files(self, tmp_path, text):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=r"run\.json|unknown recipe"):
-            read_recipe(tmp_path / "run.json")
+            choose(str(tmp_path / "run.json"), RECIPES)
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError):
-            read_recipe(tmp_path / "run.json")
+            choose(str(tmp_path / "run.json"), RECIPES)
 
 
 class TestBatchSize:
     def test_rate_follows(self):
         """The base rates of the paper are per 256 pictures."""
-        fit = FitOptions(batch_size=512).apply(find_recipe("generic_small_in1k").fit)
+        fit = FitOptions(batch_size=512).apply(RECIPES["generic_small_in1k"].fit)
         assert fit.optimizer.lr == pytest.approx(1.5e-4 * 512 / 256)
 
 
-FIT = find_recipe("generic_mnist5k").fit
+FIT = RECIPES["generic_mnist5k"].fit
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 from g2sd.mae import MaskedAutoencoder
 from g2sd.positions import interpolate_positions
+from g2sd.recipes import RECIPES, SegmentationRecipe, SegmentationSizes
+from g2sd.recipes.segmentation import SEGMENTATION
 from g2sd.segmentation import (
     SegmentationDistillTask,
     load_official_segmentation,
@@ -22,16 +24,15 @@ from g2sd.segmentation import (
 )
 from g2sd.segmentation_backbone import relative_index
 from g2sd.segmentation_losses import channel_wise_loss, pixel_kl_loss
-from g2sd.segmentation_recipes import SEGMENTATION_RECIPES, SegmentationRecipe, SegmentationSizes
 from g2sd.upernet import SegmentationModel
-from visionkernels.checkpoints import CheckpointError
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.pictures.scenes import IGNORED, open_scenes
-from visionkernels.recipes import read, settings
-from visionkernels.segmentation import SegmentationTask, evaluate
+from visionkernels.recipes import choose, settings
+from visionkernels.tasks.segmentation import SegmentationTask, evaluate
 from visionkernels.training.optimization import LearningRate, create_optimizer
+from visionkernels.weights import CheckpointError
 
-SPECIFIC = SEGMENTATION_RECIPES["specific_shapes"]
+SPECIFIC = RECIPES["specific_shapes"]
 BLOCKS = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 3}
 
 
@@ -232,7 +233,7 @@ class TestSegmentationDistillTask:
         assert all(each.grad.isfinite().all() for each in task.trainable_module.parameters())
 
     def test_layer_decay(self):
-        recipe = SEGMENTATION_RECIPES["specific_tiny_ade20k"]
+        recipe = RECIPES["specific_tiny_ade20k"]
         with torch.device("meta"):
             models = [segmentation_model(**recipe.model.options()) for _ in range(2)]
         module = SegmentationDistillTask(*models).trainable_module
@@ -275,19 +276,19 @@ class TestSegmentationDistillTask:
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("name", SEGMENTATION_RECIPES)
+    @pytest.mark.parametrize("name", [recipe.name for recipe in SEGMENTATION])
     def test_read_back(self, tmp_path, name):
-        recipe = SEGMENTATION_RECIPES[name]
+        recipe = RECIPES[name]
         path = tmp_path / "run.json"
         path.write_text(json.dumps({"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe)}}))
-        assert read(path, SEGMENTATION_RECIPES.__getitem__, package="g2sd") == recipe
+        assert choose(str(path), RECIPES) == recipe
         with torch.device("meta"):
             model = segmentation_model(img_size=recipe.scene.crop, **recipe.model.options())
         assert model.num_classes == recipe.model.num_classes
 
     def test_paper(self):
         for size in ("tiny", "small"):
-            recipe = SEGMENTATION_RECIPES[f"specific_{size}_ade20k"]
+            recipe = RECIPES[f"specific_{size}_ade20k"]
             assert (recipe.mode, recipe.weight, recipe.temperature, recipe.auxiliary_weight) == (
                 "channel_wise",
                 3,
@@ -319,7 +320,7 @@ class TestRecipes:
 
 
 def short(name: str, *, lr: float = 4e-3, **fit) -> SegmentationRecipe:
-    recipe = SEGMENTATION_RECIPES[name]
+    recipe = RECIPES[name]
     optimizer = replace(recipe.fit.optimizer, lr=lr)
     return replace(
         recipe,
@@ -354,7 +355,7 @@ class TestTrain:
     @pytest.mark.slow
     def test_recipes(self, tmp_path):
         """The student learns more from a teacher than alone."""
-        recipes = [SEGMENTATION_RECIPES[f"{name}_shapes"] for name in ("finetune_teacher", "specific", "finetune")]
+        recipes = [RECIPES[f"{name}_shapes"] for name in ("finetune_teacher", "specific", "finetune")]
         big = train(recipes[0], None, tmp_path / "teacher")
         taught = train(recipes[1], None, tmp_path / "taught", teacher=big.weights)
         alone = train(recipes[2], None, tmp_path / "alone")
@@ -389,20 +390,20 @@ class TestTrain:
         )  # fmt: skip
         torch.save({"model": student.state_dict()}, tmp_path / "generic.pth")
         recipe = short("finetune_shapes", updates=2)
-        result = train(recipe, None, tmp_path / "run", start=tmp_path / "generic.pth")
+        result = train(recipe, None, tmp_path / "run", init=tmp_path / "generic.pth")
         run = json.loads((tmp_path / "run" / "run.json").read_text())
-        assert "generic.pth (generic)" in run["details"]["started_from"]
+        assert "generic.pth (generic)" in run["trained"]["details"]["started_from"]
         found = load_official_segmentation(result.weights).backbone.blocks[0].attn.qkv.weight
         # moved a little from where it started
         assert 0 < (found - student.blocks[0].attn.qkv.weight).abs().max() < 0.01
 
     def test_errors(self, tmp_path, teacher):
-        with pytest.raises(ValueError, match="recipe specific_shapes has mode='channel_wise' and needs a teacher"):
+        with pytest.raises(ValueError, match="recipe specific_shapes has mode='channel_wise' and needs --teacher"):
             train(SPECIFIC, None, tmp_path / "run")
-        with pytest.raises(ValueError, match="recipe finetune_shapes has no use for a teacher"):
-            train(SEGMENTATION_RECIPES["finetune_shapes"], None, tmp_path / "run", teacher=teacher)
-        with pytest.raises(ValueError, match="recipe finetune_tiny_ade20k has no data of its own; give --data FOLDER"):
-            train(SEGMENTATION_RECIPES["finetune_tiny_ade20k"], None, tmp_path / "run")
+        with pytest.raises(ValueError, match="recipe finetune_shapes does not take --teacher"):
+            train(RECIPES["finetune_shapes"], None, tmp_path / "run", teacher=teacher)
+        with pytest.raises(ValueError, match="recipe finetune_tiny_ade20k has no built-in data; give --data FOLDER"):
+            train(RECIPES["finetune_tiny_ade20k"], None, tmp_path / "run")
         with pytest.raises(ValueError, match="batch_size=1 norms 1 pictures at a time; UperNet needs 2"):
             train(short("finetune_shapes", batch_size=1), None, tmp_path / "run")
         assert not (tmp_path / "run").exists()

@@ -4,10 +4,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from g2sd.generic import GenericDistiller
 from g2sd.masking import mask_patches
-from g2sd.teachers import TokenTeacher
+from g2sd.teachers import TokenTeacher, token_teacher
+from visionkernels.weights import CheckpointError
 
 
 def create(name="vit_tiny_patch16_224", **options):
@@ -59,9 +61,21 @@ class TestTokenTeacher:
         assert pupil.cls_token.grad.norm() > 0
 
     def test_images_of_another_size(self):
-        teacher = TokenTeacher(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2))
-        with pytest.raises(ValueError, match=r"\[1, 3, 48, 48\]; the teacher takes 32x32 pixels"):
-            teacher(torch.zeros(1, 3, 48, 48), mask_patches(torch.rand(1, 4), 0.5))
+        """They are resized to the teacher's."""
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+        teacher, mask = TokenTeacher(model), mask_patches(torch.rand(1, 4), 0.5)
+        images = torch.randn(1, 3, 48, 48)
+        small = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+        torch.testing.assert_close(teacher(images, mask), teacher(small, mask))
+
+    def test_other_statistics(self):
+        """Images are normalised anew as the teacher was trained."""
+        model = create()
+        pixels, mask = torch.rand(1, 3, 64, 64), mask_patches(torch.rand(1, 16), 0.5)
+        ours = TokenTeacher(model, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
+        mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)))
+        expected = TokenTeacher(model)((pixels - 0.5) / 0.5, mask)
+        torch.testing.assert_close(ours((pixels - mean) / std, mask), expected, rtol=1e-4, atol=1e-5)
 
     def test_other_width(self, student):
         with pytest.raises(ValueError, match="create it with teacher_decoder_width=24"):
@@ -87,3 +101,34 @@ class TestTokenTeacher:
     def test_errors(self, layer):
         with pytest.raises(ValueError, match=f"layer={layer} must be 1 to 3"):
             TokenTeacher(create(), layer=layer)
+
+
+NAMES = [
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_224",
+    "deit3_small_patch16_224",
+    "eva02_tiny_patch14_224",
+]
+
+
+class TestTokenTeacherByName:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_weights_of_a_file(self, name, tmp_path):
+        """Whatever the size of its patches, on the grid of the student, in the layout of timm."""
+        source = timm.create_model(name, num_classes=7)
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        teacher = token_teacher(f"timm:{name}", tmp_path / "weights.pth", grid=(4, 4), mean=mean, std=std).eval()
+        assert teacher.grid == (4, 4)
+        torch.testing.assert_close(teacher.model.blocks[0].norm1.weight, source.blocks[0].norm1.weight)
+        found = teacher(torch.randn(1, 3, 64, 64), mask_patches(torch.rand(1, 16), 0.75))
+        assert found.shape == (1, 17, source.embed_dim)
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(ValueError, match="unknown model 'vit_smal_patch16_224'; did you mean"):
+            token_teacher("vit_smal_patch16_224", grid=(4, 4))
+        with pytest.raises(ValueError, match="teacher resnet18 is no ViT of timm, and no file"):
+            token_teacher("resnet18", grid=(4, 4))
+        torch.save(timm.create_model("vit_tiny_patch16_224", depth=3).state_dict(), tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match="keys missing"):
+            token_teacher("vit_tiny_patch16_224", tmp_path / "other.pth", grid=(4, 4))

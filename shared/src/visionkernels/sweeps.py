@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["SweepError", "map"]
@@ -56,9 +57,9 @@ def map(
     """
     joblib = require("joblib", "visionkernels[sweeps]")
     if jobs != -1 and jobs < 1:
-        raise ValueError(f"jobs={jobs} must be at least 1, or -1 for one a core")
+        raise InputError(f"jobs={jobs} must be at least 1, or -1 for one a core")
     if errors not in ("raise", "return"):
-        raise ValueError(f"errors={errors!r} must be 'raise' or 'return'")
+        raise InputError(f"errors={errors!r} must be 'raise' or 'return'")
     limits = {}
     if backend == "loky":
         limits = {"inner_max_num_threads": threads}
@@ -67,7 +68,7 @@ def map(
     elif backend == "dask":
         _connect_dask()
     else:
-        raise ValueError(f"backend={backend!r} must be 'loky', 'ray' or 'dask'")
+        raise InputError(f"backend={backend!r} must be 'loky', 'ray' or 'dask'")
     keys = [] if done is None else [key(item) for item in items]
     results = {} if done is None else _read(Path(done), keys)
     missing = [(i, item) for i, item in enumerate(items) if i not in results]
@@ -97,7 +98,7 @@ def _read(path: Path, keys: list[str]) -> dict[int, Any]:
     places = {key: i for i, key in enumerate(keys)}
     if len(places) < len(keys):
         twice = next(key for i, key in enumerate(keys) if places[key] != i)
-        raise ValueError(f"two items have the key {_short(twice)}; give key= a function that tells them apart")
+        raise InputError(f"two items have the key {_short(twice)}; give key= a function that tells them apart")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     *lines, torn = content.split(b"\n")
@@ -105,9 +106,9 @@ def _read(path: Path, keys: list[str]) -> dict[int, Any]:
         entries = [json.loads(line) for line in lines]
         results = {places[entry["key"]]: entry["result"] for entry in entries if entry["key"] in places}
         if torn[: len(_LINE_START)] != _LINE_START[: len(torn)]:
-            raise ValueError(torn)
+            raise InputError(torn)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"done={str(path)!r} holds something else than results of a sweep") from error
+        raise InputError(f"done={str(path)!r} holds something else than results of a sweep") from error
     if torn:
         os.truncate(path, len(content) - len(torn))
     return results

@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from visionkernels.checks import InputError
 from visionkernels.files import replace_file, write_json
 
 __all__ = [
@@ -102,7 +103,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         if self.measure is None and not self.needs:
-            raise ValueError(f"{self.row} / {self.column} has no measure and needs nothing; name what it needs")
+            raise InputError(f"{self.row} / {self.column} has no measure and needs nothing; name what it needs")
 
 
 @dataclass(frozen=True)

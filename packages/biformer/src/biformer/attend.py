@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from biformer.attention import BiLevelRoutingAttention
 from biformer.model import BiFormer
 from biformer.routing import Routing
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.pictures.reading import read_picture
 
@@ -43,7 +44,7 @@ class RoutingRecorder:
         present = routed_layers(model)
         unknown = [name for name in layers or () if name not in present]
         if unknown:
-            raise ValueError(f"layer {unknown[0]!r} has no routed attention; choose among {', '.join(present)}")
+            raise InputError(f"layer {unknown[0]!r} has no routed attention; choose among {', '.join(present)}")
         self.layers = {name: present[name] for name in (present if layers is None else layers)}
         self._records: dict[str, Routing] = {}
         self._handles: list[Any] = []
@@ -87,7 +88,7 @@ def attend(
     picture = read_picture(image)
     row, column = query
     if not (0 <= row < picture.height and 0 <= column < picture.width):
-        raise ValueError(
+        raise InputError(
             f"query={row} {column} is outside the picture of {picture.height} rows, {picture.width} columns"
         )
     config = resolve_model_data_config(model)
@@ -165,7 +166,7 @@ def token_heat(routing: Routing, token: tuple[int, int], image: int = 0) -> Tens
     """
     (rows, columns), (height, width) = routing.grid, routing.region_size
     if routing.attention.shape[-1] != routing.index.shape[-1] * height * width:
-        raise ValueError("this layer pools keys inside regions, so that its attention has no place in the map")
+        raise InputError("this layer pools keys inside regions, so that its attention has no place in the map")
     region = token[0] // height * columns + token[1] // width
     inside = token[0] % height * width + token[1] % width
     weights = routing.attention[image, region, :, inside].mean(0).unflatten(0, (-1, height * width))

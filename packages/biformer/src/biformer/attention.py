@@ -26,6 +26,7 @@ from biformer.maps import (
     pointwise,
 )
 from biformer.routing import Routing, pool_regions, select_regions
+from visionkernels.checks import InputError
 from visionkernels.ops import Backend, choose_backend, without_autocast
 from visionkernels.ops.region_attention import (
     region_attention,
@@ -100,26 +101,26 @@ class BiLevelRoutingAttention(nn.Module):
         check_choice("param_attention", param_attention, Literal["qkvo", "qkv"])
         for name, value in (("dim", dim), ("qk_dim", qk_dim)):
             if value % num_heads:
-                raise ValueError(f"{name}={value} is not divisible by num_heads={num_heads}")
+                raise InputError(f"{name}={value} is not divisible by num_heads={num_heads}")
         if n_win < 1:
-            raise ValueError(f"n_win={n_win} must be at least 1")
+            raise InputError(f"n_win={n_win} must be at least 1")
         if data_format == "NHWC" and not 1 <= topk <= n_win**2:
-            raise ValueError(f"topk={topk} is outside [1, {n_win**2}], the regions of a {n_win}x{n_win} grid")
+            raise InputError(f"topk={topk} is outside [1, {n_win**2}], the regions of a {n_win}x{n_win} grid")
         if topk < 1:
-            raise ValueError(f"topk={topk} must be at least 1")
+            raise InputError(f"topk={topk} must be at least 1")
         if diff_routing and not soft_routing:
             raise NotImplementedError(
                 "diff_routing without soft_routing has no gradient to pass; set soft_routing=True"
             )
         if param_routing and not diff_routing:
-            raise ValueError("param_routing=True has nothing to learn from without diff_routing=True")
+            raise InputError("param_routing=True has nothing to learn from without diff_routing=True")
         self.dim, self.qk_dim, self.num_heads, self.n_win, self.topk = dim, qk_dim, num_heads, n_win, topk
         self.scale = qk_dim**-0.5 if qk_scale is None else qk_scale
         self.auto_pad, self.pad_mode, self.data_format, self.backend = auto_pad, pad_mode, data_format, backend
         self.diff_routing, self.soft_routing = diff_routing, soft_routing
         self.pooling = _key_value_pooling(kv_downsample_mode, kv_per_win, kv_downsample_ratio)
         if pad_mode == "masked" and self.pooling is not None:
-            raise ValueError(f"pad_mode='masked' has no meaning with kv_downsample_mode={kv_downsample_mode!r}")
+            raise InputError(f"pad_mode='masked' has no meaning with kv_downsample_mode={kv_downsample_mode!r}")
         self.qkv = pointwise(dim, 2 * qk_dim + dim, data_format)
         self.lepe = depthwise(dim, side_dwconv)
         self.proj = pointwise(dim, dim, data_format) if param_attention == "qkvo" else nn.Identity()
@@ -163,11 +164,11 @@ class BiLevelRoutingAttention(nn.Module):
         x = checked_nhwc(x, self.dim, self.data_format)
         height, width = x.shape[1:3]
         if self.data_format == "NCHW" and min(height, width) < self.n_win:
-            raise ValueError(
+            raise InputError(
                 f"a {height}x{width} map has a side below n_win={self.n_win}; the NCHW form needs one pixel a region"
             )
         if self.data_format == "NHWC" and not self.auto_pad and (height % self.n_win or width % self.n_win):
-            raise ValueError(f"a {height}x{width} map is not divisible by n_win={self.n_win}; set auto_pad=True")
+            raise InputError(f"a {height}x{width} map is not divisible by n_win={self.n_win}; set auto_pad=True")
         return x
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -243,7 +244,7 @@ def _key_value_pooling(mode: str, per_window: int | None, ratio: int | None) -> 
     if mode in ("avgpool", "maxpool"):
         return _KeyValuePooling(partial(_pool_by_ratio, pool=_POOLS[mode], ratio=ratio or 1))
     if not per_window or per_window < 1:
-        raise ValueError(f"kv_downsample_mode={mode!r} needs kv_per_win >= 1, not {per_window}")
+        raise InputError(f"kv_downsample_mode={mode!r} needs kv_per_win >= 1, not {per_window}")
     return _KeyValuePooling(partial(_POOLS[mode], output_size=per_window))
 
 
@@ -257,7 +258,7 @@ _POOLS: dict[str, Callable[..., Tensor]] = {
 
 def _pool_by_ratio(regions: Tensor, pool: Callable[..., Tensor], ratio: int) -> Tensor:
     if min(regions.shape[2:]) < ratio:
-        raise ValueError(f"kv_downsample_ratio={ratio} is larger than a region of {tuple(regions.shape[2:])} tokens")
+        raise InputError(f"kv_downsample_ratio={ratio} is larger than a region of {tuple(regions.shape[2:])} tokens")
     return pool(regions, ratio)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 from torchvision.transforms.functional import resized_crop
 
+from visionkernels.checks import InputError
 from visionkernels.pictures.labelled import LabelledPictures
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
 from visionkernels.pictures.transforms import training_steps
@@ -69,9 +70,9 @@ def read_label_map(path: Path) -> tuple[Int[Tensor, "k height width"], Float[Ten
         with np.load(path) as stored:
             classes, scores = stored["classes"].astype(np.int64), stored["scores"].astype(np.float32)
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"label map {path} must be .npz with classes and scores: {error}") from error
+        raise InputError(f"label map {path} must be .npz with classes and scores: {error}") from error
     if classes.ndim != 3 or classes.shape != scores.shape:
-        raise ValueError(
+        raise InputError(
             f"label map {path} has classes {classes.shape}, scores {scores.shape}; expected [k, h, w] both"
         )
     return torch.from_numpy(classes), torch.from_numpy(scores)

@@ -10,11 +10,7 @@ Detectors are torchvision's, with the paper's settings. What differs from the pa
 | | L1 loss of boxes in both stages | smooth L1, beta 1/9 |
 """
 
-import json
 from collections import OrderedDict
-from collections.abc import Mapping
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,17 +25,15 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from biformer.dense_recipes import DetectionHead, DetectionRecipe
 from biformer.model import BiFormerBackbone
+from biformer.recipes import DetectionHead, DetectionRecipe
 from biformer.segmentation import backbone_model
-from visionkernels.checkpoints import load_strict, read_state, stored_options
-from visionkernels.detection import DetectionTask, evaluate
-from visionkernels.extras import require
-from visionkernels.pictures.objects import ObjectPictures, open_objects, pair_up
-from visionkernels.recipes import data_of, settings
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.checks import InputError, check_known
+from visionkernels.tasks.detection import DetectionSets, DetectionTask
+from visionkernels.training import FitResult
+from visionkernels.weights import Checkpoint, load_strict
 
-__all__ = ["PyramidBackbone", "detection_model", "load_detection_model", "train"]
+__all__ = ["PyramidBackbone", "detection_model", "open_detector", "train"]
 
 
 def detection_model(
@@ -51,7 +45,7 @@ def detection_model(
     max_size: int = 1333,
     pyramid_channels: int = 256,
     regions_per_image: int = 512,
-    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
     n_win: int = 16,
     **options: Any,
 ) -> RetinaNet | MaskRCNN:
@@ -62,14 +56,13 @@ def detection_model(
     `labels`, `masks`) and returns its losses; in evaluation it returns for each image `boxes`, `labels`, `scores`, and
     from "maskrcnn" `masks` [N, 1, H, W] in 0..1. `num_classes` counts the background, class 0. BatchNorm keeps its
     statistics. The width of the heads follows `pyramid_channels`. "maskrcnn" learns from `regions_per_image` proposals,
-    of which up to a quarter lie on objects. `checkpoint`, `n_win` and `options` are as for
+    of which up to a quarter lie on objects. `init`, `n_win` and `options` are as for
     `biformer.segmentation.segmentation_model`. Raises ValueError for unknown names, and CheckpointError.
     """
-    if head not in get_args(DetectionHead):
-        raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(DetectionHead))}")
+    check_known("head", head, get_args(DetectionHead))
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be at least 2: the background and one kind of object")
-    model = backbone_model(name, checkpoint, n_win=n_win, **options)
+        raise InputError(f"num_classes={num_classes} must be at least 2: the background and one kind of object")
+    model = backbone_model(name, init, n_win=n_win, **options)
     sizes: dict[str, Any] = {
         "min_size": min_size,
         "max_size": max_size,
@@ -120,60 +113,28 @@ class PyramidBackbone(nn.Module):
 
 
 def train(
-    recipe: DetectionRecipe,
-    data: str | Path | None,
-    run_dir: str | Path,
-    *,
-    checkpoint: str | Path | None = None,
+    recipe: DetectionRecipe, data: str | Path | None, out: str | Path, *, init: str | Path | None = None
 ) -> FitResult:
-    """Train a detector; a run that `run_dir` holds goes on where it stopped.
+    """Train a detector; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `checkpoint` gives the
-    backbone's weights. `run_dir/weights.safetensors` opens with `load_detection_model`. The metrics are those of
-    `visionkernels.detection.evaluate`. Errors as for `open_objects`, `detection_model` and
+    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `init` gives the
+    backbone's weights. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
+    of `visionkernels.tasks.detection.evaluate`. Errors as for `open_objects`, `detection_model` and
     `visionkernels.training.fit`.
     """
-    for module in ("accelerate", "torchmetrics", "pycocotools"):
-        require(module, "biformer[train,dense]")
-    data = data_of(recipe, data)
-    opened = partial(open_objects, data, num_classes=recipe.model.num_classes, has_masks=recipe.head == "maskrcnn")
-    pictures, val_pictures = opened("train"), opened("validation")
+    sets = DetectionSets.open(
+        recipe, data, num_classes=recipe.model.num_classes, install="biformer[train,dense]",
+        has_masks=recipe.head == "maskrcnn",
+    )  # fmt: skip
     torch.manual_seed(recipe.fit.seed)
-    options: dict[str, Any] = {
-        "name": recipe.model.name,
-        "head": recipe.head,
-        "min_size": recipe.min_size,
-        "max_size": recipe.max_size,
-        "pyramid_channels": recipe.pyramid_channels,
-        "regions_per_image": recipe.regions_per_image,
-        **recipe.model.options(),
-    }
-    return fit(
-        DetectionTask(detection_model(**options, checkpoint=checkpoint)),
-        recipe.fit,
-        TrainingData(
-            train=pictures,
-            evaluate=partial(_metrics, pictures=val_pictures, workers=recipe.fit.num_workers),
-            collate=pair_up,
-        ),
-        run_dir,
-        details={
-            "task": "detection",
-            "detection_model": json.dumps(options),
-            "biformer": version("biformer"),
-            "settings": settings(recipe),
-            **({} if checkpoint is None else {"started_from": str(checkpoint)}),
-        },
-    )
+    trained = sets.record(started_from=init)
+    model = detection_model(recipe.model.name, **trained.options, init=init)
+    return sets.fit(DetectionTask(model), out, trained)
 
 
-def load_detection_model(path: str | Path) -> RetinaNet | MaskRCNN:
-    """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
-    checkpoint = read_state(path)
-    model = detection_model(**stored_options(checkpoint, path, "detection_model", package="biformer"))
-    load_strict(model, checkpoint.state, source=path)
+def open_detector(checkpoint: Checkpoint) -> RetinaNet | MaskRCNN:
+    """Return the model of a weights file of `train`, in evaluation mode."""
+    assert checkpoint.trained is not None
+    model = detection_model(cast(str, checkpoint.trained.model), **checkpoint.trained.options)
+    load_strict(model, checkpoint.state, source=checkpoint.path)
     return model.eval()
-
-
-def _metrics(model: RetinaNet | MaskRCNN, pictures: ObjectPictures, workers: int) -> Mapping[str, float]:
-    return evaluate(model, pictures, workers=workers)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biformer.maps import DataFormat, check_choice, checked_nhwc, convolve, depthwise, pointwise
+from visionkernels.checks import InputError
 
 __all__ = ["ConvolutionalMixer", "FullAttention"]
 
@@ -21,7 +22,7 @@ class FullAttention(nn.Module):
         check_choice("data_format", data_format, DataFormat)
         self.num_heads = 8
         if dim % self.num_heads:
-            raise ValueError(f"dim={dim} is not divisible by the {self.num_heads} heads of full attention")
+            raise InputError(f"dim={dim} is not divisible by the {self.num_heads} heads of full attention")
         self.dim, self.data_format = dim, data_format
         self.qkv = pointwise(dim, 3 * dim, data_format, bias=False)
         self.lepe = depthwise(dim, side_dwconv)

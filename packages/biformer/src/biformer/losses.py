@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["distillation_loss", "soft_cross_entropy", "token_labelling_loss"]
 
 
@@ -29,13 +31,13 @@ def distillation_loss(
     for an unknown kind, alpha outside [0, 1], tau <= 0, or shapes that differ.
     """
     if kind not in ("none", "soft", "hard"):
-        raise ValueError(f"kind={kind!r} is unknown; use none, soft or hard")
+        raise InputError(f"kind={kind!r} is unknown; use none, soft or hard")
     if not 0 <= alpha <= 1 or tau <= 0:
-        raise ValueError(f"alpha={alpha} must be in [0, 1] and tau={tau} above 0")
+        raise InputError(f"alpha={alpha} must be in [0, 1] and tau={tau} above 0")
     if kind == "none":
         return base
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {list(student_logits.shape)} and teacher {list(teacher_logits.shape)} differ")
+        raise InputError(f"student logits {list(student_logits.shape)} and teacher {list(teacher_logits.shape)} differ")
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     if kind == "soft":
         student, teacher = (F.log_softmax(logits / tau, -1) for logits in (student, teacher))
@@ -58,7 +60,7 @@ def token_labelling_loss(
     `cell_target` holds a probability per class and cell. Raises ValueError for shapes that disagree.
     """
     if cell_logits.shape != cell_target.shape:
-        raise ValueError(f"cell_logits {list(cell_logits.shape)} and cell_target {list(cell_target.shape)} differ")
+        raise InputError(f"cell_logits {list(cell_logits.shape)} and cell_target {list(cell_target.shape)} differ")
     return soft_cross_entropy(image_logits, image_target) + cell_weight * soft_cross_entropy(cell_logits, cell_target)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = [
     "DataFormat",
     "check_choice",
@@ -22,21 +24,21 @@ DataFormat = Literal["NHWC", "NCHW"]
 
 def check_choice(name: str, value: str, choices: object) -> None:
     if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
 
 
 def checked_nhwc(x: Tensor, dim: int, data_format: DataFormat) -> Tensor:
     """Check a map in `data_format` and return it channels last."""
     layout = "[batch, height, width, dim]" if data_format == "NHWC" else "[batch, dim, height, width]"
     if x.ndim != 4:
-        raise ValueError(f"input has shape {list(x.shape)}; expected {layout}")
+        raise InputError(f"input has shape {list(x.shape)}; expected {layout}")
     if not x.is_floating_point():
         raise TypeError(f"input is {x.dtype}; expected a floating-point map")
     nhwc = x if data_format == "NHWC" else x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     if nhwc.shape[-1] != dim:
-        raise ValueError(f"input has {nhwc.shape[-1]} channels; expected {layout} with dim={dim}")
+        raise InputError(f"input has {nhwc.shape[-1]} channels; expected {layout} with dim={dim}")
     if not nhwc.shape[1] or not nhwc.shape[2]:
-        raise ValueError(f"input has empty spatial size {nhwc.shape[1]}x{nhwc.shape[2]}")
+        raise InputError(f"input has empty spatial size {nhwc.shape[1]}x{nhwc.shape[2]}")
     return nhwc
 
 
@@ -50,7 +52,7 @@ def depthwise(dim: int, kernel: int) -> nn.Conv2d | None:
     if kernel <= 0:
         return None
     if kernel % 2 == 0:
-        raise ValueError(f"side_dwconv={kernel} is even; the local enhancement needs an odd kernel, or 0 for none")
+        raise InputError(f"side_dwconv={kernel} is even; the local enhancement needs an odd kernel, or 0 for none")
     return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from biformer.attention import BiLevelRoutingAttention, PadMode
 from biformer.full_attention import ConvolutionalMixer, FullAttention
 from biformer.maps import DataFormat
+from visionkernels.checks import InputError
 from visionkernels.ops import Backend
 
 __all__ = ["BiFormer", "BiFormerBackbone", "BiFormerBlock", "BiFormerSTL"]
@@ -69,7 +70,7 @@ class BiFormerBlock(nn.Module):
     ) -> None:
         super().__init__()
         if pos_conv not in (0, 3):
-            raise ValueError(f"pos_conv={pos_conv} must be 3, or 0 for none")
+            raise InputError(f"pos_conv={pos_conv} must be 3, or 0 for none")
         norm = partial(nn.LayerNorm if data_format == "NHWC" else LayerNorm2d, eps=1e-6)
         self.data_format, self.pre_norm = data_format, pre_norm
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if pos_conv else None
@@ -105,12 +106,12 @@ class BiFormerBlock(nn.Module):
 def _unrouted(dim: int, topk: int, side_dwconv: int, data_format: DataFormat) -> nn.Module:
     if data_format == "NCHW":
         if topk != -1:
-            raise ValueError(f"topk={topk} is unknown to the NCHW form; use topk >= 1, or -1 for full attention")
+            raise InputError(f"topk={topk} is unknown to the NCHW form; use topk >= 1, or -1 for full attention")
         return FullAttention(dim, side_dwconv=5, data_format="NCHW")
     if topk == 0:
         return ConvolutionalMixer(dim)
     if topk not in (-1, -2):
-        raise ValueError(f"topk={topk} is unknown; use >= 1, 0 (convolution), -1 (full attention) or -2 (with lepe)")
+        raise InputError(f"topk={topk} is unknown; use >= 1, 0 (convolution), -1 (full attention) or -2 (with lepe)")
     return FullAttention(dim, side_dwconv=side_dwconv if topk == -2 else 0)
 
 
@@ -154,7 +155,7 @@ class BiFormer(nn.Module):
         lengths = {"depth": depth, "embed_dim": embed_dim, "mlp_ratios": mlp_ratios, "topks": topks, "qk_dims": qk_dims}
         for name, values in lengths.items():
             if len(values) != 4:
-                raise ValueError(f"{name}={tuple(values)} has {len(values)} values; give one for each of the 4 stages")
+                raise InputError(f"{name}={tuple(values)} has {len(values)} values; give one for each of the 4 stages")
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, embed_dim[-1], embed_dim[-1]
         self.depth, self.data_format, self.grad_checkpointing = tuple(depth), data_format, False
         self.feature_info = [
@@ -169,7 +170,7 @@ class BiFormer(nn.Module):
             if topks[stage] > 0:
                 options |= {"qk_dim": qk_dims[stage], "auto_pad": auto_pad, "pad_mode": pad_mode, "backend": backend}
             if qk_dims[stage] % head_dim:
-                raise ValueError(f"qk_dims[{stage}]={qk_dims[stage]} is not divisible by head_dim={head_dim}")
+                raise InputError(f"qk_dims[{stage}]={qk_dims[stage]} is not divisible by head_dim={head_dim}")
             blocks = [
                 BiFormerBlock(
                     embed_dim[stage], qk_dims[stage] // head_dim, topks[stage], n_win=n_win,
@@ -210,7 +211,7 @@ class BiFormer(nn.Module):
         """Down-sample and transform: from the stage before (or the images) to [B, C, H', W']."""
         if stage == 0:
             if x.ndim != 4:
-                raise ValueError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
+                raise InputError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
             # channels last through the whole net: token maps are then views, and depth-wise convolutions at their best
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.downsample_layers[stage](x)
@@ -230,7 +231,7 @@ class BiFormer(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return stage maps [B, C, H', W'] by timm's protocol; `norm` applies the final norm to the last stage."""
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r} is unknown; BiFormer gives 'NCHW'")
+            raise InputError(f"output_fmt={output_fmt!r} is unknown; BiFormer gives 'NCHW'")
         take, last = feature_take_indices(4, indices)
         intermediates = []
         for stage in range(last + 1 if stop_early else len(self.stages)):
@@ -299,7 +300,7 @@ class BiFormerBackbone(nn.Module):
     def __init__(self, model: BiFormer, out_indices: Sequence[int] = (0, 1, 2, 3), *, norm_eval: bool = False) -> None:
         super().__init__()
         if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
-            raise ValueError(f"out_indices={tuple(out_indices)} must name stages among 0, 1, 2, 3")
+            raise InputError(f"out_indices={tuple(out_indices)} must name stages among 0, 1, 2, 3")
         model.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.model, self.out_indices, self.norm_eval = model, tuple(out_indices), norm_eval
         self.feature_info = [model.feature_info[stage] for stage in out_indices]

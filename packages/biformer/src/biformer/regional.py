@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from biformer.maps import grid_of, pad_to_multiple
+from visionkernels.checks import InputError
 from visionkernels.ops import Backend
 from visionkernels.ops.region_attention import region_attention, region_attention_weights
 
@@ -66,17 +67,17 @@ def _split_heads(
     region_graph: Tensor, region_size: tuple[int, int], kv_region_size: tuple[int, int] | None, *maps: Tensor
 ) -> tuple[int, list[_HeadMap]]:
     if region_graph.ndim != 4:
-        raise ValueError(f"region_graph has shape {list(region_graph.shape)}; expected [batch, heads, regions, topk]")
+        raise InputError(f"region_graph has shape {list(region_graph.shape)}; expected [batch, heads, regions, topk]")
     heads, split = region_graph.shape[1], []
     for position, feature in enumerate(maps):
         name = ("query", "key", "value")[position]
         size = region_size if position == 0 else kv_region_size or region_size
         if feature.ndim != 4 or not feature.shape[1] or feature.shape[1] % heads:
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {list(feature.shape)}; expected 4 axes and channels divisible by {heads} heads"
             )
         if min(size) < 1:
-            raise ValueError(f"region size {size} of {name} must be at least (1, 1)")
+            raise InputError(f"region size {size} of {name} must be at least (1, 1)")
         by_head = feature.unflatten(1, (heads, -1)).flatten(0, 1).permute(0, 2, 3, 1)
         padded = pad_to_multiple(by_head, size)
         split.append(_HeadMap(padded, grid_of(padded, size)))

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from visionkernels.checks import InputError
+
 __all__ = ["Routing", "pool_regions", "route", "select_regions"]
 
 
@@ -44,7 +46,7 @@ def route(
     """
     height, width = query.shape[1:3]
     if height % n_win or width % n_win:
-        raise ValueError(f"a {height}x{width} map does not divide into {n_win}x{n_win} regions; pad it to multiples")
+        raise InputError(f"a {height}x{width} map does not divide into {n_win}x{n_win} regions; pad it to multiples")
     region_size = (height // n_win, width // n_win)
     pooled_query, pooled_key = pool_regions(query, region_size), pool_regions(key, region_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -83,7 +85,7 @@ def select_regions(
     """
     regions = pooled_key.shape[1]
     if not 1 <= topk <= regions:
-        raise ValueError(f"topk={topk} is outside [1, {regions}], the number of regions; lower topk or refine the grid")
+        raise InputError(f"topk={topk} is outside [1, {regions}], the number of regions; lower topk or refine the grid")
     affinity = (_exact(pooled_query) * scale) @ _exact(pooled_key).transpose(1, 2)
     if is_empty is not None:
         affinity = affinity.masked_fill(is_empty, -torch.inf)

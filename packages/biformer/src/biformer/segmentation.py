@@ -10,12 +10,6 @@ Decoders are those of segmentation-models-pytorch. Against the paper's heads:
 | | BatchNorm in the head of 128 channels, corners not aligned in up-sampling | GroupNorm of 32 groups, aligned |
 """
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -26,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from biformer.checkpoint import MODEL_NAMES, load_model
-from biformer.dense_recipes import SegmentationHead, SegmentationRecipe
 from biformer.model import BiFormer, BiFormerBackbone
-from visionkernels.checkpoints import load_strict, read_state, stored_options
+from biformer.official import MODEL_NAMES, load_official
+from biformer.recipes import SegmentationHead, SegmentationRecipe
+from visionkernels.checks import InputError, check_known
 from visionkernels.extras import require
 from visionkernels.pictures.recipes import SceneRecipe
-from visionkernels.pictures.scenes import IGNORED, Scenes, open_scenes
-from visionkernels.recipes import data_of, settings
-from visionkernels.segmentation import SegmentationTask, evaluate
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.pictures.scenes import IGNORED
+from visionkernels.tasks.segmentation import SegmentationSets, SegmentationTask, shares_norms
+from visionkernels.training import FitResult
+from visionkernels.weights import Checkpoint, load_strict, read_checkpoint
 
-__all__ = ["SegmentationModel", "backbone_model", "load_segmentation_model", "segmentation_model", "train"]
+__all__ = ["SegmentationModel", "backbone_model", "open_segmenter", "segmentation_model", "train"]
 
 _EXTRA = "biformer[dense]"
 STRIDE = 32
@@ -53,7 +47,7 @@ def segmentation_model(
     decoder_channels: int | None = None,
     dropout: float = 0.1,
     scene: SceneRecipe | None = None,
-    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
     n_win: int = 8,
     **options: Any,
 ) -> "SegmentationModel":
@@ -61,19 +55,18 @@ def segmentation_model(
 
     `has_auxiliary` adds the second head on stage 3, by default for UperNet. `decoder_channels` is by default the
     paper's, 512 of UperNet (even) and 128 of FPN (a multiple of 32, its own maps have twice as many).
-    `checkpoint` gives the backbone's weights, official or ours; its classifier and last norm are left out. `n_win`
+    `init` gives the backbone's weights, official or ours; its classifier and last norm are left out. `n_win`
     and `options` (`drop_path_rate`, `depth`, ...) go to `timm.create_model`. `scene` says how pictures are prepared.
     Raises ValueError for unknown names, CheckpointError, and ImportError without `biformer[dense]`.
     """
-    if head not in get_args(SegmentationHead):
-        raise ValueError(f"unknown head {head!r}; known: {', '.join(get_args(SegmentationHead))}")
+    check_known("head", head, get_args(SegmentationHead))
     if num_classes < 1 or num_classes > IGNORED:
-        raise ValueError(f"num_classes={num_classes} must be 1 to {IGNORED}, the label of ignored pixels")
+        raise InputError(f"num_classes={num_classes} must be 1 to {IGNORED}, the label of ignored pixels")
     channels = (512 if head == "upernet" else 128) if decoder_channels is None else decoder_channels
     multiple = 2 if head == "upernet" else 32
     if channels < 1 or channels % multiple:
-        raise ValueError(f"decoder_channels={channels} must be a multiple of {multiple} for {head}")
-    backbone = BiFormerBackbone(backbone_model(name, checkpoint, n_win=n_win, **options))
+        raise InputError(f"decoder_channels={channels} must be a multiple of {multiple} for {head}")
+    backbone = BiFormerBackbone(backbone_model(name, init, n_win=n_win, **options))
     dims = [info["num_chs"] for info in backbone.feature_info]
     auxiliary = None
     if has_auxiliary or (has_auxiliary is None and head == "upernet"):
@@ -90,16 +83,21 @@ def segmentation_model(
     )
 
 
-def backbone_model(name: str, checkpoint: str | Path | None = None, **options: Any) -> BiFormer:
-    """Return the model `name`, with the weights of a classification `checkpoint` if given.
+def backbone_model(name: str, init: str | Path | None = None, **options: Any) -> BiFormer:
+    """Return the model `name`, with the weights of a classifier in the file `init` if given.
 
-    Raises ValueError for a name that is no BiFormer, and CheckpointError.
+    Raises InputError for a name that is no BiFormer, and CheckpointError.
     """
-    if name not in MODEL_NAMES:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODEL_NAMES)}")
-    if checkpoint is not None:
-        return load_model(checkpoint, name, **options)
-    return cast(BiFormer, timm.create_model(name, num_classes=0, **options))
+    check_known("model", name, MODEL_NAMES)
+    if init is None:
+        return cast(BiFormer, timm.create_model(name, num_classes=0, **options))
+    checkpoint = read_checkpoint(init)
+    if checkpoint.trained is None:
+        return load_official(checkpoint, name, **options)
+    options = {**checkpoint.trained.options, **options}
+    model = cast(BiFormer, timm.create_model(name, **options))
+    load_strict(model, checkpoint.state, source=init)
+    return model
 
 
 def _decoder(head: SegmentationHead, dims: list[int], channels: int, dropout: float) -> nn.Module:
@@ -128,7 +126,7 @@ class SegmentationModel(nn.Module):
     """Takes normalised images [B, 3, H, W] of any size, returns logits [B, classes, H, W].
 
     In training it returns a list: these, and where there is an auxiliary head its logits too. Sides are padded to
-    multiples of 32 by zeros at the right and bottom. `scene` is what `visionkernels.segmentation.predict` goes by.
+    multiples of 32 by zeros at the right and bottom. `scene` is for `visionkernels.tasks.segmentation.predict`.
     """
 
     def __init__(
@@ -148,7 +146,7 @@ class SegmentationModel(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
         """Return logits at the images' size."""
         if images.ndim != 4:
-            raise ValueError(f"images have shape {list(images.shape)}; expected [batch, channels, height, width]")
+            raise InputError(f"images have shape {list(images.shape)}; expected [batch, channels, height, width]")
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
         maps = self.backbone(padded)
@@ -161,67 +159,31 @@ class SegmentationModel(nn.Module):
 
 
 def train(
-    recipe: SegmentationRecipe,
-    data: str | Path | None,
-    run_dir: str | Path,
-    *,
-    checkpoint: str | Path | None = None,
+    recipe: SegmentationRecipe, data: str | Path | None, out: str | Path, *, init: str | Path | None = None
 ) -> FitResult:
-    """Train a segmentation model; a run that `run_dir` holds goes on where it stopped.
+    """Train a segmentation model; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own; `checkpoint` gives the
-    backbone's weights. `run_dir/weights.safetensors` opens with `load_segmentation_model`. The metrics are those of
-    `visionkernels.segmentation.evaluate`.
-    Errors as for `open_scenes`, `segmentation_model` and `visionkernels.training.fit`.
+    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own; `init` gives the
+    backbone's weights. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
+    of `visionkernels.tasks.segmentation.evaluate`. Errors as for `open_scenes`, `segmentation_model` and
+    `visionkernels.training.fit`.
     """
-    for module in ("accelerate", "torchmetrics", "segmentation_models_pytorch"):
-        require(module, "biformer[train,dense]")
-    data = data_of(recipe, data)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    is_synced = recipe.sync_norm and processes > 1 and recipe.fit.device != "cpu" and torch.cuda.is_available()
-    together = recipe.fit.batch_size // (recipe.fit.accumulation_steps * (1 if is_synced else processes))
-    if recipe.head == "upernet" and together < 2:
-        raise ValueError(f"batch_size={recipe.fit.batch_size} norms {together} pictures at a time; UperNet needs 2")
-    opened = partial(open_scenes, data, scene=recipe.scene, num_classes=recipe.model.num_classes)
-    scenes, val_scenes = opened("train"), opened("validation")
+    require("segmentation_models_pytorch", "biformer[train,dense]")
+    needs = "UperNet" if recipe.head == "upernet" else None
+    is_synced = shares_norms(recipe.fit, recipe.sync_norm, needs=needs)
+    sets = SegmentationSets.open(recipe, data, num_classes=recipe.model.num_classes, install="biformer[train,dense]")
     torch.manual_seed(recipe.fit.seed)
-    options: dict[str, Any] = {
-        "name": recipe.model.name,
-        "head": recipe.head,
-        "has_auxiliary": recipe.auxiliary_weight > 0,
-        "decoder_channels": recipe.decoder_channels,
-        "dropout": recipe.dropout,
-        **recipe.model.options(),
-    }
-    model: nn.Module = segmentation_model(**options, scene=recipe.scene, checkpoint=checkpoint)
+    trained = sets.record(started_from=init)
+    model: nn.Module = segmentation_model(recipe.model.name, **trained.options, scene=recipe.scene, init=init)
     if is_synced:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return fit(
-        SegmentationTask(model, auxiliary_weight=recipe.auxiliary_weight),
-        recipe.fit,
-        TrainingData(train=scenes, evaluate=partial(_metrics, scenes=val_scenes, recipe=recipe)),
-        run_dir,
-        details={
-            "task": "segmentation",
-            "segmentation_model": json.dumps(options),
-            "scene": json.dumps(asdict(recipe.scene)),
-            "biformer": version("biformer"),
-            "settings": settings(recipe),
-            **({} if checkpoint is None else {"started_from": str(checkpoint)}),
-        },
-    )
+    return sets.fit(SegmentationTask(model, auxiliary_weight=recipe.auxiliary_weight), out, trained)
 
 
-def load_segmentation_model(path: str | Path) -> SegmentationModel:
-    """Return the model of a weights file of `train`, in evaluation mode. Raises CheckpointError for any other file."""
-    checkpoint = read_state(path)
-    options = stored_options(checkpoint, path, "segmentation_model", package="biformer")
-    model = segmentation_model(
-        **options, scene=SceneRecipe(**stored_options(checkpoint, path, "scene", package="biformer"))
-    )
-    load_strict(model, checkpoint.state, source=path)
+def open_segmenter(checkpoint: Checkpoint) -> SegmentationModel:
+    """Return the model of a weights file of `train`, in evaluation mode."""
+    trained = checkpoint.trained
+    assert trained is not None and trained.inputs is not None
+    model = segmentation_model(cast(str, trained.model), **trained.options, scene=SceneRecipe(**trained.inputs))
+    load_strict(model, checkpoint.state, source=checkpoint.path)
     return model.eval()
-
-
-def _metrics(model: nn.Module, scenes: Scenes, recipe: SegmentationRecipe) -> Mapping[str, float]:
-    return evaluate(model, scenes, recipe.scene, num_classes=recipe.model.num_classes, workers=recipe.fit.num_workers)

@@ -6,10 +6,10 @@ from typing import Any
 import timm
 import torch
 
-from biformer.recipes import ClassificationRecipe, all_recipes
+from biformer.recipes import RECIPES, ClassificationRecipe
 from visionkernels.profiling import count_flops, count_parameters
 
-__all__ = ["ModelSummary", "StageSummary", "summarise"]
+__all__ = ["ModelSummary", "StageSummary", "lines", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def summarise(name: str, size: tuple[int, int] | None = None) -> ModelSummary:
 
     `size` is by default the recipe's, or 224 x 224.
     """
-    recipe = all_recipes().get(name)
+    recipe: Any = RECIPES.get(name)
     options = recipe.model.options() if recipe else {}
     if recipe and not isinstance(recipe, ClassificationRecipe):
         options["num_classes"] = 0
@@ -53,6 +53,17 @@ def summarise(name: str, size: tuple[int, int] | None = None) -> ModelSummary:
         _summarise_stage(blocks, stage) for blocks, stage in zip(model.stages, model.feature_info, strict=True)
     )
     return ModelSummary(name, count_parameters(model), count_flops(model, torch.empty(1, 3, *size)).total, size, stages)
+
+
+def lines(summary: ModelSummary) -> list[str]:
+    """Return a summary for people, a line for the model and one for each stage."""
+    height, width = summary.size
+    figures = f"{summary.parameters:,} parameters, {summary.flops / 1e9:.3f} G operations at {height} x {width}"
+    stages = [
+        f"  stride {stage.stride:2}  {stage.blocks:2} blocks  {stage.channels:4} channels  {stage.attention}"
+        for stage in summary.stages
+    ]
+    return [f"{summary.name}: {figures}", *stages]
 
 
 def _summarise_stage(blocks: Any, stage: dict[str, Any]) -> StageSummary:

@@ -264,10 +264,10 @@ def _difference_of_forms() -> float:
 
 
 def _train_digits() -> Measured:
-    from biformer.recipes import ClassificationRecipe, find_recipe
+    from biformer.recipes import RECIPES, ClassificationRecipe
     from biformer.training import train
 
-    recipe = find_recipe("biformer_micro_mnist5k")
+    recipe = RECIPES["biformer_micro_mnist5k"]
     assert isinstance(recipe, ClassificationRecipe)
     with tempfile.TemporaryDirectory() as folder:
         result = train(recipe, None, Path(folder))

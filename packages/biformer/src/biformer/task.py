@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biformer.losses import distillation_loss, soft_cross_entropy, token_labelling_loss
 from biformer.model import BiFormer
 from biformer.recipes import DistillationRecipe, TokenLabellingRecipe
+from visionkernels.checks import InputError
+from visionkernels.tasks.teachers import Teacher
+from visionkernels.training.task import Task
 
 __all__ = [
     "CellClassifier",
+    "CellTeacher",
     "ClassifierTask",
-    "Teacher",
     "TokenLabellingTask",
     "mix_cells",
 ]
@@ -31,28 +33,8 @@ STRIDE = 32
 """Pixels of the image a side that one cell of the last map stands for."""
 
 
-class Teacher(nn.Module):
-    """A frozen model that labels the student's images, normalised anew where it was trained with other statistics."""
-
-    def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.scale: Tensor
-        self.shift: Tensor
-        self.model = model.eval().requires_grad_(False)
-        cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
-        own_mean, own_std = (torch.tensor(cfg.get(name, values)) for name, values in (("mean", mean), ("std", std)))
-        self.register_buffer("scale", (torch.tensor(std) / own_std)[:, None, None], persistent=False)
-        self.register_buffer("shift", ((torch.tensor(mean) - own_mean) / own_std)[:, None, None], persistent=False)
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return logits."""
-        logits: Tensor = self.model(images * self.scale + self.shift)
-        return logits
+class CellTeacher(Teacher):
+    """A frozen model that labels the student's images, or each of their cells."""
 
     @torch.no_grad()
     def label_cells(
@@ -62,26 +44,26 @@ class Teacher(nn.Module):
 
         Raises ValueError for a model whose features are no map [batch, channels, height, width].
         """
-        features = self.model.forward_features(images * self.scale + self.shift)  # type: ignore[operator]
+        features = self.model.forward_features(self.prepare(images))  # type: ignore[operator]
         if features.ndim != 4:
             kind = type(self.model).__name__
-            raise ValueError(f"teacher {kind} has features {list(features.shape)}; token labelling needs a map of them")
+            raise InputError(f"teacher {kind} has features {list(features.shape)}; token labelling needs a map of them")
         if features.shape[-2:] != grid:
             features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
         logits = self.model.get_classifier()(features.permute(0, 2, 3, 1))  # type: ignore[operator]
         return cast(Tensor, logits).float().softmax(-1)
 
 
-class ClassifierTask(TrainingTask):
+class ClassifierTask(Task):
     """Soft-target cross-entropy, blended with distillation where there is a teacher."""
 
     def __init__(
-        self, model: nn.Module, *, teacher: Teacher | None = None, distillation: DistillationRecipe | None = None
+        self, model: nn.Module, *, teacher: CellTeacher | None = None, distillation: DistillationRecipe | None = None
     ) -> None:
-        super().__init__(verbose=False)
+        super().__init__(model, teacher=teacher)
         if (teacher is None) != (distillation is None or distillation.kind == "none"):
-            raise ValueError("teacher and distillation belong together; give both or neither")
-        self.trainable_module, self.teacher, self.distillation = model, teacher, distillation
+            raise InputError("teacher and distillation belong together; give both or neither")
+        self.distillation = distillation
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Take images and labels, class indices or probabilities; return the loss and the logits."""
@@ -113,24 +95,29 @@ class CellClassifier(nn.Module):
         return (logits, self.cell_head(features.permute(0, 2, 3, 1))) if self.training else logits
 
 
-class TokenLabellingTask(TrainingTask):
+class TokenLabellingTask(Task):
     """The image's and the cells' cross-entropy, on images mixed by whole cells (MixToken).
 
     The labels of cells come with the batch, or from `teacher`, which sees the images before they are mixed.
     """
 
     def __init__(
-        self, module: CellClassifier, recipe: TokenLabellingRecipe, *, smoothing: float, teacher: Teacher | None = None
+        self,
+        module: CellClassifier,
+        recipe: TokenLabellingRecipe,
+        *,
+        smoothing: float,
+        teacher: CellTeacher | None = None,
     ) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module, self.recipe, self.smoothing, self.teacher = module, recipe, smoothing, teacher
+        super().__init__(module, teacher=teacher)
+        self.recipe, self.smoothing = recipe, smoothing
         self.num_classes = module.model.num_classes
 
     def forward(self, images: Tensor, labels: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
         """Take images, class indices and, without a teacher, cell labels [B, rows, columns, classes]."""
         if cells is None:
             if self.teacher is None:
-                raise ValueError("cells=None needs a teacher")
+                raise InputError("cells=None needs a teacher")
             cells = self.teacher.label_cells(images, (images.shape[-2] // STRIDE, images.shape[-1] // STRIDE))
         share = 1.0
         if self.recipe.mix > 0:

@@ -1,157 +1,111 @@
-"""Training a classifier by a recipe, on the loop that all packages share."""
+"""Training a classifier by a recipe, with a teacher's logits or labels of every cell besides the labels."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import timm
 import torch
-from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import Dataset
 
 from biformer.cell_labels import CellLabelledPictures
-from biformer.checkpoint import load_model
 from biformer.model import BiFormer
-from biformer.recipes import ClassificationRecipe
-from biformer.task import CellClassifier, ClassifierTask, Teacher, TokenLabellingTask
-from visionkernels.checkpoints import load_strict
-from visionkernels.classification import evaluate
-from visionkernels.extras import require
-from visionkernels.pictures.labelled import LabelledPictures, open_pictures
-from visionkernels.pictures.transforms import (
-    LabelMixing,
-    evaluation_transform,
-    repeated_augmentation_order,
-    training_transform,
-)
-from visionkernels.recipes import data_of, settings
-from visionkernels.training import FitResult, TrainingData, fit
+from biformer.official import load_official
+from biformer.recipes import ClassificationRecipe, DistillationRecipe
+from biformer.task import CellClassifier, CellTeacher, ClassifierTask, TokenLabellingTask
+from visionkernels.pictures.transforms import LabelMixing, repeated_augmentation_order
+from visionkernels.tasks.classification import ClassificationSets, build_classifier
+from visionkernels.tasks.teachers import open_teacher
+from visionkernels.training import FitResult
+from visionkernels.training.task import Task
+from visionkernels.weights import load_strict, read_checkpoint
 
-__all__ = ["create_model", "train"]
+__all__ = ["train"]
 
 
 def train(
     recipe: ClassificationRecipe,
     data: str | Path | None,
-    run_dir: str | Path,
+    out: str | Path,
     *,
-    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+    teacher: str | Path | None = None,
+    teacher_checkpoint: str | Path | None = None,
+    distillation: Literal["soft", "hard"] = "hard",
 ) -> FitResult:
-    """Train a classifier; a run that `run_dir` holds goes on where it stopped.
+    """Train a classifier; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own. The model gets as
-    many classes as the data has. `checkpoint` gives the weights to start from; its classifier is left out where the
-    classes differ. `run_dir/weights.safetensors` opens with `biformer.checkpoint.load_model`. The metrics are those of
-    `visionkernels.classification`. Errors as for `open_pictures`, `load_model` and `visionkernels.training.fit`.
+    The model gets as many classes as the data has. The metrics are those of `visionkernels.tasks.classification`.
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
+        out: folder of the run; its weights.safetensors opens with `visionkernels.weights.open_trained`
+        init: weights to start from; the classifier is left out where the classes differ
+        teacher: as for `visionkernels.tasks.teachers.open_teacher`, instead of the recipe's own
+        teacher_checkpoint: weights of a teacher that is given by name
+        distillation: learn from the probabilities of `teacher`, or from its best class
+
+    Raises InputError for a teacher of other classes, and as `open_pictures`, `read_checkpoint` and
+    `visionkernels.training.fit` do.
     """
-    require("accelerate", "biformer[train]")
-    require("torchmetrics", "biformer[train]")
-    data = data_of(recipe, data)
-    train_set = open_pictures(data, "train", training_transform(recipe.pictures, recipe.augmentation))
-    names = train_set.class_names
-    val_set = open_pictures(data, "validation", evaluation_transform(recipe.pictures), class_names=names)
-    recipe = replace(recipe, model=replace(recipe.model, num_classes=len(names)))
+    if teacher is not None:
+        recipe = replace(recipe, distillation=DistillationRecipe(teacher=str(teacher), kind=distillation))
+    sets = ClassificationSets.open(recipe, data, install="biformer[train]")
+    recipe = replace(recipe, model=replace(recipe.model, num_classes=sets.num_classes))
+    sets = replace(sets, recipe=recipe)
     torch.manual_seed(recipe.fit.seed)
-    model = create_model(recipe, names)
-    if checkpoint is not None:
-        _start_from(model, checkpoint, recipe)
-    task, samples, transform = _task(recipe, model, train_set)
+    trained = sets.record(started_from=init)
+    model = cast(BiFormer, build_classifier(trained))
+    if init is not None:
+        _start_from(model, init, recipe)
+    task, samples, transform = _task(recipe, model, sets, teacher_checkpoint)
     order: Callable[[int], Any] | None = None
     # the sampler cuts an epoch to whole groups of 256 pictures
-    if recipe.augmentation.repeats > 1 and len(train_set) >= 256:
-        order = partial(repeated_augmentation_order, len(train_set), repeats=recipe.augmentation.repeats)
-    return fit(
-        task,
-        recipe.fit,
-        TrainingData(
-            train=samples,
-            evaluate=partial(_metrics, pictures=val_set, workers=recipe.fit.num_workers),
-            batch_transform=transform,
-            order=order,
-        ),
-        run_dir,
-        details=_details(recipe, names, checkpoint),
-    )
+    if recipe.augmentation.repeats > 1 and len(sets.train) >= 256:
+        order = partial(repeated_augmentation_order, len(sets.train), repeats=recipe.augmentation.repeats)
+    evaluate = partial(_metrics, sets=sets, workers=recipe.fit.num_workers)
+    return sets.fit(task, out, trained, train=samples, evaluate=evaluate, batch_transform=transform, order=order)
 
 
-def create_model(recipe: ClassificationRecipe, class_names: tuple[str, ...] | None = None) -> BiFormer:
-    """Return the recipe's model with random weights; its `pretrained_cfg` tells how to prepare pictures."""
-    return cast(BiFormer, timm.create_model(recipe.model.name, **_model_options(recipe, class_names)))
-
-
-def _model_options(recipe: ClassificationRecipe, class_names: tuple[str, ...] | None) -> dict[str, Any]:
-    pictures = recipe.pictures
-    overlay: dict[str, Any] = {
-        "input_size": (3, pictures.size, pictures.size),
-        "crop_pct": pictures.size / pictures.resize,
-        "interpolation": pictures.interpolation,
-        "mean": pictures.mean,
-        "std": pictures.std,
-    }
-    if class_names is not None:
-        overlay["label_names"] = class_names
-    return recipe.model.options() | {"pretrained_cfg_overlay": overlay}
-
-
-def _details(
-    recipe: ClassificationRecipe, class_names: tuple[str, ...], checkpoint: str | Path | None
-) -> dict[str, Any]:
-    """What run.json and the weights say besides the run itself; `load_model` reads the first two."""
-    start = {} if checkpoint is None else {"started_from": str(checkpoint)}
-    return {
-        "model_name": recipe.model.name,
-        "model_options": json.dumps(_model_options(recipe, class_names)),
-        "biformer": version("biformer"),
-        "settings": settings(recipe),
-        **start,
-    }
-
-
-def _start_from(model: BiFormer, checkpoint: str | Path, recipe: ClassificationRecipe) -> None:
-    options = {key: value for key, value in recipe.model.options().items() if key != "num_classes"}
-    loaded = load_model(checkpoint, recipe.model.name, **options)
-    keep = [] if loaded.num_classes == model.num_classes else ["head.fc"]
-    load_strict(model, loaded.state_dict(), source=checkpoint, keep=keep)
+def _start_from(model: BiFormer, init: str | Path, recipe: ClassificationRecipe) -> None:
+    checkpoint = read_checkpoint(init)
+    state = checkpoint.state
+    if checkpoint.trained is None and "head.fc.weight" not in state:
+        options = {key: value for key, value in recipe.model.options().items() if key != "num_classes"}
+        state = load_official(checkpoint, recipe.model.name, **options).state_dict()
+    head = state.get("head.fc.weight")
+    keep = [] if head is not None and len(head) == model.num_classes else ["head.fc"]
+    load_strict(model, state, source=init, keep=keep)
 
 
 def _task(
-    recipe: ClassificationRecipe, model: BiFormer, train_set: LabelledPictures
-) -> tuple[TrainingTask, Dataset, Callable[[Any], Any] | None]:
+    recipe: ClassificationRecipe, model: BiFormer, sets: ClassificationSets, teacher_checkpoint: str | Path | None
+) -> tuple[Task, Dataset, Callable[[Any], Any] | None]:
     """Return the task, what it trains on, and what makes its arguments of a batch."""
     augmentation = recipe.augmentation
+
+    def teach(name: str) -> CellTeacher:
+        opened = open_teacher(name, checkpoint=teacher_checkpoint, package="biformer", num_classes=sets.num_classes)
+        return CellTeacher(opened, mean=recipe.pictures.mean, std=recipe.pictures.std)
+
     if (tokens := recipe.token_labelling) is not None:
-        teacher = None if tokens.teacher is None else _teacher(tokens.teacher, recipe)
+        teacher = None if tokens.teacher is None else teach(tokens.teacher)
         task = TokenLabellingTask(CellClassifier(model), tokens, smoothing=augmentation.smoothing, teacher=teacher)
         if tokens.labels is None:
-            return task, train_set, None
-        return task, CellLabelledPictures(train_set, Path(tokens.labels), recipe.pictures, augmentation), None
+            return task, sets.train, None
+        return task, CellLabelledPictures(sets.train, Path(tokens.labels), recipe.pictures, augmentation), None
     distillation = recipe.distillation
     if distillation is not None and distillation.kind == "none":
         distillation = None
-    teacher = None if distillation is None else _teacher(distillation.teacher, recipe)
-    mixing = LabelMixing(augmentation, recipe.model.num_classes)
-    return ClassifierTask(model, teacher=teacher, distillation=distillation), train_set, mixing
+    teacher = None if distillation is None else teach(distillation.teacher)
+    mixing = LabelMixing(augmentation, sets.num_classes)
+    return ClassifierTask(model, teacher=teacher, distillation=distillation), sets.train, mixing
 
 
-def _teacher(name: str, recipe: ClassificationRecipe) -> Teacher:
-    if Path(name).is_file():
-        model: nn.Module = load_model(name)
-    else:
-        if not timm.is_model(name):
-            raise ValueError(f"teacher {name!r} is neither a file nor a model of timm")
-        model = timm.create_model(name, pretrained=True)
-    classes, wanted = cast(int, model.num_classes), recipe.model.num_classes
-    if classes != wanted:
-        raise ValueError(f"teacher {name} has {classes} classes, the data {wanted}")
-    return Teacher(model, mean=recipe.pictures.mean, std=recipe.pictures.std)
-
-
-def _metrics(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
-    if isinstance(model, CellClassifier):
-        model = model.model.eval()
-    return evaluate(model, pictures, workers=workers).metrics()
+def _metrics(model: nn.Module, sets: ClassificationSets, workers: int) -> Mapping[str, float]:
+    # the classifier of cells is left out
+    model = model.model.eval() if isinstance(model, CellClassifier) else model
+    return sets.measure(model, workers=workers)

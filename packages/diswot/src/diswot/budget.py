@@ -10,6 +10,7 @@ from torch import nn
 
 from diswot.initialisation import preserved
 from diswot.networks.counting import count_macs
+from visionkernels.checks import InputError
 from visionkernels.profiling import compare
 
 __all__ = ["NO_LIMIT", "Budget", "Cost", "cost_of", "latency_of"]
@@ -40,7 +41,7 @@ class Budget:
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"budget {each.name}={value} must be above 0")
+                raise InputError(f"budget {each.name}={value} must be above 0")
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
@@ -53,12 +54,12 @@ class Budget:
             name, number, suffix = match.groups() if match else ("", "", "")
             unit = suffix.lower() if name.lower() != "latency" else {"": "", "ms": ""}.get(suffix.lower(), "?")
             if match is None or unit not in _SUFFIXES:
-                raise ValueError(
+                raise InputError(
                     f"budget {part!r} must be params=NUMBER, macs=NUMBER or latency=MILLISECONDS, such as params=5M"
                 )
             key = "latency_ms" if name.lower() == "latency" else name.lower()
             if key in limits:
-                raise ValueError(f"budget {text!r} gives {name} twice")
+                raise InputError(f"budget {text!r} gives {name} twice")
             limits[key] = float(number) * _SUFFIXES[unit]
         return cls(**limits)
 

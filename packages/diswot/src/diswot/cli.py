@@ -1,24 +1,22 @@
-"""The command `diswot`: what each sub-command reads, calls and prints."""
+"""The command `diswot`: its record, and the verbs that are DisWOT's own."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import ReportOptions, choose_recipe, find_device, print_metrics, report_bench, report_fit, run
-from visionkernels.files import refuse_existing, write_json
-from visionkernels.recipes import check
-from visionkernels.training import FitOptions
-from visionkernels.training.options import Own
+from visionkernels.checks import InputError, check
+from visionkernels.cli import RecipeDefault, run_package, write_result
+from visionkernels.files import refuse_existing
+from visionkernels.package import Package
 
 if TYPE_CHECKING:
     from diswot.budget import Budget
 
-__all__ = ["main"]
+__all__ = ["PACKAGE", "main"]
 
 Init = Literal["gaussian", "kaiming", "keep"]
 Draws = Literal["own", "shared"]
@@ -61,7 +59,6 @@ def score(
         overwrite: replace an existing output
     """
     from diswot.observation import Reading
-    from diswot.reports import plain
     from diswot.scoring import TeacherCache
 
     refuse_existing(json, overwrite)
@@ -73,8 +70,7 @@ def score(
         print(f"{name}: {value:.6g}")
     spread = f" ± {found.stderr:.2g} over {seeds} seeds" if seeds > 1 else ""
     print(f"total: {found.total:.6g}{spread}, {found.seconds:.2f} s")
-    if json is not None:
-        write_json(json, plain({"teacher": teacher, "student": student, **asdict(found)}), overwrite=overwrite)
+    write_result(json, {"teacher": teacher, "student": student, **asdict(found)}, overwrite=overwrite)
 
 
 def proxies(
@@ -105,7 +101,6 @@ def proxies(
         overwrite: replace an existing output
     """
     from diswot import proxies as zero_cost
-    from diswot.reports import plain
 
     refuse_existing(json, overwrite)
     network = _network(model, num_classes)
@@ -120,8 +115,7 @@ def proxies(
             print(f"{name}: {error}", file=sys.stderr)
         else:
             print(f"{name}: {found[name]:.6g}")
-    if json is not None:
-        write_json(json, plain({"model": model, **found}), overwrite=overwrite)
+    write_result(json, {"model": model, **found}, overwrite=overwrite)
 
 
 def rank(
@@ -180,7 +174,7 @@ def rank(
     wanted = _within(Budget.parse(budget), {key: _Build(chosen, key, num_classes) for key in wanted}, chosen.input_size)
     has_truth = bool(known) and all(key in known for key in wanted)
     if plot is not None and not has_truth:
-        raise ValueError("--plot needs accuracies of all networks; give --truth FILE")
+        raise InputError("--plot needs accuracies of all networks; give --truth FILE")
     batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)
     network = _network(teacher, num_classes)
     cache = TeacherCache(network, batches, seeds, init, key=teacher, draws=draws)
@@ -188,8 +182,7 @@ def rank(
     ranking = order(build, cache, _listed(proxies), jobs=jobs)
     agreements = ranking.agreements(known) if has_truth else []
     print(agreement_table(agreements) if has_truth else order_table(ranking))
-    if json is not None:
-        write_json(json, ranking_json(ranking, agreements), overwrite=overwrite)
+    write_result(json, ranking_json(ranking, agreements), overwrite=overwrite)
     if csv is not None:
         write_csv(csv, ranking, known, overwrite=overwrite)
     if plot is not None:
@@ -207,7 +200,7 @@ def search(
     combined: Literal["sum", "rank", "zscore"] = "sum",
     project: Literal["none", "pad", "class_gram"] = "pad",
     seeds: int = 3,
-    final_seeds: Own[int | None] = None,
+    final_seeds: RecipeDefault[int | None] = None,
     init: Init = "kaiming",
     draws: Draws = "shared",
     data: str = "patches",
@@ -220,7 +213,7 @@ def search(
 ) -> None:
     """Search a space for students of a teacher within a budget, without training.
 
-    The same command with --out goes on where it stopped.
+    Rerun the same command with --out to resume.
 
     Args:
         teacher: model of timm, torchvision:NAME, or module:callable
@@ -275,153 +268,49 @@ def search(
     print(f"{len(result.candidates)} students of {len(result.history)} evaluations; best: {result.best.key}")
 
 
-def train(
-    recipe: Positional[str],
-    *,
-    out: Path,
-    student: Own[str | None] = None,
-    teacher: Own[str | None] = None,
-    distiller: Own[str | None] = None,
-    data: Own[str | None] = None,
-    teacher_checkpoint: Own[Path | None] = None,
-    fit: FitOptions = FitOptions(),
-) -> None:
-    """Distil a teacher into a student by a recipe; the same command goes on where a run stopped.
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What is distilled, and how."""
 
-    Args:
-        recipe: a name from `diswot info`, or the run.json of a run
-        out: folder of the run and its weights
-        student: model of timm, torchvision:NAME, or module:callable
-        teacher: the same
-        distiller: loss added to KD, see `diswot info`; none: KD alone
-        data: folder with train/CLASS and val/CLASS, CIFAR's, wds/FOLDER or hfds/NAME
-        teacher_checkpoint: weights of the teacher, .pth or .safetensors
-    """
-    from diswot.recipes import find_recipe, read_recipe
-    from diswot.training import train as distil
-
-    chosen = choose_recipe(recipe, find_recipe, read_recipe, fit)
-    changes: dict[str, Any] = {"student": student, "teacher": teacher, "distiller": distiller}
-    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
-    result = distil(chosen, data, out, teacher_checkpoint=teacher_checkpoint)
-    report_fit(result.metrics, result.weights)
+    student: RecipeDefault[str | None] = None
+    """network to train, by name or SPACE:KEY"""
+    distiller: RecipeDefault[str | None] = None
+    """loss added to KD, see `diswot info`; none: KD alone"""
 
 
-def evaluate(
-    *,
-    checkpoint: Path,
-    data: str | None = None,
-    model: str | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "auto",
-    json: Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Measure trained weights on validation data.
-
-    Args:
-        checkpoint: weights of `diswot train`, or official ones
-        data: as for `diswot train`; default: that of the run
-        model: which network plain weights are of; those of `diswot train` tell it themselves
-        batch_size: pictures that are computed together
-        workers: data loading processes
-        device: auto, cpu, cuda, ...
-        json: write the result here as well
-        overwrite: replace an existing output
-    """
-    from diswot.evaluation import evaluate_checkpoint
-
-    refuse_existing(json, overwrite)
-    metrics = evaluate_checkpoint(
-        checkpoint, data, model=model, device=find_device(device), batch_size=batch_size, workers=workers
-    )
-    print_metrics(metrics)
-    if json is not None:
-        write_json(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
-
-
-def export(
-    model: Positional[str],
-    *,
-    out: Path,
-    checkpoint: Path | None = None,
-    num_classes: int = 100,
-    overwrite: bool = False,
-) -> None:
-    """Write a network as ONNX (.onnx) or as a program of torch.export (.pt2).
-
-    Args:
-        model: of timm or torchvision:NAME, or one of the search spaces as SPACE:KEY
-        out: the file to write
-        checkpoint: its weights
-        num_classes: of the network
-        overwrite: replace an existing output
-    """
-    from diswot.export import export_model
-
-    refuse_existing(out, overwrite)
-    shapes = export_model(model, out, checkpoint=checkpoint, num_classes=num_classes, overwrite=overwrite)
-    print(f"{out}: {shapes}")
-
-
-def info() -> None:
-    """Print the version, the spaces, the scores, the losses and the recipes."""
+def facts() -> list[str]:
+    """Return what `info` says of networks, spaces, scores and losses."""
     from diswot import losses, spaces
     from diswot.ranking import ORDERS
-    from diswot.recipes import RECIPES
 
-    print(f"diswot {version('diswot')}")
-    print("networks: any of timm; ours are s0_713, cifar_resnet56, cifar_wrn_40_2, nb201, nb101, structure_net, ...")
-    print(f"spaces: {', '.join(spaces.SPACES)}")
-    print(f"scores and proxies: {', '.join(ORDERS)}")
-    print(f"distillation losses: {', '.join(losses.names())}")
-    print("recipes for `diswot train`:")
-    for recipe in RECIPES.values():
-        print(f"  {recipe.name}: {recipe.summary}")
+    return [
+        "networks: any of timm; ours are s0_713, cifar_resnet56, cifar_wrn_40_2, nb201, nb101, structure_net, ...",
+        f"spaces: {', '.join(spaces.SPACES)}",
+        f"scores and proxies: {', '.join(ORDERS)}",
+        f"distillation losses: {', '.join(losses.names())}",
+    ]
 
 
-def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
-    """Measure the paper's tables: what this machine can, and for the rest what it would take."""
-    from diswot.tables import figures, tables
-
-    return report.measure("diswot", tables(), figures())
-
-
-def bench(*, full: bool = False, json: Path | None = None, overwrite: bool = False) -> None:
-    """Time scoring and its losses beside the official algorithm.
-
-    Args:
-        full: also with two threads, more repeats, and a search of 1,000 candidates
-        json: write the rows here as well
-        overwrite: replace an existing output
-    """
-    from diswot.bench import measure
-
-    report_bench(measure(full=full), json=json, overwrite=overwrite)
+PACKAGE = Package(
+    name="diswot",
+    distribution="diswot",
+    summary="DisWOT (CVPR 2023): search a student for a teacher without training either.",
+    models=("diswot.networks",),
+    openers={"classifier": "visionkernels.tasks.classification:open_classifier"},
+    create="diswot.models:create_network",
+    sources=("s0", "nasbench201", "nasbench101", "xxbl", "res18", "timm_resnet", "timm_convnext", "timm_vit",
+             "timm_efficientnet", "timm_mobilenet"),
+    upgrade="diswot.official:upgrade",
+    figures="diswot.tables:figures",
+    facts="diswot.cli:facts",
+    train_options=TrainOptions,
+    verbs={"score": score, "search": search, "rank": rank, "proxies": proxies},
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
-    commands: dict[str, Any] = {
-        "score": score,
-        "search": search,
-        "rank": rank,
-        "proxies": proxies,
-        "train": train,
-        "eval": evaluate,
-        "export": export,
-        "info": info,
-        "reproduce": reproduce,
-        "bench": bench,
-    }
-    return run(
-        "diswot",
-        commands,
-        description="DisWOT (CVPR 2023): search a student for a teacher without training either.",
-        version=version("diswot"),
-        argv=argv,
-    )
+    """Run the command with `argv`, by default the process's arguments; return the exit code."""
+    return run_package(PACKAGE, argv)
 
 
 class _Build:
@@ -468,7 +357,7 @@ def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int
     from diswot.data import batches
 
     if seeds < 1:
-        raise ValueError(f"seeds={seeds} must be at least 1")
+        raise InputError(f"seeds={seeds} must be at least 1")
     return batches(data, seeds, batch_size, size=size, num_classes=num_classes)
 
 
@@ -482,7 +371,7 @@ def _within(budget: "Budget", networks: dict[str, _Build], input_size: tuple[int
         and (budget.latency_ms is None or latency_of(build(), input_size) <= budget.latency_ms)
     ]
     if not found:
-        raise ValueError(f"budget {budget}: none of {len(networks)} networks is within it")
+        raise InputError(f"budget {budget}: none of {len(networks)} networks is within it")
     return found
 
 

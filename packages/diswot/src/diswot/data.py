@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diswot.networks.staged import CIFAR_MEAN, CIFAR_STD
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 from visionkernels.samples import mnist5k, photographs
 
 __all__ = [
@@ -87,7 +87,7 @@ def folder(
         raise FileNotFoundError(f"data {path} is none of 'patches', 'mnist5k' and 'noise', and no folder")
     files = sorted(each for each in path.rglob("*") if each.suffix.lower() in _PICTURES and each.is_file())
     if not files:
-        raise ValueError(f"data {path} holds no pictures (.jpg, .png, .bmp, .webp, .tif)")
+        raise InputError(f"data {path} holds no pictures (.jpg, .png, .bmp, .webp, .tif)")
     random = np.random.default_rng(seed)
     chosen = random.choice(len(files), min(batch_size, len(files)), replace=False)
     pictures = [np.asarray(read_picture(files[index]).convert("RGB")) for index in chosen]
@@ -127,7 +127,7 @@ def s0_ground_truth(kind: str = "distilled") -> dict[str, float]:
     """
     column = {"distilled": 0, "vanilla": 1}.get(kind)
     if column is None:
-        raise ValueError(f"kind={kind!r} must be 'distilled' or 'vanilla'")
+        raise InputError(f"kind={kind!r} must be 'distilled' or 'vanilla'")
     return {key: figures[column] for key, figures in _S0.items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diswot.losses import Features, Source
 from diswot.networks import StagedClassifier
 from diswot.networks.staged import BlockReLU
-from visionkernels.recipes import check_choice
+from visionkernels.checks import InputError, check_choice
 
 __all__ = ["FeaturePlan", "find_classifier", "find_stages", "plan_features", "read_features"]
 
@@ -62,7 +62,7 @@ def plan_features(model: nn.Module, source: Source, layers: Sequence[str] = ()) 
         stages = tuple(layers)
         known = {name for name, _ in model.named_modules() if name}
         if strange := [name for name in stages if name not in known]:
-            raise ValueError(f"layers has {strange[0]!r}, no module of {type(model).__name__}; {_children(model)}")
+            raise InputError(f"layers has {strange[0]!r}, no module of {type(model).__name__}; {_children(model)}")
     else:
         stem, stages = find_stages(model)
     match source:
@@ -90,7 +90,7 @@ def find_stages(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     children = dict(model.named_children())
     numbered = sorted(name for name in children if name.startswith("layer") and name[5:].isdigit())
     if not numbered:
-        raise ValueError(f"the stages of {type(model).__name__} are not known; name them by layers: {_children(model)}")
+        raise InputError(f"the stages of {type(model).__name__} are not known; name them by layers: {_children(model)}")
     return ("relu" if isinstance(children.get("relu"), nn.ReLU) else None), tuple(numbered)
 
 
@@ -106,7 +106,7 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
             return next(name for name, module in modules.items() if module is found), found
     linear = [(name, module) for name, module in modules.items() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"{type(model).__name__} has no linear classifier; {_children(model)}")
+        raise InputError(f"{type(model).__name__} has no linear classifier; {_children(model)}")
     return linear[-1]
 
 
@@ -124,7 +124,7 @@ def read_features(
         logits: Tensor = model(images)
     missing = [name for name in plan.modules if name not in seen]
     if missing:
-        raise ValueError(f"module {missing[0]!r} of {type(model).__name__} took no part in its forward pass")
+        raise InputError(f"module {missing[0]!r} of {type(model).__name__} took no part in its forward pass")
     if plan.source == "logits":
         return logits, logits
     if plan.source == "pooled":
@@ -177,7 +177,7 @@ def _note_output(
 def _as_map(model: nn.Module, name: str, features: Any, *, is_turned: bool) -> Tensor:
     if not isinstance(features, Tensor) or features.ndim != 4:
         what = f"gives {list(features.shape)}" if isinstance(features, Tensor) else f"gives a {type(features).__name__}"
-        raise ValueError(
+        raise InputError(
             f"module {name!r} of {type(model).__name__} {what}, no map [batch, channels, height, width]; name others "
             "by layers, or take a loss of logits or pooled vectors (rkd, pkt, cc, crd)"
         )

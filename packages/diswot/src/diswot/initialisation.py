@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from visionkernels.recipes import check_choice
+from visionkernels.checks import check_choice
 
 __all__ = ["Draws", "Init", "draws_of", "generator_for", "initialise", "preserved", "undrawn"]
 

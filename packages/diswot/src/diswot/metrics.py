@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from scipy import stats
 
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = [
     "Interval",
@@ -84,7 +84,7 @@ def kendall_interval(
     """
     predicted, true = _checked(predicted, true)
     if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"level={level} must be in (0, 1) and draws={draws} at least 1")
+        raise InputError(f"level={level} must be in (0, 1) and draws={draws} at least 1")
     if math.isnan(kendall(predicted, true)):
         return Interval(math.nan, math.nan)
     random = np.random.default_rng(seed)
@@ -171,7 +171,7 @@ def same_sign_ratio(predicted: Values, true: Values) -> float:
 def _checked(*values: Values) -> list[np.ndarray]:
     arrays = [np.asarray(each, dtype=np.float64) for each in values]
     if any(each.ndim != 1 or len(each) != len(arrays[0]) for each in arrays):
-        raise ValueError(
+        raise InputError(
             f"values have shapes {', '.join(str(each.shape) for each in arrays)}; they must be lists of one length"
         )
     return arrays

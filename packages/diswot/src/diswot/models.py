@@ -1,14 +1,12 @@
 """Networks by name: of timm, of torchvision, of a search space, or of the user's own module."""
 
-import importlib
 from typing import Any
 
-import timm
-import torchvision
 from torch import nn
 
 import diswot.networks  # noqa: F401 - registers the models
-from visionkernels.recipes import check_known
+from diswot.networks.staged import CIFAR_MEAN, CIFAR_STD
+from visionkernels import models
 
 __all__ = ["create_network"]
 
@@ -16,33 +14,32 @@ __all__ = ["create_network"]
 def create_network(name: str, *, num_classes: int | None = None, **options: Any) -> nn.Module:
     """Return a network with random weights.
 
-    `name` is one of timm's, with or without "timm:" (ours are among them: s0_713, nb201, ...), "torchvision:resnet18",
-    "SPACE:KEY" of a search space, or "package.module:callable" for a function that takes `num_classes` and returns a
-    network. Raises ValueError for names that nobody knows, with the nearest.
+    `name` is "SPACE:KEY" of a search space, or as `visionkernels.models.create` takes it: one of timm's (ours are among
+    them: s0_713, nb201, ...), "torchvision:resnet18", or "package.module:callable" for a function that takes
+    `num_classes`. A network of a space or of the user's that does not say how it takes images gets CIFAR's. Raises
+    InputError for unknown names, with the nearest.
     """
-    if num_classes is not None:
-        options["num_classes"] = num_classes
-    source, colon, rest = name.partition(":")
-    if not colon or source == "timm":
-        model_name = rest if colon else name
-        check_known("model of timm", model_name, timm.list_models(), listing="timm.list_models() lists them")
-        return timm.create_model(model_name, **options)
-    if source == "torchvision":
-        check_known("model of torchvision", rest, torchvision.models.list_models(torchvision.models))
-        return torchvision.models.get_model(rest, **options)
-    from diswot import spaces
+    source, colon, key = name.partition(":")
+    if not colon or source in ("timm", "torchvision"):
+        return models.create(name, num_classes=num_classes, **options)
+    from diswot import spaces  # whose networks may be any of timm's
 
+    cfg = {
+        "input_size": (3, 32, 32),
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
     if source in spaces.SPACES:
-        return spaces.create(source).build(rest, **options)
-    try:
-        build = getattr(importlib.import_module(source), rest)
-        if not callable(build):
-            raise TypeError(f"{rest} is a {type(build).__name__}, not callable")
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"model {name!r}: {error}; give a name of timm, torchvision:NAME, SPACE:KEY or module:callable"
-        ) from error
-    model = build(**options)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} gave a {type(model).__name__}, which is no torch.nn.Module")
+        space = spaces.create(source)
+        cfg["input_size"] = space.input_size
+        classes = {} if num_classes is None else {"num_classes": num_classes}
+        model = space.build(key, **classes, **options)
+        own = getattr(model, "pretrained_cfg", None) or cfg
+        model.pretrained_cfg = {**own, "input_size": space.input_size}  # type: ignore[assignment]
+    else:
+        model = models.create(name, num_classes=num_classes, **options)
+    if not getattr(model, "pretrained_cfg", None):
+        model.pretrained_cfg = cfg  # type: ignore[assignment]
     return model

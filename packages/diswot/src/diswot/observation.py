@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["DEFAULT_READING", "Observation", "Reading", "check_batch", "cross_entropy", "observe", "read_map"]
 
 
@@ -29,7 +31,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.mode not in ("train", "eval"):
-            raise ValueError(f"mode={self.mode!r} must be 'train' or 'eval'")
+            raise InputError(f"mode={self.mode!r} must be 'train' or 'eval'")
 
 
 DEFAULT_READING = Reading()
@@ -65,7 +67,7 @@ def observe(
     check_batch(images, labels)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if len(images) == 1 and reading.mode == "train" and has_batch_norm:
-        raise ValueError("images are a batch of 1, and batch norms in training mode need at least 2")
+        raise InputError("images are a batch of 1, and batch norms in training mode need at least 2")
     heads = _find_heads(model, reading)
     model.train(reading.mode == "train")
     # convolutions are faster so, and the weights' layout stays
@@ -74,11 +76,11 @@ def observe(
         name, head, seen, logits = _run(model, images, heads, reading.feature)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{type(model).__name__} gives {what}; it must give logits [batch, classes]")
+            raise InputError(f"{type(model).__name__} gives {what}; it must give logits [batch, classes]")
         loss = cross_entropy(logits, labels)
         found = torch.autograd.grad(loss, seen["weight"], allow_unused=True) if loss.requires_grad else (None,)
     if found[0] is None or len(found[0]) != logits.shape[1]:
-        raise ValueError(f"head={name!r} does not give the logits [batch, {logits.shape[1]}]; {_candidates(model)}")
+        raise InputError(f"head={name!r} does not give the logits [batch, {logits.shape[1]}]; {_candidates(model)}")
     last_map = _last_map(model, head, seen, reading.feature)
     return Observation(last_map, seen["pooled"], logits.detach(), _roomy(found[0]))
 
@@ -93,11 +95,11 @@ def read_map(model: nn.Module, images: Tensor, feature: str = "auto") -> Float[T
 def check_batch(images: Tensor, labels: Tensor) -> None:
     """Raise ValueError unless images are [B, C, H, W] and labels B whole numbers."""
     if images.ndim != 4 or not len(images) or not images.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"images are {images.dtype} {list(images.shape)}; they must be floating [batch, channels, height, width]"
         )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"labels are {labels.dtype} {list(labels.shape)}; they must be int64 [{len(images)}], one an image"
         )
 
@@ -106,7 +108,7 @@ def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " 
     """Return the mean cross-entropy. Raises ValueError for labels outside the classes."""
     low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= classes:
-        raise ValueError(f"labels reach from {low} to {high}; the network has {classes} classes, 0 to {classes - 1}")
+        raise InputError(f"labels reach from {low} to {high}; the network has {classes} classes, 0 to {classes - 1}")
     return F.cross_entropy(logits, labels)
 
 
@@ -114,13 +116,13 @@ def _find_heads(model: nn.Module, reading: Reading) -> dict[str, nn.Linear]:
     """Return the layers of which the one that runs last is the classifier."""
     modules = dict(model.named_modules())
     if reading.feature != "auto" and reading.feature not in modules:
-        raise ValueError(
+        raise InputError(
             f"feature={reading.feature!r} is no module of {type(model).__name__}; {_near(reading.feature, modules)}"
         )
     if reading.head != "auto":
         head = modules.get(reading.head)
         if head is None or not _is_linear(head):
-            raise ValueError(f"head={reading.head!r} is no linear layer; {_candidates(model)}")
+            raise InputError(f"head={reading.head!r} is no linear layer; {_candidates(model)}")
         return {reading.head: cast(nn.Linear, head)}
     classifier = getattr(model, "get_classifier", None)
     told = classifier() if callable(classifier) else model
@@ -130,7 +132,7 @@ def _find_heads(model: nn.Module, reading: Reading) -> dict[str, nn.Linear]:
         name: cast(nn.Linear, module) for name, module in modules.items() if module in inside and _is_linear(module)
     }
     if not heads:
-        raise ValueError(f"{type(model).__name__} has no linear classifier (head); {_candidates(model)}")
+        raise InputError(f"{type(model).__name__} has no linear classifier (head); {_candidates(model)}")
     return heads
 
 
@@ -154,9 +156,9 @@ def _run(
             except AssertionError as error:
                 # timm's word for a size that a network does not take
                 what = f"images are {list(images.shape)}, which {type(model).__name__} does not take: {error}"
-                raise ValueError(what) from error
+                raise InputError(what) from error
         if not order:
-            raise ValueError(f"head={name!r} has no part in what the network returns; {_candidates(model)}")
+            raise InputError(f"head={name!r} has no part in what the network returns; {_candidates(model)}")
         if order[-1] == name:
             break
         name = order[-1]
@@ -219,7 +221,7 @@ def _last_map(model: nn.Module, head: nn.Linear, seen: Mapping[str, Tensor], fea
     found = seen.get("features", seen.get("map"))
     if found is None or found.ndim < 3:
         which = "no module" if feature == "auto" else f"feature={feature!r} is no module"
-        raise ValueError(
+        raise InputError(
             f"{which} of {type(model).__name__} before the classifier with positions; name one by feature="
         )
     return _roomy(_channels_second(_wide(found), head.in_features))

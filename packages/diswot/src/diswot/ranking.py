@@ -16,7 +16,7 @@ from diswot.initialisation import generator_for
 from diswot.metrics import kendall, kendall_interval, partial_kendall, pearson, spearman
 from diswot.proxies import PROXIES, compute
 from diswot.scoring import TERMS, Project, TeacherCache
-from visionkernels.recipes import check_choice, check_known
+from visionkernels.checks import InputError, check_choice, check_known
 
 __all__ = [
     "DEFAULT_ORDERS",
@@ -110,9 +110,9 @@ def rank(
     parameters is always among the scores. Raises ValueError for no candidates, unknown names, and what `score` raises.
     """
     if not candidates:
-        raise ValueError("candidates are none; give one or more")
+        raise InputError("candidates are none; give one or more")
     if not orders:
-        raise ValueError(f"orders are none; give one or more of {', '.join(ORDERS)}")
+        raise InputError(f"orders are none; give one or more of {', '.join(ORDERS)}")
     for part in (part for name in orders for part in _parts(name)):
         check_known("order", part, ORDERS)
     check_choice("project", project, Project)

@@ -1,16 +1,17 @@
 """Complete distillations by name: networks, losses, data and training, with the paper's figures."""
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diswot.data import CIFAR_MEAN, CIFAR_STD
 from diswot.losses import names
+from visionkernels.checks import check, check_known
 from visionkernels.pictures.recipes import PictureRecipe
-from visionkernels.recipes import check, check_known, find, read
-from visionkernels.training import FitRecipe, OptimizerRecipe, ScheduleRecipe
+from visionkernels.recipes import FitRecipe, OptimizerRecipe, ScheduleRecipe, by_name, settings
+from visionkernels.tasks.classification import LabelledRecipe
+from visionkernels.weights import Trained
 
-__all__ = ["RECIPES", "DistillRecipe", "find_recipe", "read_recipe"]
+__all__ = ["RECIPES", "DistillRecipe"]
 
 
 def _pictures(size: int) -> PictureRecipe:
@@ -18,20 +19,15 @@ def _pictures(size: int) -> PictureRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRecipe:
-    """A training of a student, with a teacher or by the labels alone."""
+class DistillRecipe(LabelledRecipe):
+    """A training of a student with a teacher, or by the labels alone."""
 
-    name: str
-    summary: str
-    """One line for listings."""
+    trainer: ClassVar[str] = "diswot.training:train"
+
     student: str
     """As `diswot.models.create_network` takes it."""
     teacher: str | None
-    """The same; None: the labels alone."""
-    fit: FitRecipe
-    """Of the student, and of a teacher without weights."""
-    data: str | None = None
-    """Data that needs no path of the user's; None: `--data` must tell."""
+    """The same, or a weights file; None trains by the labels alone."""
     distiller: str = "none"
     """Loss added to KD, a name of `diswot.losses`; "none" or "kd": KD alone."""
     ce_weight: float = 0.1
@@ -65,20 +61,18 @@ class DistillRecipe:
         check(not idle, "pretraining_epochs", self.pretraining_epochs, f"0 for distiller={self.distiller!r}")
         check(self.padding >= 0, "padding", self.padding, "at least 0")
 
+    def record(self, num_classes: int | None = None) -> Trained:
+        """Return what a weights file says of the student."""
+        options = {} if num_classes is None else {"num_classes": num_classes}
+        return Trained(
+            kind="classifier", package="diswot", model=self.student, options=options,
+            inputs=self.pictures.inputs(), settings=settings(self),
+        )  # fmt: skip
+
     def losses(self) -> dict[str, Any]:
         """Return the keyword arguments of `diswot.task.DistillationTask`."""
         fields = ("distiller", "ce_weight", "kd_weight", "beta", "temperature", "student_layers", "teacher_layers")
         return {name: getattr(self, name) for name in fields}
-
-
-def find_recipe(name: str) -> DistillRecipe:
-    """Return the recipe of this name; ValueError names the nearest one and all."""
-    return find(name, RECIPES)
-
-
-def read_recipe(path: str | Path) -> DistillRecipe:
-    """Return the recipe that a run.json holds. Raises FileNotFoundError, and ValueError for other files."""
-    return read(path, find_recipe, package="diswot")
 
 
 def _fit(lr: float, batch_size: int, epochs: int, milestones: tuple[int, ...]) -> FitRecipe:
@@ -130,9 +124,8 @@ def _plain(recipe: DistillRecipe, name: str, summary: str) -> DistillRecipe:
     return replace(recipe, name=name, summary=summary, teacher=None)
 
 
-RECIPES: dict[str, DistillRecipe] = {
-    recipe.name: recipe
-    for recipe in (
+RECIPES: dict[str, DistillRecipe] = by_name(
+    (
         _CIFAR100,
         replace(
             _CIFAR100,
@@ -163,4 +156,4 @@ RECIPES: dict[str, DistillRecipe] = {
         _DIGITS,
         _plain(_DIGITS, "mnist5k_plain", "the same student without a teacher"),
     )
-}
+)

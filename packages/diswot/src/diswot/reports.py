@@ -11,12 +11,12 @@ from tabulate import tabulate
 
 from diswot.ranking import Agreement, Ranking
 from visionkernels.extras import require
-from visionkernels.files import replace_file
+from visionkernels.files import finite_or_none, replace_file
 
 if TYPE_CHECKING:
     from diswot.searching import SearchResult
 
-__all__ = ["agreement_table", "order_table", "plain", "ranking_json", "shortlist_table", "write_csv", "write_scatter"]
+__all__ = ["agreement_table", "order_table", "ranking_json", "shortlist_table", "write_csv", "write_scatter"]
 
 
 def agreement_table(agreements: Sequence[Agreement]) -> str:
@@ -66,7 +66,7 @@ def ranking_json(ranking: Ranking, agreements: Sequence[Agreement]) -> dict[str,
         {"key": key, **{proxy: values[i] for proxy, values in ranking.scores.items()}}
         for i, key in enumerate(ranking.keys)
     ]
-    found: dict[str, Any] = plain({"rows": [asdict(each) for each in agreements], "scores": scores})
+    found: dict[str, Any] = finite_or_none({"rows": [asdict(each) for each in agreements], "scores": scores})
     return found
 
 
@@ -107,12 +107,3 @@ def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, o
 
 def _figure(value: float, form: str = ".3f") -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
-
-
-def plain(value: Any) -> Any:
-    """Return nested data with None for each number that is not finite, which JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from diswot.initialisation import Draws, Init, draws_of, generator_for, initiali
 from diswot.observation import DEFAULT_READING, Observation, Reading, check_batch, observe
 from diswot.prefixes import KnownPrefixes
 from diswot.similarity import relation_loss, semantic_loss
-from visionkernels.recipes import check, check_choice, check_known
+from visionkernels.checks import InputError, check, check_choice, check_known
 
 __all__ = ["TERMS", "Batch", "Project", "Score", "TeacherCache", "rankable", "score"]
 
@@ -55,7 +55,7 @@ def _semantic(student: Observation, teacher: Observation, project: Project) -> T
     ours, theirs = student.gradient, teacher.gradient
     if project == "class_gram":
         if len(ours) != len(theirs):
-            raise ValueError(f"the student has {len(ours)} classes, the teacher {len(theirs)}; they must have the same")
+            raise InputError(f"the student has {len(ours)} classes, the teacher {len(theirs)}; they must have the same")
         return relation_loss(ours, theirs)
     return semantic_loss(*_padded(ours, theirs, project))
 
@@ -74,7 +74,7 @@ def _correlation(student: Observation, teacher: Observation, project: Project) -
         flat = observation.map.flatten(2)
         if flat.shape[2] < 2:
             shape = list(observation.map.shape)
-            raise ValueError(f"correlation: the last map of the {whose} is {shape}; it needs two or more positions")
+            raise InputError(f"correlation: the last map of the {whose} is {shape}; it needs two or more positions")
         maps.append(flat - flat.mean(2, keepdim=True))
     return semantic_loss(*_padded(maps[0], maps[1], project))
 
@@ -121,9 +121,9 @@ class TeacherCache:
         check_choice("init", self.init, Init)
         check_choice("draws", self.draws, Draws)
         if len(self.batches) not in (1, self.seeds):
-            raise ValueError(f"batches are {len(self.batches)}; give one, or one for each of the {self.seeds} seeds")
+            raise InputError(f"batches are {len(self.batches)}; give one, or one for each of the {self.seeds} seeds")
         if self.init == "keep" and self.seeds > 1 and len(self.batches) == 1:
-            raise ValueError(f"seeds={self.seeds} must be 1 with init='keep', which draws nothing")
+            raise InputError(f"seeds={self.seeds} must be 1 with init='keep', which draws nothing")
         for images, labels in self.batches:
             check_batch(images, labels)
         self.observations = tuple(self._observations(self.model, self.key, self.reading, "own"))
@@ -145,7 +145,7 @@ class TeacherCache:
         found = []
         weight = next(model.parameters(), None)
         if weight is None:
-            raise ValueError(f"{type(model).__name__} has no parameters, and so no linear classifier (head)")
+            raise InputError(f"{type(model).__name__} has no parameters, and so no linear classifier (head)")
         # the classifier's gradient is taken whatever the caller's mode
         with torch.inference_mode(False), preserved(model):
             for seed in range(self.seeds):
@@ -173,7 +173,7 @@ class TeacherCache:
         """Return the score of a student; `score` says what the arguments are."""
         start = time.perf_counter()
         if not terms:
-            raise ValueError(f"terms are none; give one or more of {', '.join(TERMS)}")
+            raise InputError(f"terms are none; give one or more of {', '.join(TERMS)}")
         for term in terms:
             check_known("term", term, TERMS)
         check_choice("project", project, Project)
@@ -231,15 +231,15 @@ def score(
     are defined over several students only, see `diswot.ranking.rank`.
     """
     if combine != "sum":
-        raise ValueError(f"combine={combine!r} is defined over a set of students; use diswot.rank for it, or 'sum'")
+        raise InputError(f"combine={combine!r} is defined over a set of students; use diswot.rank for it, or 'sum'")
     reading = Reading(feature, head, mode)
     if isinstance(teacher, TeacherCache):
         if images is not None or labels is not None:
-            raise ValueError("images and labels are those of the teacher's cache; give none")
+            raise InputError("images and labels are those of the teacher's cache; give none")
         return teacher.score(
             student, key=key, terms=terms, project=project, reading=Reading(feature, head, teacher.reading.mode)
         )
     if images is None or labels is None:
-        raise ValueError("images and labels are missing; give both, or a TeacherCache")
+        raise InputError("images and labels are missing; give both, or a TeacherCache")
     cache = TeacherCache(teacher, [(images, labels)], seeds, init, reading)
     return cache.score(student, key=key, terms=terms, project=project)

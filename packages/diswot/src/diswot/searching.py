@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from diswot.budget import NO_LIMIT, Budget, Cost, cost_of, latency_of
 from diswot.ranking import ORDERS, How, best_first, combine, measure_candidate
-from diswot.reports import plain
 from diswot.scoring import Project, TeacherCache
 from diswot.spaces import Space
 from diswot.spaces.structures import StructureSpace
 from visionkernels import sweeps
-from visionkernels.files import write_json
-from visionkernels.recipes import check, check_choice, check_known
+from visionkernels.checks import InputError, check, check_choice, check_known
+from visionkernels.files import finite_or_none, write_json
 
 __all__ = ["Algorithm", "Candidate", "SearchResult", "search"]
 
@@ -158,7 +157,7 @@ def search(
         candidates = [*last_round.candidates([each.key for each in candidates[:finalists]]), *candidates[finalists:]]
     result = SearchResult(tuple(candidates), tuple(history))
     if folder is not None:
-        write_json(folder / "result.json", plain({"settings": settings, **asdict(result)}), overwrite=True)
+        write_json(folder / "result.json", finite_or_none({"settings": settings, **asdict(result)}), overwrite=True)
     return result
 
 
@@ -250,7 +249,7 @@ class _Round:
                 }
             except (KeyError, TypeError, ValueError) as error:
                 where = f"{self.students.folder}/{self.name}.jsonl"
-                raise ValueError(f"{where} has {result!r} for {key}; remove that line") from error
+                raise InputError(f"{where} has {result!r} for {key}; remove that line") from error
 
     def combined(self, keys: Sequence[str]) -> np.ndarray:
         """Return the combined scores of keys among each other; NaN for those that lack one."""
@@ -304,12 +303,12 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Path:
         try:
             kept = dict(json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}; give another folder") from error
+            raise InputError(f"{path} is damaged: {error}; give another folder") from error
         other = [name for name in {**kept, **plain} if kept.get(name) != plain.get(name)]
         if other:
-            raise ValueError(f"out={str(out)!r} holds a search with other {', '.join(other)}; give another folder")
+            raise InputError(f"out={str(out)!r} holds a search with other {', '.join(other)}; give another folder")
     elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out={str(out)!r} is a folder of other files; give a new one")
+        raise InputError(f"out={str(out)!r} is a folder of other files; give a new one")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, plain)

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["relation_loss", "semantic_loss"]
 
 EPS = 1e-12
@@ -30,7 +32,7 @@ def relation_loss(
     """
     student, teacher = _widened(student, teacher)
     if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher):
-        raise ValueError(
+        raise InputError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must be features of the same samples, "
             "[batch, ...]"
         )
@@ -75,11 +77,11 @@ def _widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def _check_items(student: Tensor, teacher: Tensor) -> None:
     shapes = f"student {list(student.shape)} and teacher {list(teacher.shape)}"
     if student.ndim < 2 or teacher.ndim < 2:
-        raise ValueError(f"{shapes} must be [items, channels, ...]")
+        raise InputError(f"{shapes} must be [items, channels, ...]")
     if len(student) != len(teacher):
-        raise ValueError(f"{shapes} have {len(student)} and {len(teacher)} items (classes or samples); use the same")
+        raise InputError(f"{shapes} have {len(student)} and {len(teacher)} items (classes or samples); use the same")
     if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"{shapes} have {student.shape[1]} and {teacher.shape[1]} channels, which the semantic term cannot "
             'compare; use the relation term only, or project="pad" or project="class_gram"'
         )

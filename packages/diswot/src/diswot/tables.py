@@ -198,7 +198,7 @@ def _accuracies() -> dict[str, list[float]]:
     import numpy as np
 
     from diswot.budget import Budget
-    from diswot.recipes import find_recipe
+    from diswot.recipes import RECIPES
     from diswot.searching import search
     from diswot.training import compare_students
 
@@ -208,7 +208,7 @@ def _accuracies() -> dict[str, list[float]]:
     result = search(space, first, final=final, budget=budget, algorithm="random", evaluations=200)
     within = [each.key for each in result.candidates]
     random = np.random.default_rng(0).choice(within[1:], 5, replace=False).tolist()
-    recipe, accuracies = find_recipe("mnist5k_kd"), {}
+    recipe, accuracies = RECIPES["mnist5k_kd"], {}
     with tempfile.TemporaryDirectory() as folder:
         for name, keys in (("found", [result.best.key] * 5), ("random", random)):
             accuracies[name] = [

@@ -8,11 +8,10 @@ The task needs no run of this package: like every `timm.task.TrainingTask` it go
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from timm.task import TrainingTask
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -21,9 +20,11 @@ from diswot.initialisation import preserved
 from diswot.losses import Distiller, Features, create
 from diswot.losses.contrastive import ContrastMemory
 from diswot.losses.registry import DISTILLERS
-from visionkernels.recipes import check, check_known
+from visionkernels.checks import InputError, check, check_known
+from visionkernels.tasks.teachers import Teacher
+from visionkernels.training.task import Task
 
-__all__ = ["DEFAULT_BETA", "KD_ALONE", "DistillationTask", "DistilledStudent", "Teacher"]
+__all__ = ["DEFAULT_BETA", "KD_ALONE", "DistillationTask", "DistilledStudent", "FeatureTeacher"]
 
 DEFAULT_BETA = 1.0
 """Weight of a loss for which none was published."""
@@ -31,7 +32,7 @@ KD_ALONE = ("none", "kd")
 """Names in place of a distiller that add nothing to KD."""
 
 
-class DistillationTask(TrainingTask):
+class DistillationTask(Task):
     """ce_weight * cross-entropy + kd_weight * KD + beta * the distiller's loss; without a teacher, cross-entropy alone.
 
     `distiller` is a name of `diswot.losses`, or one of KD_ALONE; `options` are those of its class. What it trains
@@ -64,13 +65,11 @@ class DistillationTask(TrainingTask):
         std: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(verbose=False)
+        super().__init__(student)
         check_known("distiller", distiller, ("none", *DISTILLERS))
         check(teacher is not None or distiller == "none", "distiller", distiller, "'none' without a teacher")
         for name, weight in {"ce_weight": ce_weight, "kd_weight": kd_weight, "beta": beta}.items():
             check(weight is None or weight >= 0, name, weight, "at least 0")
-        self.trainable_module: nn.Module = student
-        self.teacher: Teacher | None = None
         self.kd = create("kd", temperature=temperature)
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
         self.beta: float | None = None  # of a loss between features, where there is one
@@ -79,7 +78,7 @@ class DistillationTask(TrainingTask):
         source = "logits" if distiller in KD_ALONE else DISTILLERS[distiller].source
         plans = plan_features(student, source, student_layers), plan_features(teacher, source, teacher_layers)
         examples = _examples(student, teacher, plans, image_size)
-        self.teacher = Teacher(teacher, plans[1], mean=mean, std=std)
+        self.teacher = FeatureTeacher(teacher, plans[1], mean=mean, std=std)
         if distiller in KD_ALONE:
             check(not options, "options", options, f"none for distiller={distiller!r}")
             return
@@ -147,7 +146,7 @@ class DistilledStudent(nn.Module):
         if not self.distiller.is_indexed:
             return logits, self.distiller(features, teacher_features)
         if index is None:
-            raise ValueError(f"{type(self.distiller).__name__} needs index, the samples' places in the training set")
+            raise InputError(f"{type(self.distiller).__name__} needs index, the samples' places in the training set")
         loss = self.distiller(features, teacher_features, index)
         for module in self.distiller.modules():
             if isinstance(module, ContrastMemory) and self.training:
@@ -155,36 +154,21 @@ class DistilledStudent(nn.Module):
         return logits, loss
 
 
-class Teacher(nn.Module):
+class FeatureTeacher(Teacher):
     """A frozen network that gives logits and features, of images normalised anew where it has other statistics."""
 
     def __init__(
         self, model: nn.Module, plan: FeaturePlan, *, mean: Sequence[float] | None, std: Sequence[float] | None
     ) -> None:
-        super().__init__()
-        self.scale: Tensor | None
-        self.shift: Tensor | None
-        self.model, self.plan = model.eval().requires_grad_(False), plan
-        scale = shift = None
-        cfg = cast(dict[str, Any], getattr(model, "pretrained_cfg", None) or {})
-        if mean is not None and std is not None:
-            own_mean, own_std = cfg.get("mean", mean), cfg.get("std", std)
-            if (tuple(own_mean), tuple(own_std)) != (tuple(mean), tuple(std)):
-                scale = (torch.tensor(std) / torch.tensor(own_std))[:, None, None]
-                shift = ((torch.tensor(mean) - torch.tensor(own_mean)) / torch.tensor(own_std))[:, None, None]
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-
-    def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode."""
-        return super().train(False)
+        super().__init__(model, mean=mean, std=std)
+        self.plan = plan
 
     @torch.no_grad()
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, Features]:
+    def forward(  # type: ignore[override]  # features beside the logits
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Tensor, Features]:
         """Return the logits and the features of the plan."""
-        if self.scale is not None and self.shift is not None:
-            images = images * self.scale + self.shift
-        return read_features(self.model, images, self.plan)
+        return read_features(self.model, self.prepare(images), self.plan)
 
 
 def _create(
@@ -197,7 +181,7 @@ def _create(
         return create(distiller, student=examples[0], teacher=examples[1], **options)
     except ValueError as error:
         places = [", ".join(plan.modules) or plan.source for plan in plans]
-        raise ValueError(
+        raise InputError(
             f"{error} (student: {places[0]}; teacher: {places[1]}; student_layers and teacher_layers name others)"
         ) from error
 
@@ -209,7 +193,7 @@ def _examples(
     kinds = [type(model).__name__ for model in (student, teacher)]
     channels = [_in_channels(model) for model in (student, teacher)]
     if channels[0] != channels[1]:
-        raise ValueError(f"student {kinds[0]} takes {channels[0]} input channels, teacher {kinds[1]} {channels[1]}")
+        raise InputError(f"student {kinds[0]} takes {channels[0]} input channels, teacher {kinds[1]} {channels[1]}")
     found = []
     for model, plan in zip((student, teacher), plans, strict=True):
         images = torch.zeros(2, channels[0], *size, device=next(model.parameters()).device)
@@ -217,7 +201,7 @@ def _examples(
             found.append(read_features(model.eval(), images, plan))
     classes = [logits.shape[1] for logits, _ in found]
     if classes[0] != classes[1]:
-        raise ValueError(f"student {kinds[0]} has {classes[0]} classes, teacher {kinds[1]} {classes[1]}")
+        raise InputError(f"student {kinds[0]} has {classes[0]} classes, teacher {kinds[1]} {classes[1]}")
     return found[0][1], found[1][1]
 
 

@@ -3,9 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,16 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from diswot.evaluation import build_network, load_network
 from diswot.losses.registry import DISTILLERS
 from diswot.recipes import DistillRecipe
 from diswot.task import DistillationTask
-from visionkernels import classification
-from visionkernels.checkpoints import load_strict, read_state
-from visionkernels.extras import require
-from visionkernels.pictures.labelled import LabelledPictures, open_pictures
-from visionkernels.pictures.transforms import evaluation_transform
-from visionkernels.recipes import data_of, settings
-from visionkernels.training import FitResult, ScheduleRecipe, TrainingData, fit
+from visionkernels.checks import InputError
+from visionkernels.pictures.labelled import LabelledPictures
+from visionkernels.recipes import ScheduleRecipe
+from visionkernels.tasks.classification import ClassificationSets, build_classifier
+from visionkernels.tasks.teachers import open_teacher
+from visionkernels.training import FitResult
+from visionkernels.weights import Trained, load_strict, open_trained, read_checkpoint
 
 __all__ = ["IndexedPictures", "compare_students", "train", "training_transform"]
 
@@ -34,22 +31,37 @@ def train(
     data: str | Path | None,
     out: str | Path,
     *,
+    teacher: str | Path | None = None,
     teacher_checkpoint: str | Path | None = None,
+    student: str | None = None,
+    distiller: str | None = None,
 ) -> FitResult:
-    """Train a student; a run that the folder `out` holds goes on where it stopped.
+    """Train a student; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own. The teacher has the
-    weights of `teacher_checkpoint` (of `diswot train`, or official ones, .pth or .safetensors), or is trained first, by
-    the labels and the recipe's `fit`, in `out`/teacher. A pre-training has `out`/pretraining.
-    `out`/weights.safetensors holds the student alone and opens with `diswot.evaluation.load_network`. The metrics are
-    those of `visionkernels.classification`, after the last epoch. Raises ValueError for a teacher of other classes, and
-    as `open_pictures`, `load_network`, `DistillationTask` and `visionkernels.training.fit` do.
+    `out`/weights.safetensors holds the student alone and opens with `visionkernels.weights.open_trained`. The metrics
+    are those of `visionkernels.tasks.classification`, after the last epoch.
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
+        out: folder of the run; a pre-training has `out`/pretraining
+        teacher: a weights file of any package, or a network by name, instead of the recipe's own
+        teacher_checkpoint: weights of a teacher by name; without them it is trained first, by the labels and the
+            recipe's `fit`, in `out`/teacher
+        student: network by name, instead of the recipe's own
+        distiller: loss added to KD, a name of `diswot.losses`, instead of the recipe's own
+
+    Raises InputError for a teacher of other classes, and as `open_pictures`, `open_trained`, `DistillationTask` and
+    `visionkernels.training.fit` do.
     """
+    changes: dict[str, Any] = {"student": student, "distiller": distiller}
+    changes["teacher"] = None if teacher is None else str(teacher)
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     course = _Course(recipe, data)
-    teacher, origin = course.teacher(Path(out) / "teacher", teacher_checkpoint)
+    model, origin = course.teacher(Path(out) / "teacher", teacher_checkpoint)
     torch.manual_seed(recipe.fit.seed)
-    student = build_network(recipe.student, course.num_classes, recipe.pictures, course.class_names)
-    return course.distil(student, teacher, Path(out), recipe, {"model_name": recipe.student, **origin})
+    trained = course.sets.record(**origin)
+    return course.distil(build_classifier(trained), model, Path(out), recipe, trained)
 
 
 def compare_students(
@@ -64,11 +76,11 @@ def compare_students(
     """Distil one teacher into each student, once for each seed, and return their top-1 in percent, in order of `seeds`.
 
     `students` build networks by name, seeded by each seed; the recipe's own student is not used. The teacher is as for
-    `train`, in `out`/teacher, trained once with the recipe's own seed. Each run has a folder in `out`; the same call
-    goes on where it stopped. Errors as for `train`, and ValueError for no students or seeds.
+    `train`, in `out`/teacher, trained once with the recipe's own seed. Each run has a folder in `out`; call again
+    with the same arguments to resume. Errors as for `train`, and ValueError for no students or seeds.
     """
     if not students or not seeds:
-        raise ValueError(f"{len(students)} students and {len(seeds)} seeds; give at least one of each")
+        raise InputError(f"{len(students)} students and {len(seeds)} seeds; give at least one of each")
     course = _Course(recipe, data)
     teacher, origin = course.teacher(Path(out) / "teacher", teacher_checkpoint)
     table: dict[str, tuple[float, ...]] = {}
@@ -78,7 +90,8 @@ def compare_students(
             torch.manual_seed(seed)
             own = replace(recipe, student=name, fit=replace(recipe.fit, seed=seed))
             folder = Path(out) / _folder_name(name) / f"seed-{seed}"
-            result = course.distil(build(), teacher, folder, own, {"student": name, **origin})
+            trained = replace(course.sets, recipe=own).record(**origin)
+            result = course.distil(build(), teacher, folder, own, trained)
             accuracies.append(result.metrics["top1"])
         table[name] = tuple(accuracies)
     return table
@@ -113,55 +126,48 @@ class _Course:
     """The data of a recipe, and how networks are trained on it."""
 
     def __init__(self, recipe: DistillRecipe, data: str | Path | None) -> None:
-        for module in ("accelerate", "torchmetrics"):
-            require(module, "diswot[train]")
-        self.recipe, self.data = recipe, data_of(recipe, data)
-        self.train_set = open_pictures(self.data, "train", training_transform(recipe))
-        self.class_names = self.train_set.class_names
-        self.num_classes = len(self.class_names)
-        transform = evaluation_transform(recipe.pictures)
-        self.val_set = open_pictures(self.data, "validation", transform, class_names=self.class_names)
+        self.recipe = recipe
+        self.sets = ClassificationSets.open(recipe, data, install="diswot[train]", transform=training_transform(recipe))
 
     def teacher(self, folder: Path, checkpoint: str | Path | None) -> tuple[nn.Module | None, dict[str, str]]:
-        """Return the teacher with its weights, and what run.json says of their origin."""
+        """Return the teacher with its weights, and what the record says of their origin."""
         recipe = self.recipe
         if recipe.teacher is None:
             if checkpoint is not None:
-                raise ValueError(f"recipe {recipe.name} has no teacher for --teacher-checkpoint {checkpoint}")
+                raise InputError(f"recipe {recipe.name} has no teacher for --teacher-checkpoint {checkpoint}")
             return None, {}
+        if Path(recipe.teacher).is_file():
+            model = open_teacher(recipe.teacher, package="diswot", num_classes=self.sets.num_classes)
+            return model, {"teacher_weights": recipe.teacher}
         if checkpoint is None:
             plain = replace(recipe, teacher=None, distiller="none", student=recipe.teacher)
             torch.manual_seed(recipe.fit.seed)
-            model = build_network(recipe.teacher, self.num_classes, recipe.pictures, self.class_names)
-            trained = self._fit(model, None, folder, plain, {"model_name": recipe.teacher})
-            load_strict(model, read_state(trained.weights).state, source=trained.weights)
+            trained = replace(self.sets, recipe=plain).record()
+            model = build_classifier(trained)
+            result = self._fit(model, None, folder, plain, trained)
+            load_strict(model, read_checkpoint(result.weights).state, source=result.weights)
             return model, {"teacher_weights": "trained first"}
-        network = load_network(checkpoint, recipe.teacher)
-        if network.num_classes != self.num_classes:
-            raise ValueError(
-                f"teacher {recipe.teacher} of {checkpoint} has {network.num_classes} classes, "
-                f"the data and student {recipe.student} {self.num_classes}"
+        opened = open_trained(checkpoint, package="diswot", model=recipe.teacher)
+        num_classes = opened.trained.options["num_classes"]
+        if num_classes != self.sets.num_classes:
+            raise InputError(
+                f"teacher {recipe.teacher} of {checkpoint} has {num_classes} classes, "
+                f"the data and student {recipe.student} {self.sets.num_classes}"
             )
-        return network.model, {"teacher_weights": str(checkpoint)}
+        return opened.model, {"teacher_weights": str(checkpoint)}
 
     def distil(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        folder: Path,
-        recipe: DistillRecipe,
-        details: Mapping[str, str],
+        self, student: nn.Module, teacher: nn.Module | None, folder: Path, recipe: DistillRecipe, trained: Trained
     ) -> FitResult:
         """Train `student` in `folder` as `recipe` says, on the data of this course; the weights hold it alone."""
-        told = {**details, "settings": settings(recipe)}
         if recipe.pretraining_epochs:
             schedule = ScheduleRecipe(name="constant")
             first = replace(recipe.fit, epochs=recipe.pretraining_epochs, updates=None, schedule=schedule)
             alone = replace(recipe, fit=first, ce_weight=0.0, kd_weight=0.0)
-            before = self._fit(student, teacher, folder / "pretraining", alone, told, measures=False)
-            load_strict(student, read_state(before.weights).state, source=before.weights)
+            before = self._fit(student, teacher, folder / "pretraining", alone, trained, measures=False)
+            load_strict(student, read_checkpoint(before.weights).state, source=before.weights)
             recipe = replace(recipe, distiller="none", pretraining_epochs=0)
-        return self._fit(student, teacher, folder, recipe, told)
+        return self._fit(student, teacher, folder, recipe, trained)
 
     def _fit(
         self,
@@ -169,45 +175,23 @@ class _Course:
         teacher: nn.Module | None,
         folder: Path,
         recipe: DistillRecipe,
-        details: Mapping[str, Any],
+        trained: Trained,
         *,
         measures: bool = True,
     ) -> FitResult:
         pictures = recipe.pictures
-        evaluate = partial(_metrics, pictures=self.val_set, workers=recipe.fit.num_workers)
         task = DistillationTask(
             student,
             teacher,
-            num_samples=len(self.train_set),
+            num_samples=len(self.sets.train),
             image_size=(pictures.size, pictures.size),
             mean=pictures.mean,
             std=pictures.std,
             **recipe.losses(),
         )
         is_indexed = recipe.distiller in DISTILLERS and DISTILLERS[recipe.distiller].is_indexed
-        return fit(
-            task,
-            recipe.fit,
-            TrainingData(
-                train=IndexedPictures(self.train_set) if is_indexed else self.train_set,
-                evaluate=evaluate if measures else None,
-            ),
-            folder,
-            details={
-                "settings": settings(recipe),
-                **details,
-                "model_options": {"num_classes": self.num_classes},
-                "class_names": self.class_names,
-                "pictures": asdict(pictures),
-                "data": str(self.data),
-                "diswot": version("diswot"),
-            },
-        )
-
-
-def _metrics(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
-    num_classes = len(pictures.class_names)
-    return classification.evaluate(model, pictures, num_classes=num_classes, workers=workers).metrics()
+        train = IndexedPictures(self.sets.train) if is_indexed else self.sets.train
+        return self.sets.fit(task, folder, trained, recipe=recipe, train=train, measures=measures)
 
 
 def _folder_name(name: str) -> str:

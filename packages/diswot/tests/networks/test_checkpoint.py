@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
-from diswot.networks import load_official
-from visionkernels.checkpoints import CheckpointError, save_weights
+from diswot.networks import load_into
+from diswot.official import load_official
+from visionkernels.weights import CheckpointError, save_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS = json.loads((GOLDEN / "state_layout.json").read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ class TestLayouts:
         options = argparse.Namespace(model="resnet56", learning_rate=0.05)
         torch.save({"opt": options, "model": state, "epoch": 240, "best_acc": 72.3}, path)
         model = model_of(name)
-        checkpoint = load_official(model, path)
+        checkpoint = load_into(model, path)
         assert checkpoint.taken_from == "model"
         assert checkpoint.metadata["epoch"] == "240"
         expected = {key: value for key, value in state.items() if "input_op.6." not in key}
@@ -67,11 +68,11 @@ class TestLayouts:
         torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
 
 
-class TestLoadOfficial:
+class TestLoadInto:
     def test_safetensors(self, tmp_path):
         one, two = timm.create_model("s0_131"), timm.create_model("s0_131")
         save_weights(tmp_path / "one.safetensors", one.state_dict(), metadata={})
-        load_official(two, tmp_path / "one.safetensors")
+        load_into(two, tmp_path / "one.safetensors")
         torch.testing.assert_close(two.state_dict(), one.state_dict())
 
     def test_alias(self, tmp_path):
@@ -79,13 +80,13 @@ class TestLoadOfficial:
         state = {key: value for key, value in official_state("nb101_tiny").items() if "last_inop" not in key}
         torch.save(state, tmp_path / "once.pth")
         model = model_of("nb101_tiny")
-        load_official(model, tmp_path / "once.pth")
+        load_into(model, tmp_path / "once.pth")
         key = "layers.1.{}.conv_bn_relu.0.weight"
         assert torch.equal(model.state_dict()[key.format("last_inop")], state[key.format("input_op.6")])
         both = state | {key: value for key, value in official_state("nb101_tiny").items() if "last_inop" in key}
         both[key.format("last_inop")] = torch.full_like(both[key.format("last_inop")], 7.0)
         torch.save(both, tmp_path / "both.pth")
-        load_official(model, tmp_path / "both.pth")
+        load_into(model, tmp_path / "both.pth")
         assert (model.state_dict()[key.format("input_op.6")] == 7).all()
 
     @pytest.mark.parametrize(
@@ -94,20 +95,36 @@ class TestLoadOfficial:
     def test_names_what_fits(self, held, other, tmp_path):
         torch.save({"model": timm.create_model(held, num_classes=10).state_dict()}, tmp_path / "file.pth")
         with pytest.raises(CheckpointError, match=rf"does not fit .*first: .*; it fits {held}"):
-            load_official(timm.create_model(other, num_classes=10), tmp_path / "file.pth")
+            load_into(timm.create_model(other, num_classes=10), tmp_path / "file.pth")
 
     def test_other_classes(self, tmp_path):
         torch.save(timm.create_model("s0_111", num_classes=100).state_dict(), tmp_path / "file.pth")
         with pytest.raises(CheckpointError, match="has 100 classes, the model 10"):
-            load_official(timm.create_model("s0_111", num_classes=10), tmp_path / "file.pth")
-        load_official(timm.create_model("s0_111", num_classes=0), tmp_path / "file.pth")
+            load_into(timm.create_model("s0_111", num_classes=10), tmp_path / "file.pth")
+        load_into(timm.create_model("s0_111", num_classes=0), tmp_path / "file.pth")
 
     def test_bad_files(self, tmp_path):
         model = timm.create_model("s0_111")
         with pytest.raises(FileNotFoundError, match=r"none\.pth"):
-            load_official(model, tmp_path / "none.pth")
+            load_into(model, tmp_path / "none.pth")
         (tmp_path / "bad.pth").write_bytes(b"PK\x03\x04 nothing")
         with pytest.raises(CheckpointError, match=r"bad\.pth"):
-            load_official(model, tmp_path / "bad.pth")
+            load_into(model, tmp_path / "bad.pth")
         torch.save({"model": model.state_dict(), "other": model.state_dict()}, tmp_path / "two.pth")
-        assert load_official(model, tmp_path / "two.pth", entry="other").taken_from == "other"
+        assert load_into(model, tmp_path / "two.pth", entry="other").taken_from == "other"
+
+
+class TestLoadOfficial:
+    @pytest.mark.parametrize("name", ["s0_713", "cifar_vgg8", "nb201_ea"])
+    def test_finds_the_network(self, name, tmp_path):
+        source = timm.create_model(name, num_classes=10)
+        torch.save({"model": source.state_dict()}, tmp_path / "file.pth")
+        model = load_official(tmp_path / "file.pth")
+        assert (type(model), model.num_classes, model.training) == (type(source), 10, False)
+        torch.testing.assert_close(model.state_dict(), source.state_dict())
+        assert load_official(tmp_path / "file.pth", name, num_classes=0).num_classes == 0
+
+    def test_no_network(self, tmp_path):
+        torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match=r"fits none of this package's networks; name its model"):
+            load_official(tmp_path / "file.pth")

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["LeanAttention", "LeanMlp", "attend", "create_block", "norm_layer"]
 

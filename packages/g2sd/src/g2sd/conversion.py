@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from g2sd.layouts import Contents, Kind, contents_of, decoder_heads, encoder_heads
-from visionkernels.checkpoints import Checkpoint, CheckpointError, KeyRules, read_state, save_weights
+from g2sd.official import options_of
+from visionkernels.checks import InputError, check_choice
 from visionkernels.files import replace_file, write_json
-from visionkernels.recipes import check_choice
+from visionkernels.weights import Checkpoint, CheckpointError, KeyRules, Trained, read_checkpoint, save_weights
 
 __all__ = ["Target", "convert_file", "from_huggingface", "to_huggingface"]
 
@@ -34,12 +35,12 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
     check_choice("to", to, Target)
     out = Path(out)
     if to != "hf" and out.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"out={out} must end in .pth or .safetensors")
-    checkpoint = read_state(source)
+        raise InputError(f"out={out} must end in .pth or .safetensors")
+    checkpoint = read_checkpoint(source)
     contents = contents_of(checkpoint.state, source)
     is_distiller = any(key.startswith("student.") for key in checkpoint.state)
     if contents.kind == to and contents.kind in ("vitdet", "mmseg") and not is_distiller:
-        _write(out, checkpoint.state, checkpoint, overwrite=overwrite)
+        _write(out, checkpoint.state, checkpoint.trained, overwrite=overwrite)
         return f"{out}: {len(checkpoint.state)} tensors, as they were"
     if contents.kind in ("vitdet", "mmseg", "probe"):
         raise CheckpointError(
@@ -48,10 +49,15 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
     state = from_huggingface(checkpoint.state) if contents.kind == "hf" else dict(checkpoint.state)
     kind = contents_of(state, source).kind
     if to == "hf":
-        _write_folder(out, *to_huggingface(state, source, heads=_told_heads(checkpoint)), overwrite=overwrite)
+        options = options_of(checkpoint)
+        _write_folder(
+            out,
+            *to_huggingface(state, source, heads=(options.get("num_heads"), options.get("decoder_num_heads"))),
+            overwrite=overwrite,
+        )
         return f"{out}: folder for transformers' from_pretrained"
     converted, left_out = _CONVERTERS[to](state, kind, source)
-    _write(out, converted, checkpoint, overwrite=overwrite)
+    _write(out, converted, _record_of(checkpoint, converted, to), overwrite=overwrite)
     without = f", without {', '.join(left_out)}" if left_out else ""
     return f"{out}: {len(converted)} tensors in the layout of {to}{without}"
 
@@ -221,23 +227,28 @@ def _config(contents: Contents, source: object, heads: tuple[int | None, int | N
     return config
 
 
-def _told_heads(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
-    told = [checkpoint.metadata.get(name, "") for name in ("num_heads", "decoder_num_heads")]
-    return int(told[0]) if told[0].isdigit() else None, int(told[1]) if told[1].isdigit() else None
-
-
-def _write(out: Path, state: Mapping[str, Tensor], checkpoint: Checkpoint, *, overwrite: bool) -> None:
+def _write(out: Path, state: Mapping[str, Tensor], trained: Trained | None, *, overwrite: bool) -> None:
+    metadata = {} if trained is None else trained.metadata()
     if out.suffix == ".safetensors":
-        save_weights(out, state, metadata=checkpoint.metadata, overwrite=overwrite)
+        save_weights(out, state, metadata=metadata, overwrite=overwrite)
         return
     with replace_file(out, overwrite=overwrite) as temporary:
         weights = {key: value.contiguous() for key, value in state.items()}
-        torch.save({**checkpoint.metadata, "model": weights}, temporary)
+        torch.save({**metadata, "model": weights}, temporary)
+
+
+def _record_of(checkpoint: Checkpoint, state: Mapping[str, Tensor], to: Target) -> Trained | None:
+    """Return what is still true of weights in another layout: numbers of heads, which shapes do not show."""
+    trained = checkpoint.trained
+    if trained is None or set(state) == set(checkpoint.state):
+        return trained
+    heads = {name: value for name, value in trained.options.items() if name in ("num_heads", "decoder_num_heads")}
+    return Trained(kind="encoder", package="g2sd", options=heads, details={"layout": to})
 
 
 def _write_folder(out: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; transformers' weights need a folder")
+        raise InputError(f"out={out} is a file; transformers' weights need a folder")
     out.mkdir(parents=True, exist_ok=True)
     save_weights(out / "model.safetensors", state, metadata={}, overwrite=overwrite)
     write_json(out / "config.json", config, overwrite=overwrite)

@@ -4,10 +4,8 @@ The student learns boxes, classes and masks, and the pyramid and the objectness 
 of `g2sd.mask_rcnn`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,14 @@ from torch import Tensor, nn
 
 from g2sd.detection_checkpoint import detector_rules, load_detection_encoder, load_official_detection
 from g2sd.detection_losses import FeatureAdapter, objectness_weighted_losses
-from g2sd.detection_recipes import DetectionRecipe
 from g2sd.mask_rcnn import MaskRCNN, Targets, detection_model
-from g2sd.recipes import check_teacher
-from g2sd.task import TaughtTask
+from g2sd.recipes import DetectionRecipe, check_teacher
 from g2sd.vitdet import LEVELS
-from visionkernels.detection import DetectionTask, evaluate
-from visionkernels.extras import require
-from visionkernels.pictures.objects import ObjectPictures, large_scale_jitter, open_objects, pair_up
-from visionkernels.recipes import check, data_of, settings
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.checks import InputError, check
+from visionkernels.pictures.objects import large_scale_jitter
+from visionkernels.tasks.detection import DetectionSets, DetectionTask
+from visionkernels.training import FitResult
+from visionkernels.training.task import Task
 
 __all__ = [
     "DetectionDistillTask",
@@ -43,50 +39,37 @@ def train(
     data: str | Path | None,
     out: str | Path,
     *,
-    start: str | Path | None = None,
+    init: str | Path | None = None,
     teacher: str | Path | MaskRCNN | None = None,
 ) -> FitResult:
-    """Train a detector, with a teacher where the recipe has a `mode`; a run in `out` goes on.
+    """Train a detector, with a teacher where the recipe has a `mode`; rerun to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own. `start` is a file with
+    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own. `init` is a file with
     the encoder to start from, of generic distillation, MAE, a classifier or a detector. `teacher` is a detector or its
     file, of the recipe's image size. `out`/weights.safetensors holds the student in detectron2's layout, for
-    `load_official_detection`. The metrics are those of `visionkernels.detection.evaluate`. Raises ValueError for a
-    teacher that the recipe has no use for, and none where it needs one.
+    `load_official_detection`. The metrics are those of `visionkernels.tasks.detection.evaluate`. Raises InputError for
+    a teacher that the recipe does not take, and none where it needs one.
     """
     check_teacher(recipe, teacher)
-    for module in ("accelerate", "torchmetrics", "pycocotools"):
-        require(module, "g2sd-vision[train,dense]")
-    data = data_of(recipe, data)
-    opened = partial(open_objects, data, num_classes=recipe.model.num_classes, is_ranked=recipe.is_ranked)
-    train_set = opened("train", steps=large_scale_jitter(recipe.model.img_size, recipe.scale_range))
-    val_set = opened("validation")
-    if train_set.category_ids != val_set.category_ids:
-        raise ValueError(
-            f"--data {data} lists categories {train_set.category_ids} to train and {val_set.category_ids} to validate; "
-            "their places are the classes, so that they must be the same"
-        )
+    sets = DetectionSets.open(
+        recipe, data, num_classes=recipe.model.num_classes, install="g2sd-vision[train,dense]",
+        is_ranked=recipe.is_ranked, steps=large_scale_jitter(recipe.model.img_size, recipe.scale_range),
+    )  # fmt: skip
     torch.manual_seed(recipe.fit.seed)
-    model = detection_model(**recipe.model.options())
-    details: dict[str, Any] = {
-        "task": "detection", "settings": settings(recipe), "category_ids": json.dumps(train_set.category_ids),
-        "g2sd": version("g2sd-vision"),
-    }  # fmt: skip
-    if start is not None:
-        details["started_from"] = load_detection_encoder(model.backbone.net, start)
+    trained = sets.record(teacher=type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher)
+    model = detection_model(**trained.options)
+    if init is not None:
+        trained = trained.with_details(started_from=load_detection_encoder(model.backbone.net, init))
     task: Any = _PlainTask(model)
     if teacher is not None:
-        details["teacher"] = type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
         module = teacher if isinstance(teacher, MaskRCNN) else load_official_detection(teacher)
         task = DetectionDistillTask(model, module, **recipe.settings_of_loss())
-    metrics = partial(_metrics, pictures=val_set, workers=recipe.fit.num_workers)
-    training_data = TrainingData(train=train_set, evaluate=metrics, collate=pair_up)
-    return fit(task, recipe.fit, training_data, out, details=details)
+    evaluate = partial(_metrics, sets=sets, workers=recipe.fit.num_workers)
+    return sets.fit(task, out, trained, evaluate=evaluate)
 
 
-def _metrics(model: nn.Module, pictures: ObjectPictures, workers: int) -> Mapping[str, float]:
-    detector = model.model if isinstance(model, DistilledDetector) else model
-    return evaluate(detector, pictures, workers=workers)
+def _metrics(model: nn.Module, sets: DetectionSets, workers: int) -> Mapping[str, float]:
+    return sets.measure(model.model if isinstance(model, DistilledDetector) else model, workers=workers)
 
 
 class _PlainTask(DetectionTask):
@@ -96,7 +79,7 @@ class _PlainTask(DetectionTask):
         return detector_rules().inverse().rename(state)
 
 
-class DetectionDistillTask(TaughtTask):
+class DetectionDistillTask(Task):
     """A detector's losses, and those of a frozen teacher's pyramid and objectness.
 
     loss = the detector's + ramp (feature_weight features + objectness_weight objectness), the two of
@@ -115,20 +98,18 @@ class DetectionDistillTask(TaughtTask):
         objectness_weight: float = 0.1,
         ramp_updates: int = 500,
     ) -> None:
-        super().__init__(verbose=False)
+        super().__init__(DistilledDetector(student, teacher.backbone.out_channels), teacher=teacher)
         check(feature_weight >= 0, "feature_weight", feature_weight, "at least 0")
         check(objectness_weight >= 0, "objectness_weight", objectness_weight, "at least 0")
         check(ramp_updates >= 0, "ramp_updates", ramp_updates, "at least 0")
         sizes = [(model.img_size, model.backbone.net.patch_size) for model in (teacher, student)]
         if sizes[0] != sizes[1]:
             (theirs, their_patch), (ours, our_patch) = sizes
-            raise ValueError(
+            raise InputError(
                 f"the teacher takes images of {theirs} pixels a side in patches of {their_patch}, the student of "
                 f"{ours} in patches of {our_patch}; they must be the same"
             )
         check(student is not teacher, "teacher", "the student", "another detector")
-        self.trainable_module: nn.Module = DistilledDetector(student, teacher.backbone.out_channels)
-        self.teacher = teacher.eval().requires_grad_(False)
         self.feature_weight, self.objectness_weight = feature_weight, objectness_weight
         self.ramp_updates, self.ramp = ramp_updates, 0.0 if ramp_updates else 1.0
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2sd.checkpoint import refuse_other_layouts
 from g2sd.layouts import contents_of
 from g2sd.mask_rcnn import MaskRCNN, detection_model
+from g2sd.official import refuse_other_layouts
 from g2sd.positions import interpolate_positions
 from g2sd.vitdet import ViTDetBackbone, resize_relative
-from visionkernels.checkpoints import CheckpointError, KeyRules, load_strict, read_state
+from visionkernels.weights import Checkpoint, CheckpointError, KeyRules, load_strict, read_checkpoint
 
 __all__ = ["detector_rules", "load_detection_encoder", "load_official_detection"]
 
@@ -57,13 +57,14 @@ def _before(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows.new_zeros(count, *rows.shape[1:]), rows])
 
 
-def load_official_detection(path: str | Path, *, entry: str | None = None) -> MaskRCNN:
+def load_official_detection(source: str | Path | Checkpoint, *, entry: str | None = None) -> MaskRCNN:
     """Return the detector of an official file, or of one of `g2sd.detection.train`, in evaluation mode.
 
-    All sizes are told by the file. Raises CheckpointError for a damaged file, another kind, and keys or shapes that
+    All sizes are read off the file. Raises CheckpointError for a damaged file, another kind, and keys or shapes that
     differ, with the first five.
     """
-    state = read_state(path, entry=entry).state
+    checkpoint = read_checkpoint(source, entry=entry)
+    path, state = checkpoint.path, checkpoint.state
     contents = contents_of(state, path)
     missing = [key for key in _NEEDED if key not in state]
     if contents.kind != "vitdet" or missing:
@@ -102,14 +103,17 @@ def _sizes(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
     }
 
 
-def load_detection_encoder(backbone: ViTDetBackbone, path: str | Path, *, entry: str | None = None) -> str:
+def load_detection_encoder(
+    backbone: ViTDetBackbone, source: str | Path | Checkpoint, *, entry: str | None = None
+) -> str:
     """Copy the encoder of a file of any stage into a detector's backbone; return a sentence on what was done.
 
     Positions are interpolated to the backbone's grid; relative ones are a detector's alone, and stay as they are for
     other files. What a file has beyond blocks and embeddings is left out; everything else must fit. Raises
     CheckpointError.
     """
-    state = read_state(path, entry=entry).state
+    checkpoint = read_checkpoint(source, entry=entry)
+    path, state = checkpoint.path, checkpoint.state
     contents = contents_of(state, path)
     refuse_other_layouts(contents, path, allowed="vitdet")
     if contents.kind == "vitdet":

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["FeatureAdapter", "ImitationLosses", "objectness_weighted_losses"]
 
 
@@ -22,7 +24,7 @@ class FeatureAdapter(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return adapted maps. Raises ValueError for another number of levels."""
         if len(features) != len(self.conv):
-            raise ValueError(f"features have {len(features)} levels; the adapter is for {len(self.conv)}")
+            raise InputError(f"features have {len(features)} levels; the adapter is for {len(self.conv)}")
         return [conv(feature) for conv, feature in zip(self.conv, features, strict=True)]
 
 
@@ -66,12 +68,12 @@ def objectness_weighted_losses(
 def _check(*pyramids: Sequence[Tensor]) -> None:
     counts = [len(pyramid) for pyramid in pyramids]
     if len(set(counts)) > 1 or not counts[0]:
-        raise ValueError(f"features and objectness have {counts} levels; they must have as many, one or more")
+        raise InputError(f"features and objectness have {counts} levels; they must have as many, one or more")
     for level, (ours, theirs, our_logits, their_logits) in enumerate(zip(*pyramids, strict=True)):
         if ours.shape != theirs.shape or our_logits.shape != their_logits.shape:
-            raise ValueError(
+            raise InputError(
                 f"level {level} has features {list(ours.shape)} and {list(theirs.shape)}, objectness "
                 f"{list(our_logits.shape)} and {list(their_logits.shape)}; student and teacher must agree"
             )
         if ours.shape[2:] != our_logits.shape[2:] or len(ours) != len(our_logits):
-            raise ValueError(f"level {level} has features {list(ours.shape)} but objectness {list(our_logits.shape)}")
+            raise InputError(f"level {level} has features {list(ours.shape)} but objectness {list(our_logits.shape)}")

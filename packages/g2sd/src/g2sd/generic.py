@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from g2sd.mae import MaskedAutoencoder
 from g2sd.masking import PatchMask, draw_noise, mask_patches
 from g2sd.teachers import TokenTeacher
+from visionkernels.checks import InputError, check, check_choice
 from visionkernels.ops.feature_smooth_l1 import feature_smooth_l1
-from visionkernels.recipes import check, check_choice
 
 __all__ = ["DistillOutput", "GenericDistiller", "Supervision"]
 
@@ -112,14 +112,14 @@ class GenericDistiller(nn.Module):
     def _check_fit(teacher: "MaskedAutoencoder | TokenTeacher", student: MaskedAutoencoder, width: int) -> None:
         if student.grid != teacher.grid:
             grids = [f"{rows}x{columns}" for rows, columns in (teacher.grid, student.grid)]
-            raise ValueError(
+            raise InputError(
                 f"the teacher has {grids[0]} patches and the student {grids[1]}; they must see the same grid: "
                 "img_size / patch_size must agree"
             )
         head = student.decoderfeature_pred
         if head is None or head.fc2.out_features != width:
             have = "no feature head" if head is None else f"a feature head of {head.fc2.out_features} channels"
-            raise ValueError(f"the student has {have}; create it with teacher_decoder_width={width}")
+            raise InputError(f"the student has {have}; create it with teacher_decoder_width={width}")
 
     def train(self, mode: bool = True) -> "GenericDistiller":
         """Set the students' mode."""
@@ -157,7 +157,7 @@ class GenericDistiller(nn.Module):
         noise = self.draw_noise(images, generator) if noise is None else noise
         expected = [self.num_masks * len(images), self.teacher.grid[0] * self.teacher.grid[1]]
         if list(noise.shape) != expected:
-            raise ValueError(f"noise has shape {list(noise.shape)}; expected {expected}: masks of images, patches")
+            raise InputError(f"noise has shape {list(noise.shape)}; expected {expected}: masks of images, patches")
         mask = mask_patches(noise, self.mask_ratio)
         hidden = self.target(images, mask) if hidden is None else hidden
         hidden = supervised(hidden, mask, self.supervise)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from g2sd.checkpoint import FULL_TEACHER
 from g2sd.layouts import Contents, Kind, contents_of
-from visionkernels.checkpoints import read_state
+from g2sd.official import FULL_TEACHER
+from visionkernels.weights import read_checkpoint
 
 __all__ = ["Inspection", "inspect_file"]
 
@@ -102,7 +102,7 @@ def inspect_file(path: str | Path, *, entry: str | None = None) -> Inspection:
     `entry` names the weights where a file has several. Raises FileNotFoundError, and CheckpointError for a damaged file
     and for one of another family.
     """
-    checkpoint = read_state(path, entry=entry)
+    checkpoint = read_checkpoint(path, entry=entry)
     contents = contents_of(checkpoint.state, path)
     is_backbone = contents.kind == "vitdet" and contents.num_classes is None
     return Inspection(

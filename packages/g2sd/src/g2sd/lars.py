@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["Lars"]
 

@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from visionkernels.checkpoints import CheckpointError
+from visionkernels.checks import InputError
+from visionkernels.weights import CheckpointError
 
 __all__ = ["Contents", "Kind", "contents_of", "decoder_heads", "encoder_heads"]
 
@@ -119,5 +120,5 @@ def decoder_heads(width: int, given: int | None = None) -> int:
 def _heads(width: int, given: int | None, known: Mapping[int, int], argument: str) -> int:
     if given is None and width not in known:
         widths: Sequence[int] = list(known)
-        raise ValueError(f"a file of width {width} does not tell its heads (known widths: {widths}); give {argument}")
+        raise InputError(f"a file of width {width} does not tell its heads (known widths: {widths}); give {argument}")
     return known[width] if given is None else given

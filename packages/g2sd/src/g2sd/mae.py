@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from g2sd.blocks import attend, create_block, norm_layer
 from g2sd.masking import PatchMask, draw_noise, mask_patches
 from g2sd.positions import sincos_positions
+from visionkernels.checks import InputError, check, check_known
 from visionkernels.ops.restore_tokens import restore_tokens
-from visionkernels.recipes import check, check_known
 
 __all__ = ["MaskedAutoencoder", "create_autoencoder", "pixel_loss", "pixel_patches", "pixels_of"]
 
@@ -55,7 +55,7 @@ class MaskedAutoencoder(nn.Module):
         height, width = (img_size,) * 2 if isinstance(img_size, int) else img_size
         patch = (patch_size,) * 2 if isinstance(patch_size, int) else tuple(patch_size)
         if height < 1 or width < 1 or height % patch[0] or width % patch[1]:
-            raise ValueError(f"img_size={height}x{width} must be a multiple of patch_size={patch[0]}x{patch[1]}")
+            raise InputError(f"img_size={height}x{width} must be a multiple of patch_size={patch[0]}x{patch[1]}")
         for name, dim, heads in (("", embed_dim, num_heads), ("decoder_", decoder_embed_dim, decoder_num_heads)):
             check(heads >= 1, f"{name}num_heads", heads, "at least 1")
             check(dim % heads == 0, f"{name}embed_dim", dim, f"a multiple of {name}num_heads={heads}")
@@ -111,14 +111,14 @@ class MaskedAutoencoder(nn.Module):
         """
         height, width = self.patch_embed.img_size
         if images.ndim != 4 or not len(images) or images.shape[2:] != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"images have shape {list(images.shape)}; the model takes [batch, channels, {height}, {width}]: resize "
                 "them, or create the model with their img_size (load_official interpolates learned positions)"
             )
         if mask is None:
             return self.patch_embed(images) + self.pos_embed[:, 1:]
         if len(mask.ids_shuffle) % len(images) or mask.ids_shuffle.shape[1] != self.num_patches:
-            raise ValueError(
+            raise InputError(
                 f"the mask is for [{', '.join(map(str, mask.ids_shuffle.shape))}] images and patches; expected a "
                 f"multiple of {len(images)} images, and {self.num_patches} patches"
             )
@@ -210,7 +210,7 @@ def pixel_patches(
     batch, channels, height, width = images.shape
     rows, columns = patch_size
     if height % rows or width % columns:
-        raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {rows}x{columns}")
+        raise InputError(f"images of {height}x{width} pixels do not divide into patches of {rows}x{columns}")
     cut = images.view(batch, channels, height // rows, rows, width // columns, columns)
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, rows * columns * channels)
 
@@ -237,7 +237,7 @@ def pixel_loss(
     ValueError where no patch is removed.
     """
     if not removed.any():
-        raise ValueError("removed is all zero; the loss is a mean over removed patches: use a larger mask_ratio")
+        raise InputError("removed is all zero; the loss is a mean over removed patches: use a larger mask_ratio")
     prediction, target = prediction.float(), patches.float()
     if is_normalised:
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,12 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_area, roi_align
 
-from g2sd.detection_recipes import DetectorSize
 from g2sd.vitdet import LEVELS, SimpleFeaturePyramid, ViTDetBackbone
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import InputError, check, check_choice
 
-__all__ = ["DetectorOutputs", "MaskRCNN", "Targets", "detection_model"]
+__all__ = ["DetectorOutputs", "DetectorSize", "MaskRCNN", "Targets", "detection_model"]
+
+DetectorSize: TypeAlias = Literal["tiny", "small", "base", "large"]
 
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -127,7 +128,7 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
         if not self.training:
             return super().forward(list(images))
         if targets is None:
-            raise ValueError("targets are missing; in training each image needs boxes, labels and masks")
+            raise InputError("targets are missing; in training each image needs boxes, labels and masks")
         return self.outputs(images, targets).losses
 
     def outputs(self, images: Sequence[Tensor], targets: Targets) -> DetectorOutputs:
@@ -160,31 +161,31 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
 
     def _check(self, images: Sequence[Tensor]) -> None:
         if not len(images):
-            raise ValueError("images are none; give one or more")
+            raise InputError("images are none; give one or more")
         for place, image in enumerate(images):
             shape = list(image.shape)
             if len(shape) != 3 or shape[0] != 3 or 0 in shape or not image.is_floating_point():
-                raise ValueError(f"image {place} is {shape}, {image.dtype}; expected [3, H, W] of floats in 0..1")
+                raise InputError(f"image {place} is {shape}, {image.dtype}; expected [3, H, W] of floats in 0..1")
             if self.training and max(shape[1:]) > self.img_size:
-                raise ValueError(f"image {place} is {shape}, in training at most {self.img_size} pixels a side")
+                raise InputError(f"image {place} is {shape}, in training at most {self.img_size} pixels a side")
 
     def _check_targets(self, images: Sequence[Tensor], targets: Targets) -> None:
         if len(targets) != len(images):
-            raise ValueError(f"targets are {len(targets)} for {len(images)} images")
+            raise InputError(f"targets are {len(targets)} for {len(images)} images")
         for place, (image, target) in enumerate(zip(images, targets, strict=True)):
             if missing := [key for key in ("boxes", "labels", "masks") if key not in target]:
-                raise ValueError(f"target {place} lacks {', '.join(missing)}")
+                raise InputError(f"target {place} lacks {', '.join(missing)}")
             boxes, labels, masks = (target[key] for key in ("boxes", "labels", "masks"))
             wanted = ([len(labels), 4], [len(labels), *image.shape[1:]])
             if labels.ndim != 1 or (list(boxes.shape), list(masks.shape)) != wanted:
                 found = ", ".join(f"{key} {list(target[key].shape)}" for key in ("boxes", "labels", "masks"))
-                raise ValueError(
+                raise InputError(
                     f"target {place} has {found}; expected [N, 4], [N] and [N, {image.shape[1]}, {image.shape[2]}]"
                 )
             if not (labels.dtype == torch.int64 and bool(((labels > 0) & (labels < self.num_classes)).all())):
-                raise ValueError(f"target {place} has labels other than integers of 1 to {self.num_classes - 1}")
+                raise InputError(f"target {place} has labels other than integers of 1 to {self.num_classes - 1}")
             if not bool((boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2])).all()):
-                raise ValueError(
+                raise InputError(
                     f"target {place} has a box without width or height; boxes are left, top, right, bottom"
                 )
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["PatchMask", "count_visible", "draw_noise", "mask_patches"]
 
@@ -45,7 +45,7 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     check(0 <= mask_ratio < 1, "mask_ratio", mask_ratio, "in [0, 1)")
     visible = int(num_patches * (1 - mask_ratio))
     if visible < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches visible; use a smaller one")
+        raise InputError(f"mask_ratio={mask_ratio} leaves none of {num_patches} patches visible; use a smaller one")
     return visible
 
 
@@ -62,7 +62,7 @@ def mask_patches(noise: Float[Tensor, "batch patches"], mask_ratio: float) -> Pa
     Raises ValueError as `count_visible`, and for noise that is not finite.
     """
     if noise.ndim != 2 or not noise.is_floating_point():
-        raise ValueError(f"noise is {noise.dtype} {list(noise.shape)}; it must be floating [batch, patches]")
+        raise InputError(f"noise is {noise.dtype} {list(noise.shape)}; it must be floating [batch, patches]")
     if not noise.isfinite().all():
-        raise ValueError("noise is not finite; it must be numbers to sort the patches by")
+        raise InputError("noise is not finite; it must be numbers to sort the patches by")
     return PatchMask(noise.argsort(dim=1, stable=True), count_visible(noise.shape[1], mask_ratio))

@@ -8,9 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from g2sd.recipes import find_recipe
+from g2sd.recipes import RECIPES
 from g2sd.training import distil_generic, finetune, pretrain
 from visionkernels import sweeps
+from visionkernels.checks import InputError
 
 __all__ = ["ARMS", "compare_arms"]
 
@@ -25,11 +26,11 @@ def compare_arms(seeds: Sequence[int], out: str | Path, *, jobs: int = 2) -> dic
     """Return top-1 in percent on 1,000 digits by arm, in the order of `seeds`.
 
     One teacher, pre-trained on 4,000 digits, serves all; it is fine-tuned with the 200 labels that its students get,
-    which differ by seed, as weights and order do. Runs lie in `out`, and the same call goes on where it stopped. `jobs`
+    which differ by seed, as weights and order do. Runs lie in `out`; call again to resume them. `jobs`
     processes of one thread share the runs. Raises ValueError for no seeds.
     """
     if not seeds:
-        raise ValueError("seeds are none; give one or more")
+        raise InputError("seeds are none; give one or more")
     # each round waits for the one before; the longest come first, so that the processes end together
     rounds: dict[str, list[_Step]] = {
         "on their own": [("teacher", None), *product(("MAE", "scratch"), seeds)],
@@ -54,7 +55,7 @@ def _run(step: _Step, *, out: Path) -> float:
     masked, adapted, generic = (each / _WEIGHTS for each in (out / "teacher", folder / "teacher", folder / "generic"))
 
     def recipe(name: str) -> Any:
-        found = find_recipe(name)
+        found = RECIPES[name]
         return found if seed is None else replace(found, fit=replace(found.fit, seed=seed))
 
     if kind == "teacher":
@@ -65,14 +66,14 @@ def _run(step: _Step, *, out: Path) -> float:
         result = finetune(plain, None, folder / "scratch")
     elif kind == "MAE":
         own = pretrain(recipe("pretrain_student_mnist5k"), None, folder / "mae").weights
-        result = finetune(plain, None, folder / "mae-finetuned", start=own)
+        result = finetune(plain, None, folder / "mae-finetuned", init=own)
     elif kind == "generic":
         distil_generic(recipe("generic_mnist5k"), None, generic.parent, teacher=masked)
-        result = finetune(plain, None, folder / "generic-finetuned", start=generic)
+        result = finetune(plain, None, folder / "generic-finetuned", init=generic)
     elif kind == "teacher, fine-tuned":
-        result = finetune(recipe("finetune_teacher_few_mnist5k"), None, adapted.parent, start=masked)
+        result = finetune(recipe("finetune_teacher_few_mnist5k"), None, adapted.parent, init=masked)
     elif kind == "scratch, teacher":
         result = finetune(taught, None, folder / "scratch-teacher", teacher=adapted)
     else:
-        result = finetune(taught, None, folder / "specific", start=generic, teacher=adapted)
+        result = finetune(taught, None, folder / "specific", init=generic, teacher=adapted)
     return result.metrics["top1"]

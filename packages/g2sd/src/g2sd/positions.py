@@ -5,7 +5,7 @@ from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["interpolate_positions", "sincos_positions"]
 
@@ -35,7 +35,7 @@ def interpolate_positions(
     patches = table.shape[1] - 1
     rows, columns = source or (round(patches**0.5),) * 2
     if table.ndim != 3 or len(table) != 1 or rows * columns != patches:
-        raise ValueError(
+        raise InputError(
             f"table has shape {list(table.shape)}; a class token and a grid of {rows}x{columns} patches need "
             f"[1, {rows * columns + 1}, width]"
         )

@@ -9,23 +9,23 @@ from typing import Any, cast
 import timm
 import torch
 from jaxtyping import Float, Int
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.checkpoint import load_encoder, refuse_other_layouts, square_size
 from g2sd.layouts import contents_of, encoder_heads
-from g2sd.recipes import ProbeRecipe, find_recipe
-from visionkernels import classification
-from visionkernels.checkpoints import read_state, stored_options
-from visionkernels.extras import require
+from g2sd.official import load_encoder, options_of, refuse_other_layouts, square_size
+from g2sd.recipes import RECIPES, ProbeRecipe
+from visionkernels.checks import check
 from visionkernels.pictures.labelled import LabelledPictures, open_pictures
 from visionkernels.pictures.recipes import PictureRecipe
-from visionkernels.pictures.transforms import evaluation_transform, training_transform
-from visionkernels.recipes import check, data_of, settings
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.pictures.transforms import evaluation_transform
+from visionkernels.recipes import settings
+from visionkernels.tasks.classification import ClassificationSets, describe_inputs
+from visionkernels.training import FitResult
+from visionkernels.training.task import Task
+from visionkernels.weights import Checkpoint, Trained, load_strict, read_checkpoint
 
 __all__ = [
     "Encoder",
@@ -34,6 +34,7 @@ __all__ = [
     "encoder_of",
     "linear_probe",
     "nearest_neighbours",
+    "open_probe",
     "recipe_for",
     "vote",
 ]
@@ -55,42 +56,47 @@ class Encoder(nn.Module):
 
 
 def encoder_of(
-    path: str | Path, *, img_size: int, num_heads: int | None = None, pool: str = "class", entry: str | None = None
+    source: str | Path | Checkpoint,
+    *,
+    img_size: int,
+    num_heads: int | None = None,
+    pool: str = "class",
+    entry: str | None = None,
 ) -> Encoder:
     """Return the frozen encoder of any file of the family, for square images of `img_size` pixels.
 
     Raises CheckpointError for files that hold none, and ValueError for a `pool` other than "class" and "mean".
     """
-    checkpoint = read_state(path, entry=entry)
-    contents = contents_of(checkpoint.state, path)
-    refuse_other_layouts(contents, path)
-    told = checkpoint.metadata.get("num_heads", "")
-    heads = num_heads or (int(told) if told.isdigit() else None)
+    checkpoint = read_checkpoint(source, entry=entry)
+    contents = contents_of(checkpoint.state, checkpoint.path)
+    refuse_other_layouts(contents, checkpoint.path)
+    heads = options_of(checkpoint).get("num_heads") if num_heads is None else num_heads
     model: Any = timm.create_model(
         "g2sd_vit_tiny_patch16_224", distilled=False, global_pool="token", num_classes=0, img_size=img_size,
         patch_size=contents.patch_size, in_chans=contents.in_chans, embed_dim=contents.width, depth=contents.depth,
         num_heads=encoder_heads(contents.width, heads),
     )  # fmt: skip
-    load_encoder(model, path, entry=entry)
+    load_encoder(model, checkpoint)
     return Encoder(model.eval().requires_grad_(False), pool=pool)
 
 
-def recipe_for(path: str | Path) -> ProbeRecipe:
+def recipe_for(source: str | Path | Checkpoint) -> ProbeRecipe:
     """Return the settings of ImageNet's linear probe for the encoder of a file.
 
-    Pictures and data are those that a file of `g2sd train` names; other files take ImageNet's pictures at the size of
-    their positions. Raises CheckpointError for other files, and ValueError for positions that are no square.
+    Images and data are those that a file of `g2sd train` names; other files take ImageNet's images at the size of their
+    positions. Raises CheckpointError for other files, and InputError for positions that are no square.
     """
-    checkpoint = read_state(path)
-    contents = contents_of(checkpoint.state, path)
-    recipe = cast(ProbeRecipe, find_recipe("linear_small_in1k"))
-    if "pictures" in checkpoint.metadata:
-        pictures = PictureRecipe(**stored_options(checkpoint, path, "pictures", package="g2sd"))
-        trained = stored_options(checkpoint, path, "settings", package="g2sd")
+    checkpoint = read_checkpoint(source)
+    contents = contents_of(checkpoint.state, checkpoint.path)
+    recipe = cast(ProbeRecipe, RECIPES["linear_small_in1k"])
+    trained = checkpoint.trained
+    if trained is not None and trained.inputs is not None:
         # digits and other signs are not mirrored, nor cropped, unless training did
-        augmentation = replace(recipe.augmentation, random_crop=trained["augmentation"]["random_crop"])
-        return replace(recipe, pictures=pictures, data=trained["data"], augmentation=augmentation)
-    size, _ = square_size(contents, path)
+        random_crop = (trained.settings or {})["augmentation"]["random_crop"]
+        augmentation = replace(recipe.augmentation, random_crop=random_crop)
+        pictures = PictureRecipe.of_inputs(trained.inputs)
+        return replace(recipe, pictures=pictures, data=trained.data, augmentation=augmentation)
+    size, _ = square_size(contents, checkpoint.path)
     return replace(recipe, pictures=PictureRecipe(size=size, resize=round(size * 256 / 224)))
 
 
@@ -170,18 +176,12 @@ def _features(encoder: Encoder, pictures: LabelledPictures, *, batch_size: int, 
     return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
 
-class LinearProbeTask(TrainingTask):
+class LinearProbeTask(Task):
     """Cross-entropy of a linear classifier on frozen features, which a norm without parameters standardises."""
 
     def __init__(self, encoder: Encoder, num_classes: int) -> None:
-        super().__init__(verbose=False)
+        super().__init__(_probe(encoder.width, num_classes))
         self.encoder = encoder
-        self.trainable_module: nn.Module = nn.Sequential(
-            nn.BatchNorm1d(encoder.width, affine=False, eps=1e-6), nn.Linear(encoder.width, num_classes)
-        )
-        linear: Any = self.trainable_module[1]
-        nn.init.trunc_normal_(linear.weight, std=0.01)
-        nn.init.zeros_(linear.bias)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], target: Int[Tensor, " batch"]
@@ -198,30 +198,49 @@ class LinearProbeTask(TrainingTask):
         return encoder | {f"head.{key}": value for key, value in state.items()}
 
 
-def linear_probe(recipe: ProbeRecipe, data: str | Path | None, out: str | Path, *, start: str | Path) -> FitResult:
-    """Train a linear classifier on the frozen encoder of `start`; a run in `out` goes on where it stopped.
+def _probe(width: int, num_classes: int) -> nn.Module:
+    linear = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
-    The metrics are those of `visionkernels.classification`. Errors as for `encoder_of`, `open_pictures` and
+
+def linear_probe(recipe: ProbeRecipe, data: str | Path | None, out: str | Path, *, init: str | Path) -> FitResult:
+    """Train a linear classifier on the frozen encoder of `init`; rerun with the same arguments to resume.
+
+    The metrics are those of `visionkernels.tasks.classification`. Errors as for `encoder_of`, `open_pictures` and
     `visionkernels.training.fit`.
     """
-    for module in ("accelerate", "torchmetrics"):
-        require(module, "g2sd-vision[train]")
-    source = data_of(recipe, data)
-    train_set = open_pictures(source, "train", training_transform(recipe.pictures, recipe.augmentation))
-    transform = evaluation_transform(recipe.pictures)
-    val_set = open_pictures(source, "validation", transform, class_names=train_set.class_names)
+    sets = ClassificationSets.open(recipe, data, install="g2sd-vision[train]")
     torch.manual_seed(recipe.fit.seed)
-    encoder = encoder_of(start, img_size=recipe.pictures.size, pool=recipe.pool)
-    task = LinearProbeTask(encoder, len(train_set.class_names))
-    evaluate = partial(_accuracy, encoder=encoder, pictures=val_set, workers=recipe.fit.num_workers)
-    details = {
-        "settings": settings(recipe), "started_from": str(start), "class_names": train_set.class_names,
-        "num_heads": str(encoder.model.blocks[0].attn.num_heads),
+    checkpoint = read_checkpoint(init)
+    encoder = encoder_of(checkpoint, img_size=recipe.pictures.size, pool=recipe.pool)
+    task = LinearProbeTask(encoder, sets.num_classes)
+    evaluate = partial(_accuracy, encoder=encoder, sets=sets, workers=recipe.fit.num_workers)
+    options = {
+        "img_size": recipe.pictures.size, "num_heads": encoder.model.blocks[0].attn.num_heads, "pool": recipe.pool,
+        "num_classes": sets.num_classes,
     }  # fmt: skip
-    return fit(task, recipe.fit, TrainingData(train=train_set, evaluate=evaluate), out, details=details)
+    trained = Trained(
+        kind="probe", package="g2sd", options=options, inputs=recipe.pictures.inputs(), class_names=sets.class_names,
+        data=sets.source, settings=settings(recipe), details={"started_from": str(init)},
+    )  # fmt: skip
+    return sets.fit(task, out, trained, evaluate=evaluate)
 
 
-def _accuracy(model: nn.Module, *, encoder: Encoder, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
-    probed = nn.Sequential(encoder, model)
-    classes = len(pictures.class_names)
-    return classification.evaluate(probed, pictures, num_classes=classes, workers=workers).metrics()
+def open_probe(checkpoint: Checkpoint) -> nn.Module:
+    """Return encoder and classifier of a file of `linear_probe`, in evaluation mode."""
+    trained = checkpoint.trained
+    assert trained is not None and trained.inputs is not None
+    size = PictureRecipe.of_inputs(trained.inputs).size
+    encoder = encoder_of(checkpoint, img_size=size, pool=trained.options.get("pool", "class"))
+    classifier = _probe(encoder.width, len(checkpoint.state["head.1.weight"]))
+    head = {key.removeprefix("head."): value for key, value in checkpoint.state.items() if key.startswith("head.")}
+    load_strict(classifier, head, source=checkpoint.path)
+    model = nn.Sequential(encoder, classifier)
+    describe_inputs(model, trained)
+    return model.eval()
+
+
+def _accuracy(model: nn.Module, *, encoder: Encoder, sets: ClassificationSets, workers: int) -> Mapping[str, float]:
+    return sets.measure(nn.Sequential(encoder, model), workers=workers)

@@ -3,11 +3,8 @@
 The student learns labels, and where in the image each class lies for the teacher. Models are those of `g2sd.upernet`.
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from g2sd.recipes import check_teacher
+from g2sd.recipes import SegmentationMode, SegmentationRecipe, check_teacher
 from g2sd.segmentation_checkpoint import load_official_segmentation, load_segmentation_encoder
 from g2sd.segmentation_losses import Reduction, channel_wise_loss, pixel_kl_loss
-from g2sd.segmentation_recipes import SegmentationMode, SegmentationRecipe
-from g2sd.task import TaughtTask
 from g2sd.upernet import SegmentationModel, segmentation_model
-from visionkernels.extras import require
-from visionkernels.pictures.scenes import Scenes, open_scenes
-from visionkernels.recipes import check, check_choice, data_of, settings
-from visionkernels.segmentation import SegmentationTask, evaluate, pixel_loss
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.checks import InputError, check, check_choice
+from visionkernels.tasks.segmentation import SegmentationSets, SegmentationTask, pixel_loss, shares_norms
+from visionkernels.training import FitResult
+from visionkernels.training.task import Task
 
 __all__ = [
     "DistilledStudent",
@@ -42,56 +36,31 @@ def train(
     data: str | Path | None,
     out: str | Path,
     *,
-    start: str | Path | None = None,
+    init: str | Path | None = None,
     teacher: str | Path | SegmentationModel | None = None,
 ) -> FitResult:
-    """Train a segmentation model, with a teacher where the recipe has a `mode`; a run in `out` goes on.
+    """Train a segmentation model, with a teacher where the recipe has a `mode`; rerun to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own. `start` is a file with
-    the encoder to start from, of generic distillation, MAE or a classifier. `teacher` is a model or its file, at the
+    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own. `init` is a file with the
+    encoder to start from, of generic distillation, MAE or a classifier. `teacher` is a model or its file, at the
     recipe's image size. `out`/weights.safetensors holds the student, for `load_official_segmentation`. The metrics are
-    those of `visionkernels.segmentation.evaluate`. Raises ValueError for a teacher that the recipe has no use for, none
-    where it needs one, and batches of one picture.
+    those of `visionkernels.tasks.segmentation.evaluate`. Raises InputError for a teacher that the recipe does not take,
+    none where it needs one, and batches of one image.
     """
     check_teacher(recipe, teacher)
-    for module in ("accelerate", "torchmetrics"):
-        require(module, "g2sd-vision[train]")
-    data = data_of(recipe, data)
-    is_synced = _is_synced(recipe)
-    opened = partial(open_scenes, data, scene=recipe.scene, num_classes=recipe.model.num_classes)
-    train_set, val_set = opened("train"), opened("validation")
+    is_synced = shares_norms(recipe.fit, recipe.sync_norm, needs="UperNet")
+    num_classes = recipe.model.num_classes
+    sets = SegmentationSets.open(recipe, data, num_classes=num_classes, install="g2sd-vision[train]")
     torch.manual_seed(recipe.fit.seed)
-    model = _model(recipe)
-    details: dict[str, Any] = {
-        "task": "segmentation", "settings": settings(recipe), "scene": asdict(recipe.scene),
-        "out_indices": model.backbone.out_indices, "g2sd": version("g2sd-vision"),
-    }  # fmt: skip
-    if start is not None:
-        details["started_from"] = load_segmentation_encoder(model.backbone, start)
+    trained = sets.record(teacher=type(teacher).__name__ if isinstance(teacher, nn.Module) else teacher)
+    model = segmentation_model(img_size=recipe.scene.crop, scene=recipe.scene, **trained.options)
+    trained = replace(trained, options={**trained.options, "out_indices": model.backbone.out_indices})
+    if init is not None:
+        trained = trained.with_details(started_from=load_segmentation_encoder(model.backbone, init))
     task = _task(recipe, model, teacher)
     if is_synced:
         task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.trainable_module)
-    if teacher is not None:
-        details["teacher"] = type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
-    metrics = partial(_metrics, scenes=val_set, recipe=recipe)
-    return fit(task, recipe.fit, TrainingData(train=train_set, evaluate=metrics), out, details=details)
-
-
-def _is_synced(recipe: SegmentationRecipe) -> bool:
-    """Whether BatchNorm shares its statistics between processes. Raises ValueError where it would see one picture."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    is_synced = recipe.sync_norm and processes > 1 and recipe.fit.device != "cpu" and torch.cuda.is_available()
-    together = recipe.fit.batch_size // (recipe.fit.accumulation_steps * (1 if is_synced else processes))
-    if together < 2:
-        raise ValueError(f"batch_size={recipe.fit.batch_size} norms {together} pictures at a time; UperNet needs 2")
-    return is_synced
-
-
-def _model(recipe: SegmentationRecipe) -> SegmentationModel:
-    options = recipe.model.options()
-    if recipe.auxiliary_weight == 0:
-        options["auxiliary_channels"] = None
-    return segmentation_model(img_size=recipe.scene.crop, scene=recipe.scene, **options)
+    return sets.fit(task, out, trained)
 
 
 def _task(recipe: SegmentationRecipe, model: SegmentationModel, teacher: str | Path | SegmentationModel | None) -> Any:
@@ -102,12 +71,8 @@ def _task(recipe: SegmentationRecipe, model: SegmentationModel, teacher: str | P
     return SegmentationDistillTask(model, teacher, **recipe.settings_of_loss())
 
 
-def _metrics(model: nn.Module, scenes: Scenes, recipe: SegmentationRecipe) -> Mapping[str, float]:
-    return evaluate(model, scenes, recipe.scene, num_classes=recipe.model.num_classes, workers=recipe.fit.num_workers)
-
-
-class SegmentationDistillTask(TaughtTask):
-    """Cross-entropy of both heads, as `visionkernels.segmentation.SegmentationTask`, and a frozen teacher's class maps.
+class SegmentationDistillTask(Task):
+    """Cross-entropy of both heads, as `SegmentationTask`, and a frozen teacher's class maps.
 
     loss = main + auxiliary_weight auxiliary + weight distillation. Class maps are compared before they are enlarged, by
     `channel_wise_loss` or `pixel_kl_loss` (`mode`, `temperature`, `reduction`). A teacher of other classes is met by a
@@ -127,7 +92,7 @@ class SegmentationDistillTask(TaughtTask):
         reduction: Reduction = "batchmean",
         auxiliary_weight: float = 0.4,
     ) -> None:
-        super().__init__(verbose=False)
+        super().__init__(DistilledStudent(student, teacher.num_classes), teacher=teacher)
         check_choice("mode", mode, SegmentationMode)
         check_choice("reduction", reduction, Reduction)
         check(temperature > 0, "temperature", temperature, "above 0")
@@ -135,12 +100,10 @@ class SegmentationDistillTask(TaughtTask):
         sizes = [(model.img_size, model.backbone.grid) for model in (teacher, student)]
         if sizes[0] != sizes[1]:
             (theirs, their_grid), (ours, our_grid) = sizes
-            raise ValueError(
+            raise InputError(
                 f"the teacher has {their_grid[0]}x{their_grid[1]} patches of images of {theirs[0]}x{theirs[1]} pixels, "
                 f"the student {our_grid[0]}x{our_grid[1]} of {ours[0]}x{ours[1]}; they must be the same"
             )
-        self.trainable_module: nn.Module = DistilledStudent(student, teacher.num_classes)
-        self.teacher = teacher.eval().requires_grad_(False)
         self.mode, self.weight, self.temperature, self.reduction = mode, weight, temperature, reduction
         self.auxiliary_weight = auxiliary_weight
         self.share = teacher.num_classes / student.num_classes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g2sd.blocks import LeanMlp, norm_layer
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["BiasedAttention", "SegmentationBackbone", "interpolate_biases", "num_biases", "relative_index"]
 
@@ -96,7 +96,7 @@ class SegmentationBackbone(nn.Module):
         """
         height, width = self.img_size
         if images.ndim != 4 or not len(images) or images.shape[2:] != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"images have shape {list(images.shape)}; the model takes [batch, channels, {height}, {width}], one or "
                 "more: predict in windows of this size, or load the file with another img_size, which interpolates"
             )
@@ -245,9 +245,9 @@ def _check_sizes(
 ) -> None:
     text = " and ".join(f"{side}" for side in size)
     if min(size) < 1 or size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(f"img_size={text} must be multiples of patch_size={patch[0]} and {patch[1]}")
+        raise InputError(f"img_size={text} must be multiples of patch_size={patch[0]} and {patch[1]}")
     if size[0] < 2 * patch[0] or size[1] < 2 * patch[1]:
-        raise ValueError(f"img_size={text} must be two patches of {patch[0]} and {patch[1]} pixels or more a side")
+        raise InputError(f"img_size={text} must be two patches of {patch[0]} and {patch[1]} pixels or more a side")
     check(width % num_heads == 0, "embed_dim", width, f"a multiple of num_heads={num_heads}")
     rises = len(out_indices) == 4 and list(out_indices) == sorted({*out_indices}) and out_indices[0] >= 0
     check(rises and out_indices[3] < depth, "out_indices", tuple(out_indices), f"4 rising numbers below depth={depth}")

@@ -1,20 +1,19 @@
 """Weights into segmentation models: encoders of earlier stages, official files (mmsegmentation), files of `train`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from g2sd.checkpoint import refuse_other_layouts, resized
 from g2sd.layouts import Contents, contents_of, encoder_heads
+from g2sd.official import options_of, refuse_other_layouts, resized
 from g2sd.positions import interpolate_positions
 from g2sd.segmentation_backbone import SegmentationBackbone, interpolate_biases, num_biases, relative_index
 from g2sd.upernet import SegmentationModel, in_windows, segmentation_model
-from visionkernels.checkpoints import CheckpointError, load_strict, read_state
+from visionkernels.checks import check_choice
 from visionkernels.pictures.recipes import SceneRecipe
-from visionkernels.recipes import check_choice
+from visionkernels.weights import Checkpoint, CheckpointError, load_strict, read_checkpoint
 
 __all__ = ["load_official_segmentation", "load_segmentation_encoder"]
 
@@ -29,7 +28,7 @@ _NEEDED = ("backbone.patch_embed.proj.weight", "backbone.pos_embed", "decode_hea
 
 
 def load_official_segmentation(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     *,
     part: Part = "student",
     entry: str | None = None,
@@ -45,16 +44,17 @@ def load_official_segmentation(
     CheckpointError for a damaged file, another kind, and keys or shapes that differ, with the first five.
     """
     check_choice("part", part, Part)
-    checkpoint = read_state(path, entry=entry)
-    state, told = _part(checkpoint.state, part, path), checkpoint.metadata
+    checkpoint = read_checkpoint(source, entry=entry)
+    path, trained = checkpoint.path, checkpoint.trained
+    state = _part(checkpoint.state, part, path)
     contents = contents_of(state, path)
     grid = _square(contents, path)
     sizes = _sizes(state, contents, num_heads)
-    if out_indices is None and "out_indices" in told:
-        out_indices = json.loads(told["out_indices"])
+    if out_indices is None:
+        out_indices = options_of(checkpoint).get("out_indices")
     if out_indices is not None:
         sizes["out_indices"] = tuple(out_indices)
-    scene = SceneRecipe(**_tuples(json.loads(told["scene"]))) if "scene" in told else None
+    scene = None if trained is None or trained.inputs is None else SceneRecipe(**trained.inputs)
     size = grid[0] * contents.patch_size[0] if img_size is None else img_size
     if scene is not None and scene.crop != size:
         scene = in_windows(size, scene)
@@ -63,13 +63,16 @@ def load_official_segmentation(
     return model.eval()
 
 
-def load_segmentation_encoder(backbone: SegmentationBackbone, path: str | Path, *, entry: str | None = None) -> str:
+def load_segmentation_encoder(
+    backbone: SegmentationBackbone, source: str | Path | Checkpoint, *, entry: str | None = None
+) -> str:
     """Copy the encoder of a file of MAE, generic distillation or a classifier; return a sentence on what was done.
 
     Positions are interpolated to the backbone's grid. Up-sampling, layer scale and biases of attention stay as they
     are; what a file has beyond blocks and embeddings is left out; everything else must fit. Raises CheckpointError.
     """
-    state = read_state(path, entry=entry).state
+    checkpoint = read_checkpoint(source, entry=entry)
+    path, state = checkpoint.path, checkpoint.state
     contents = contents_of(state, path)
     refuse_other_layouts(contents, path)
     taken = {
@@ -141,7 +144,3 @@ def _in_grid(state: State, grid: tuple[int, int], source: tuple[int, int], path:
         else:
             fitting[key] = value
     return fitting
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

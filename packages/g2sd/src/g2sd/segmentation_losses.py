@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError, check, check_choice
 from visionkernels.ops.channel_wise_distillation import channel_wise_distillation
-from visionkernels.recipes import check, check_choice
 
 __all__ = ["Reduction", "channel_wise_loss", "pixel_kl_loss"]
 
@@ -44,7 +44,7 @@ def pixel_kl_loss(
     check_choice("reduction", reduction, Reduction)
     check(temperature > 0, "temperature", temperature, "above 0")
     if student.shape != teacher.shape or not student.numel():
-        raise ValueError(
+        raise InputError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must be equal, and not empty"
         )
     dtype = torch.promote_types(student.dtype, torch.float32)

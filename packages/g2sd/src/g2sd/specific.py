@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError, check, check_choice
 from visionkernels.ops.nkd_loss import nkd_loss
-from visionkernels.recipes import check, check_choice
 
 __all__ = ["Mode", "SpecificDistiller", "hard_distillation_loss", "relation_loss", "soft_distillation_loss"]
 
@@ -65,12 +65,12 @@ def relation_loss(
     Raises ValueError for numbers of layers or tokens that differ, and for channels that heads do not divide.
     """
     if len(student) != len(teacher) or not student:
-        raise ValueError(f"student has {len(student)} layers and teacher {len(teacher)}; give as many, one or more")
+        raise InputError(f"student has {len(student)} layers and teacher {len(teacher)}; give as many, one or more")
     total = torch.zeros((), device=student[0][0].device)
     for ours, theirs in zip(student, teacher, strict=True):
         ours_heads, theirs_heads = ([_split(each, num_heads) for each in layer] for layer in (ours, theirs))
         if ours_heads[0].shape[2] != theirs_heads[0].shape[2]:
-            raise ValueError(
+            raise InputError(
                 f"student has {ours_heads[0].shape[2]} tokens, the teacher {theirs_heads[0].shape[2]}; use one grid"
             )
         for i in range(3):
@@ -116,10 +116,10 @@ class SpecificDistiller(nn.Module):
         check(alpha >= 0, "alpha", alpha, "at least 0")
         classes = [int(getattr(each, "num_classes", 0)) for each in (student, teacher)]
         if classes[0] != classes[1]:
-            raise ValueError(f"the student has {classes[0]} classes, the teacher {classes[1]}; they must have the same")
+            raise InputError(f"the student has {classes[0]} classes, the teacher {classes[1]}; they must have the same")
         has_heads = hasattr(student, "set_distilled_training")
         if mode != "nkd" and not has_heads:
-            raise ValueError(
+            raise InputError(
                 f"mode={mode!r} needs a student with a distillation head; use distilled=True, or mode='nkd'"
             )
         self.student, self.mode, self.temperature, self.alpha = student, mode, temperature, alpha
@@ -170,18 +170,18 @@ def _checked(target: Tensor, **logits: Tensor) -> list[Tensor]:
     shapes = {name: list(each.shape) for name, each in logits.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1 or next(iter(logits.values())).ndim != 2:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{listed} must all be [batch, classes]")
+        raise InputError(f"{listed} must all be [batch, classes]")
     batch, classes = next(iter(shapes.values()))
     fits = list(target.shape) in ([batch], [batch, classes]) and target.is_floating_point() == (target.ndim == 2)
     if not fits:
-        raise ValueError(
+        raise InputError(
             f"target is {target.dtype} {list(target.shape)}; it must be class indices [{batch}], or probabilities "
             f"[{batch}, {classes}]"
         )
     if not batch:
-        raise ValueError("the batch is empty")
+        raise InputError("the batch is empty")
     if target.ndim == 1 and not (int(target.min()) >= 0 and int(target.max()) < classes):
-        raise ValueError(f"target reaches from {int(target.min())} to {int(target.max())}; there are {classes} classes")
+        raise InputError(f"target reaches from {int(target.min())} to {int(target.max())}; there are {classes} classes")
     widened = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits.values()]
     widened[-1] = widened[-1].detach()
     return widened

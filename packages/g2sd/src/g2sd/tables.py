@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import g2sd.vit  # noqa: F401 - registers the models
 from g2sd.detection_checkpoint import detector_rules
-from g2sd.detection_recipes import DetectorSize
 from g2sd.mae import MaskedAutoencoder, create_autoencoder
-from g2sd.mask_rcnn import detection_model
+from g2sd.mask_rcnn import DetectorSize, detection_model
 from g2sd.masking import draw_noise, mask_patches
 from g2sd.miniature import ARMS, compare_arms
 from g2sd.upernet import Size, segmentation_model

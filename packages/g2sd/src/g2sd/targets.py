@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from g2sd.generic import GenericDistiller
 from g2sd.masking import mask_patches
+from visionkernels.checks import InputError, check
 from visionkernels.files import replace_file, write_json
-from visionkernels.recipes import check
 
 __all__ = ["StoredTargets", "store_targets"]
 
@@ -33,10 +33,10 @@ class StoredTargets(Dataset):
             self.settings = dict(json.loads((folder / "targets.json").read_text(encoding="utf-8")))
             self.hidden = np.load(folder / "targets.npy", mmap_mode="r")
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} holds no targets of `store_targets`: {error}") from error
+            raise InputError(f"{folder} holds no targets of `store_targets`: {error}") from error
         shape = self.settings.get("shape")
         if list(self.hidden.shape) != shape or self.hidden.dtype != np.float16 or len(pictures) != shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"{folder} has targets {list(self.hidden.shape)}; expected {shape}, of {len(pictures)} pictures"
             )
         self.pictures = pictures
@@ -82,7 +82,7 @@ def store_targets(
         kept = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in settings if kept.get(name) != settings[name]]
         if other:
-            raise ValueError(f"{folder} holds targets with other {', '.join(other)}; give another folder")
+            raise InputError(f"{folder} holds targets with other {', '.join(other)}; give another folder")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with replace_file(folder / "targets.npy", overwrite=True) as temporary, temporary.open("wb") as file:
@@ -107,7 +107,7 @@ def _hidden(distiller: GenericDistiller, images: Tensor, first: int, masks: int,
         found.append(distiller.target(images.to(device), mask).cpu())
     hidden = torch.stack(found, 1)
     if not hidden.half().isfinite().all():
-        raise ValueError("the teacher's hidden states exceed float16, which targets are stored in")
+        raise InputError("the teacher's hidden states exceed float16, which targets are stored in")
     return hidden.half().numpy()
 
 

@@ -4,11 +4,9 @@ Losses are float32 in any precision.
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,31 +14,19 @@ from g2sd.generic import GenericDistiller, supervised
 from g2sd.mae import MaskedAutoencoder, pixel_loss, pixel_patches
 from g2sd.masking import draw_noise, mask_patches
 from g2sd.specific import SpecificDistiller
+from visionkernels.checks import InputError
+from visionkernels.training.task import Task
 
-__all__ = ["AutoencoderTask", "ClassifierTask", "GenericTask", "TaughtTask"]
-
-
-class TaughtTask(TrainingTask):
-    """A task whose teacher, None or a module, stays in evaluation mode."""
-
-    teacher: Any
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the student's mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
+__all__ = ["AutoencoderTask", "ClassifierTask", "GenericTask"]
 
 
-class AutoencoderTask(TrainingTask):
+class AutoencoderTask(Task):
     """Pre-training: pixels of removed patches. `flat_loss` is that of patches of one colour, their mean."""
 
     def __init__(self, model: MaskedAutoencoder, *, mask_ratio: float = 0.75, is_normalised: bool = True) -> None:
-        super().__init__(verbose=False)
+        super().__init__(model)
         if model.decoderfeature_pred is not None or model.encoderfeature_pred is not None:
-            raise ValueError("model has feature heads, which pixels do not train; create it without teacher widths")
-        self.trainable_module: nn.Module = model
+            raise InputError("model has feature heads, which pixels do not train; create it without teacher widths")
         self.num_patches, self.patch_size = model.num_patches, tuple(model.patch_embed.patch_size)
         self.mask_ratio, self.is_normalised = mask_ratio, is_normalised
 
@@ -58,7 +44,7 @@ class AutoencoderTask(TrainingTask):
         return {"loss": loss, "flat_loss": flat_loss}
 
 
-class GenericTask(TaughtTask):
+class GenericTask(Task):
     """Generic distillation. The teacher is no part of what is trained and stored.
 
     Beside the loss stand two that need no student, and that it must get below: `zero_loss` of always predicting 0, and
@@ -66,9 +52,7 @@ class GenericTask(TaughtTask):
     """
 
     def __init__(self, distiller: GenericDistiller) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module: nn.Module = distiller.students
-        self.teacher = distiller.teacher
+        super().__init__(distiller.students, teacher=distiller.teacher)
         # not a submodule: its students are trained above
         self._distiller = (distiller,)
         rows, columns = distiller.teacher.grid
@@ -117,13 +101,11 @@ class GenericTask(TaughtTask):
         return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-class ClassifierTask(TaughtTask):
+class ClassifierTask(Task):
     """Fine-tuning with labels, or specific distillation where there is a distiller."""
 
     def __init__(self, model: nn.Module, distiller: SpecificDistiller | None = None) -> None:
-        super().__init__(verbose=False)
-        self.trainable_module: nn.Module = model
-        self.teacher = None if distiller is None else distiller.teacher
+        super().__init__(model, teacher=None if distiller is None else distiller.teacher)
         # not a submodule: its student is trained above
         self._distiller = () if distiller is None else (distiller,)
 

@@ -1,61 +1,54 @@
-"""The stages by recipes, on the loop that all packages share: pre-training, generic distillation, classification."""
+"""The stages by recipes: pre-training, generic distillation, classification."""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from g2sd.checkpoint import load_encoder, load_official, load_teacher
 from g2sd.generic import GenericDistiller
 from g2sd.mae import MaskedAutoencoder, create_autoencoder
-from g2sd.recipes import (
-    AutoencoderSizes,
-    FinetuneRecipe,
-    GenericRecipe,
-    PictureStage,
-    PretrainRecipe,
-    check_teacher,
-)
+from g2sd.official import load_encoder, load_official, load_teacher
+from g2sd.recipes import FinetuneRecipe, GenericRecipe, PretrainRecipe, check_teacher
+from g2sd.recipes.base import autoencoder_record
 from g2sd.specific import SpecificDistiller
 from g2sd.targets import StoredTargets, store_targets
 from g2sd.task import AutoencoderTask, ClassifierTask, GenericTask
+from g2sd.teachers import TokenTeacher, token_teacher
 from g2sd.vit import DistilledViT
-from visionkernels import classification
-from visionkernels.checkpoints import read_state, save_weights
-from visionkernels.extras import require
-from visionkernels.pictures.labelled import LabelledPictures, open_pictures
-from visionkernels.pictures.transforms import LabelMixing, evaluation_transform, training_transform
-from visionkernels.recipes import check, data_of, settings
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.checks import InputError, check
+from visionkernels.pictures.labelled import LabelledPictures
+from visionkernels.pictures.transforms import LabelMixing
+from visionkernels.tasks.classification import ClassificationRecipe, ClassificationSets, build_classifier
+from visionkernels.tasks.teachers import Teacher, open_teacher
+from visionkernels.training import FitResult
+from visionkernels.weights import Trained, read_checkpoint
 
 __all__ = ["distil_generic", "finetune", "pretrain", "with_few_labels"]
 
+_EXTRA = "g2sd-vision[train]"
 _REMEMBERED_BYTES = 256 << 20
 
 
 def pretrain(recipe: PretrainRecipe, data: str | Path | None, out: str | Path) -> FitResult:
-    """Pre-train a masked autoencoder; a run that the folder `out` holds goes on where it stopped.
+    """Pre-train a masked autoencoder; rerun with the same arguments to resume the run in the folder `out`.
 
     `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own; labels are not used.
-    `out`/weights.safetensors opens with `g2sd.checkpoint.load_official`. The metrics are `val_loss` on masks of the
-    validation pictures that are always the same, and `val_flat_loss`, that of patches of one colour.
+    `out`/weights.safetensors opens with `g2sd.official.load_official`. The metrics are `val_loss` on masks of the
+    validation images that are always the same, and `val_flat_loss`, that of patches of one colour.
     """
-    train_set, val_set = _pictures(recipe, data)
+    sets = _open(recipe, data)
     torch.manual_seed(recipe.fit.seed)
-    task = AutoencoderTask(
-        _autoencoder(recipe.model, recipe), mask_ratio=recipe.mask_ratio, is_normalised=recipe.is_normalised
-    )
-    details = _heads(cast(MaskedAutoencoder, task.trainable_module))
-    return _fit(task, recipe, train_set, partial(_unlabelled_metrics, task=task, pictures=val_set), out, details)
+    trained = replace(recipe.record(), data=sets.source)
+    model = _autoencoder(trained)
+    task = AutoencoderTask(model, mask_ratio=recipe.mask_ratio, is_normalised=recipe.is_normalised)
+    return _fit(task, sets, out, _with_heads(trained, model), evaluate=_unlabelled(task, sets))
 
 
 def distil_generic(
@@ -64,47 +57,86 @@ def distil_generic(
     out: str | Path,
     *,
     teacher: str | Path | nn.Module,
+    teacher_checkpoint: str | Path | None = None,
     targets: str | Path | None = None,
 ) -> FitResult:
-    """Distil a masked autoencoder into the recipe's students, without labels; a run in `out` goes on where it stopped.
+    """Distil a teacher into the recipe's students, without labels; rerun with the same arguments to resume.
 
-    `teacher` is a file of MAE with its decoder, or a module as `GenericDistiller` takes it. `out`/weights.safetensors
-    holds the student, which `load_official` and `g2sd.checkpoint.load_encoder` open; of several students it holds all,
-    and each has a file of its own, student-0.safetensors, ... `targets` is a folder for the teacher's targets under
-    four masks of each picture, computed once: for pictures that do not vary. The metrics are `val_loss` on masks that
-    are always the same, and `val_zero_loss` and `val_position_loss`, which it must be below (see `GenericTask`). Raises
-    CheckpointError for a teacher without decoder.
+    `out`/weights.safetensors holds the student, which `load_official` and `g2sd.official.load_encoder` open; of several
+    students it holds all, and each has a file of its own, student-0.safetensors, ... The metrics are `val_loss` on
+    masks that are always the same, and `val_zero_loss` and `val_position_loss`, which it must be below (see
+    `GenericTask`).
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
+        out: folder of the run
+        teacher: a file of MAE with its decoder, a ViT of timm by name ("timm:vit_small_patch14_dinov2.lvd142m"), or a
+            module as `GenericDistiller` takes it
+        teacher_checkpoint: weights of a teacher by name, instead of the published ones
+        targets: folder for the teacher's targets under four masks of each image, computed once: for images that do not
+            vary
+
+    Raises CheckpointError for a teacher without decoder.
     """
-    train_set, val_set = _pictures(recipe, data)
-    size = (recipe.pictures.size,) * 2
-    module = teacher if isinstance(teacher, nn.Module) else load_teacher(teacher, img_size=size)
+    sets = _open(recipe, data)
+    module = _masked_teacher(recipe, teacher, teacher_checkpoint)
     width = module.decoder_width if isinstance(module, MaskedAutoencoder) else cast(int, module.width)
     encoder_width = module.embed_dim if isinstance(module, MaskedAutoencoder) else None
     torch.manual_seed(recipe.fit.seed)
     widths = {"teacher_decoder_width": width, "teacher_width": encoder_width}
-    students = [_autoencoder(sizes, recipe, **widths) for sizes in recipe.students]
+    records = [autoencoder_record(recipe, sizes, **widths) for sizes in recipe.students]
+    students = [_autoencoder(record) for record in records]
+    records = [
+        _with_heads(replace(record, data=sets.source), student).with_details(
+            teacher=_named(teacher), teacher_checkpoint=teacher_checkpoint
+        )
+        for record, student in zip(records, students, strict=True)
+    ]
     distiller = GenericDistiller(cast(Any, module), students, **recipe.settings_of_loss())
     task = GenericTask(distiller)
-    samples: Dataset = train_set
+    train: Dataset = sets.train
     if targets is not None:
-        check(not _varies(recipe), "targets", str(targets), f"None: recipe {recipe.name} varies its pictures")
-        train_set = _remembered(train_set, recipe)
-        samples = StoredTargets(train_set, store_targets(distiller, train_set, targets, seed=recipe.fit.seed))
-    told = {"teacher": _named(teacher), **(_heads(students[0]) if len(students) == 1 else {})}
-    result = _fit(task, recipe, samples, partial(_unlabelled_metrics, task=task, pictures=val_set), out, told)
-    if len(students) > 1 and os.environ.get("RANK", "0") == "0":
-        _part(result.weights, students)
+        check(not _varies(recipe), "targets", str(targets), f"None: recipe {recipe.name} varies its images")
+        train = _remembered(sets.train, recipe)
+        train = StoredTargets(train, store_targets(distiller, train, targets, seed=recipe.fit.seed))
+    is_single = len(students) == 1
+    trained = records[0] if is_single else replace(records[0], kind="students", model=None, options={})
+    result = _fit(task, sets, out, trained, train=train, evaluate=_unlabelled(task, sets))
+    if not is_single and os.environ.get("RANK", "0") == "0":
+        _part(result.weights, records)
     return result
 
 
-def _part(weights: Path, students: Sequence[MaskedAutoencoder]) -> None:
+def _masked_teacher(
+    recipe: GenericRecipe, teacher: str | Path | nn.Module, checkpoint: str | Path | None
+) -> MaskedAutoencoder | TokenTeacher | Any:
+    if isinstance(teacher, nn.Module):
+        return teacher
+    size = recipe.pictures.size
+    if Path(teacher).is_file():
+        if checkpoint is not None:
+            raise InputError(f"--teacher {teacher} is a file; --teacher-checkpoint is for a teacher by name")
+        return load_teacher(teacher, img_size=(size, size))
+    name = str(teacher)
+    if Path(name).suffix in (".pth", ".safetensors"):
+        raise FileNotFoundError(f"checkpoint {name} is not a file")
+    patch = cast(
+        Any, create_autoencoder(recipe.students[0].name, **recipe.students[0].options())
+    ).patch_embed.patch_size
+    grid = (size // patch[0], size // patch[1])
+    return token_teacher(name, checkpoint, grid=grid, mean=recipe.pictures.mean, std=recipe.pictures.std)
+
+
+def _part(weights: Path, records: Sequence[Trained]) -> None:
     """Write each of several students into a file of its own, beside that of all."""
-    checkpoint = read_state(weights)
-    for place, student in enumerate(students):
+    checkpoint = read_checkpoint(weights)
+    assert checkpoint.trained is not None
+    for place, record in enumerate(records):
         prefix = f"{place}."
         state = {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
-        told = {**checkpoint.metadata, **_heads(student)}
-        save_weights(weights.with_name(f"student-{place}.safetensors"), state, metadata=told, overwrite=True)
+        finished = replace(checkpoint.trained, kind=record.kind, model=record.model, options=record.options)
+        finished.save(weights.with_name(f"student-{place}.safetensors"), state, overwrite=True)
 
 
 def finetune(
@@ -112,41 +144,64 @@ def finetune(
     data: str | Path | None,
     out: str | Path,
     *,
-    start: str | Path | None = None,
+    init: str | Path | None = None,
     teacher: str | Path | nn.Module | None = None,
+    teacher_checkpoint: str | Path | None = None,
 ) -> FitResult:
     """Train a classifier with labels, and with a teacher's logits where the recipe has a `mode`.
 
-    `start` is a file with the encoder to start from, of generic distillation, MAE or any other stage; the head begins
-    at nearly 0 then. `teacher` is a classifier of the data's classes: a file, or a module. `out`/weights.safetensors
-    opens with `load_official`. The metrics are those of `visionkernels.classification`. Raises ValueError for a teacher
-    that the recipe has no use for, or none where it needs one.
+    Rerun with the same arguments to resume. `out`/weights.safetensors opens with
+    `visionkernels.weights.open_trained`. The metrics are those of `visionkernels.tasks.classification`.
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
+        out: folder of the run
+        init: file with the encoder to start from, of generic distillation, MAE or any other stage; the head begins at
+            nearly 0 then
+        teacher: classifier of the data's classes: a file of any package, a model by name, or a module
+        teacher_checkpoint: weights of a teacher by name, instead of the published ones
+
+    Raises InputError for a teacher that the recipe does not take, or none where it needs one.
     """
     check_teacher(recipe, teacher)
-    train_set, val_set = _pictures(recipe, data)
-    names = train_set.class_names
+    sets = _open(recipe, data)
+    train = sets.train
     if recipe.labels_per_class is not None:
-        train_set = with_few_labels(train_set, recipe.labels_per_class, seed=recipe.fit.seed)
+        train = with_few_labels(train, recipe.labels_per_class, seed=recipe.fit.seed)
     torch.manual_seed(recipe.fit.seed)
-    model = _classifier(recipe, names)
-    heads = model.blocks[0].attn.num_heads
-    details: dict[str, Any] = {"model_name": recipe.model.name, "class_names": names, "num_heads": str(heads)}
-    if start is not None:
-        details["started_from"] = load_encoder(model, start)
+    trained = sets.record(teacher=None if teacher is None else _named(teacher), teacher_checkpoint=teacher_checkpoint)
+    model: Any = build_classifier(trained)
+    trained = replace(trained, options={**trained.options, "num_heads": model.blocks[0].attn.num_heads})
+    if init is not None:
+        trained = trained.with_details(started_from=load_encoder(model, init))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     distiller = None
     if teacher is not None and recipe.mode is not None:
-        size = (recipe.pictures.size,) * 2
-        module = teacher if isinstance(teacher, nn.Module) else load_official(teacher, img_size=size)
+        module = _classifying_teacher(recipe, teacher, teacher_checkpoint, sets.num_classes)
         options = {"temperature": recipe.temperature, "alpha": recipe.alpha}
         distiller = SpecificDistiller(model, module, mode=recipe.mode, **options)
-        details["teacher"] = _named(teacher)
     if isinstance(model, DistilledViT):
         # after NKD the other head is as it was drawn
-        details["eval_head"] = model.eval_head
-    mixing = LabelMixing(recipe.augmentation, len(names))
-    evaluate = partial(_accuracy, pictures=val_set, workers=recipe.fit.num_workers)
-    return _fit(ClassifierTask(model, distiller), recipe, train_set, evaluate, out, details, batch_transform=mixing)
+        trained = trained.with_details(eval_head=model.eval_head)
+    mixing = LabelMixing(recipe.augmentation, sets.num_classes)
+    return _fit(ClassifierTask(model, distiller), sets, out, trained, train=train, batch_transform=mixing)
+
+
+def _classifying_teacher(
+    recipe: FinetuneRecipe, teacher: str | Path | nn.Module, checkpoint: str | Path | None, num_classes: int
+) -> nn.Module:
+    """Return a teacher of the student's images; positions of a file of this family are resized to them."""
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if checkpoint is None and Path(teacher).is_file():
+        opened = read_checkpoint(teacher)
+        if opened.trained is None or opened.trained.package == "g2sd":
+            return load_official(opened, img_size=(recipe.pictures.size,) * 2)
+    model = open_teacher(teacher, checkpoint=checkpoint, num_classes=num_classes)
+    wrapped = Teacher(model, mean=recipe.pictures.mean, std=recipe.pictures.std)
+    wrapped.num_classes = num_classes  # type: ignore[assignment]
+    return wrapped
 
 
 def with_few_labels(pictures: LabelledPictures, per_class: int, *, seed: int = 0) -> LabelledPictures:
@@ -157,7 +212,7 @@ def with_few_labels(pictures: LabelledPictures, per_class: int, *, seed: int = 0
     for number, name in enumerate(pictures.class_names):
         places = np.flatnonzero(labels == number)
         if len(places) < per_class:
-            raise ValueError(f"class {name} has {len(places)} pictures, fewer than labels_per_class={per_class}")
+            raise InputError(f"class {name} has {len(places)} pictures, fewer than labels_per_class={per_class}")
         chosen += rng.permutation(places)[:per_class].tolist()
     files, describe = pictures.files, pictures.describe
     return replace(
@@ -188,52 +243,33 @@ class _Remembered(LabelledPictures):
         return [self[index] for index in indices]
 
 
-def _remembered(pictures: LabelledPictures, recipe: PictureStage) -> LabelledPictures:
+def _remembered(pictures: LabelledPictures, recipe: ClassificationRecipe) -> LabelledPictures:
     bytes_of_all = len(pictures) * 3 * recipe.pictures.size**2 * 4
     if bytes_of_all > _REMEMBERED_BYTES:
         return pictures
     return _Remembered(**{each.name: getattr(pictures, each.name) for each in fields(pictures)})
 
 
-def _varies(recipe: PictureStage) -> bool:
-    """Tell whether a training picture is another one each time."""
+def _varies(recipe: ClassificationRecipe) -> bool:
+    """Tell whether a training image is another one each time."""
     changes = recipe.augmentation
     return changes.random_crop or changes.rand_augment is not None or changes.erasing > 0
 
 
-def _pictures(recipe: PictureStage, data: str | Path | None) -> tuple[LabelledPictures, LabelledPictures]:
-    for module in ("accelerate", "torchmetrics"):
-        require(module, "g2sd-vision[train]")
-    source = data_of(recipe, data)
-    train_set = open_pictures(source, "train", training_transform(recipe.pictures, recipe.augmentation))
-    transform = evaluation_transform(recipe.pictures)
-    val_set = open_pictures(source, "validation", transform, class_names=train_set.class_names)
-    return train_set, _remembered(val_set, recipe)
+def _open(recipe: ClassificationRecipe, data: str | Path | None) -> ClassificationSets:
+    sets = ClassificationSets.open(recipe, data, install=_EXTRA)
+    return replace(sets, validation=_remembered(sets.validation, recipe))
 
 
-def _autoencoder(sizes: AutoencoderSizes, recipe: PictureStage, **widths: int | None) -> MaskedAutoencoder:
-    size = recipe.pictures.size
-    return create_autoencoder(sizes.name, img_size=size, **sizes.options(), **widths)
+def _autoencoder(trained: Trained) -> MaskedAutoencoder:
+    return create_autoencoder(cast(str, trained.model), **trained.options)
 
 
-def _classifier(recipe: FinetuneRecipe, class_names: tuple[str, ...]) -> Any:
-    pictures = recipe.pictures
-    overlay = {
-        "input_size": (3, pictures.size, pictures.size),
-        "crop_pct": pictures.size / pictures.resize,
-        "interpolation": pictures.interpolation,
-        "mean": pictures.mean,
-        "std": pictures.std,
-        "label_names": class_names,
-    }
-    options = {"img_size": pictures.size, "num_classes": len(class_names), **recipe.model.options()}
-    return timm.create_model(recipe.model.name, **options, pretrained_cfg_overlay=overlay)
-
-
-def _heads(model: MaskedAutoencoder) -> dict[str, str]:
-    """What weights do not show of a model."""
+def _with_heads(trained: Trained, model: MaskedAutoencoder) -> Trained:
+    """Return the record with numbers of attention heads, which weights do not show."""
     blocks = {"num_heads": model.blocks[0], "decoder_num_heads": model.decoder_blocks[0]}
-    return {name: str(cast(Any, block).attn.num_heads) for name, block in blocks.items()}
+    heads = {name: cast(Any, block).attn.num_heads for name, block in blocks.items()}
+    return replace(trained, options={**trained.options, **heads})
 
 
 def _named(teacher: str | Path | nn.Module) -> str:
@@ -242,24 +278,22 @@ def _named(teacher: str | Path | nn.Module) -> str:
 
 def _fit(
     task: Any,
-    recipe: PictureStage,
-    train_set: Dataset,
-    evaluate: Any,
+    sets: ClassificationSets,
     out: str | Path,
-    details: Mapping[str, Any],
+    trained: Trained,
+    *,
+    train: Dataset | None = None,
     **options: Any,
 ) -> FitResult:
-    described = {
-        "settings": settings(recipe), "pictures": asdict(recipe.pictures), "g2sd": version("g2sd-vision"), **details
-    }  # fmt: skip
-    if isinstance(train_set, LabelledPictures) and not _varies(recipe):
-        train_set = _remembered(train_set, recipe)
-    data = TrainingData(train=train_set, evaluate=evaluate, **options)
-    return fit(task, recipe.fit, data, out, details=described)
+    recipe = cast(ClassificationRecipe, sets.recipe)
+    train = sets.train if train is None else train
+    if isinstance(train, LabelledPictures) and not _varies(recipe):
+        train = _remembered(train, recipe)
+    return sets.fit(task, out, trained, train=train, **options)
 
 
-def _accuracy(model: nn.Module, pictures: LabelledPictures, workers: int) -> Mapping[str, float]:
-    return classification.evaluate(model, pictures, workers=workers).metrics()
+def _unlabelled(task: Any, sets: ClassificationSets) -> Any:
+    return partial(_unlabelled_metrics, task=task, pictures=sets.validation)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g2sd.segmentation_backbone import SegmentationBackbone
+from visionkernels.checks import InputError, check, check_choice
 from visionkernels.pictures.layouts import IGNORED
 from visionkernels.pictures.recipes import SceneRecipe
-from visionkernels.recipes import check, check_choice
 
 __all__ = ["FCNHead", "SegmentationModel", "Size", "UPerHead", "in_windows", "segmentation_model"]
 
@@ -29,7 +29,7 @@ class SegmentationModel(nn.Module):
     """Takes normalised images [B, 3, H, W] up to `img_size`, returns logits [B, classes, H, W].
 
     In training it returns a list: these, and those of the auxiliary head. Smaller images are padded by zeros at the
-    right and bottom, larger ones are an error: `visionkernels.segmentation.predict` goes over them in windows, by
+    right and bottom, larger ones are an error: `visionkernels.tasks.segmentation.predict` goes over them in windows, by
     `scene`.
     """
 
@@ -117,7 +117,7 @@ class UPerHead(nn.Module):
         norm = self.bottleneck.bn
         # statistics that processes share are of more than this batch
         if norm.training and len(last) < 2 and not isinstance(norm, nn.SyncBatchNorm):
-            raise ValueError("batch of 1 image in training; UperNet norms means of whole maps over the batch: use 2")
+            raise InputError("batch of 1 image in training; UperNet norms means of whole maps over the batch: use 2")
         pooled = [_resized(module(last), last.shape[2:]) for module in self.psp_modules]
         levels = [lateral(each) for lateral, each in zip(self.lateral_convs, finer, strict=True)]
         levels.append(self.bottleneck(torch.cat([last, *pooled], 1)))

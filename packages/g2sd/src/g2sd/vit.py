@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from g2sd.blocks import LeanAttention, LeanMlp, norm_layer
 from g2sd.positions import interpolate_positions
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import InputError, check, check_choice
 
 __all__ = ["DistilledViT"]
 
@@ -67,7 +67,7 @@ class DistilledViT(VisionTransformerDistilled):
         """Return normed tokens: class, distillation, patches. ValueError for images of another size."""
         height, width = self.patch_embed.img_size
         if x.ndim != 4 or x.shape[2:] != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"images have shape {list(x.shape)}; the model takes [batch, channels, {height}, {width}]: resize "
                 "them, or interpolate its positions with set_input_size"
             )
@@ -96,7 +96,7 @@ _FIXED: dict[str, Any] = {
 def _check_divisible(img_size: Any, patch_size: Any) -> None:
     (height, width), (rows, columns) = to_2tuple(img_size), to_2tuple(patch_size)
     if height < 1 or width < 1 or height % rows or width % columns:
-        raise ValueError(f"img_size={height}x{width} must be a multiple of patch_size={rows}x{columns}")
+        raise InputError(f"img_size={height}x{width} must be a multiple of patch_size={rows}x{columns}")
 
 
 def _filter(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

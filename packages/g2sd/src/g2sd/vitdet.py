@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from g2sd.blocks import LeanMlp, norm_layer
 from g2sd.positions import interpolate_positions
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["LEVELS", "SimpleFeaturePyramid", "ViTDetBackbone", "resize_relative"]
 
@@ -77,7 +77,7 @@ class ViTDetBackbone(nn.Module):
     ) -> Float[Tensor, "batch embed_dim rows columns"]:
         """Return the last map. Raises ValueError for sides that are no multiples of the patch."""
         if images.ndim != 4 or any(side % self.patch_size or not side for side in images.shape[2:]):
-            raise ValueError(
+            raise InputError(
                 f"images have shape {list(images.shape)}; sides must be multiples of {self.patch_size} pixels"
             )
         x = self.patch_embed(images)

@@ -7,6 +7,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from visionkernels.checks import InputError
+
 __all__ = ["check_optimizer", "guard_optimizers", "mark_compact"]
 
 # Classes of torch.optim and timm.optim whose steps were compared with those of ordinary training. These decay the
@@ -48,14 +50,14 @@ def check_optimizer(optimizer: Optimizer) -> None:
     if is_known and kind.__name__ in _WITHOUT_COUPLED_DECAY:
         for group in optimizer.param_groups:
             if _is_coupled(group) and _holds_compact(group):
-                raise ValueError(
+                raise InputError(
                     f"{kind.__name__} with weight_decay={group['weight_decay']} does not keep a compact layer in its "
                     "form; use AdamW, SGD, or weight_decay=0"
                 )
         return
     if optimizer not in _warned and any(map(_holds_compact, optimizer.param_groups)):
         if kind.__name__.lower() in _REFUSED:
-            raise ValueError(
+            raise InputError(
                 f"{kind.__name__} does not move each element of a tensor by its own gradient alone, so a compact layer "
                 "would be trained otherwise than its weight; use AdamW or SGD, or convert with compact=False"
             )

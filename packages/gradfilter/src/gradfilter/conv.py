@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradfilter.compact import guard_optimizers, mark_compact
+from visionkernels.checks import InputError
 from visionkernels.ops import Backend
 from visionkernels.ops.filtered_conv import Border, Radius, check_border, check_radius, filtered_conv2d, kernel_sum
 
@@ -190,7 +191,7 @@ class CompactConv2d(FilteredConv2d):
     def _split(self) -> None:
         """Part the weight in base, scale and offset."""
         if self.border != "plain":
-            raise ValueError(f"border={self.border!r} is not exact for a compact layer; it takes 'plain'")
+            raise InputError(f"border={self.border!r} is not exact for a compact layer; it takes 'plain'")
         weight, is_trained = self.weight, self.weight.requires_grad
         self._kept_sum = None
         # the base is the very Parameter, frozen: what else holds it goes on with it when it is folded back

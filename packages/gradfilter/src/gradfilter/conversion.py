@@ -25,6 +25,7 @@ from gradfilter.conv import (
 from gradfilter.cost import layer_coverage
 from gradfilter.timing import wins_time
 from gradfilter.trace import Call, Trace, trace
+from visionkernels.checks import InputError
 from visionkernels.ops.filtered_conv import Border, Radius, check_radius
 
 __all__ = [
@@ -143,10 +144,10 @@ def convert(
     """
     _check_choices(objective, lean_activations, train_norm, norm_stats, border)
     if compact and border == "covered":
-        raise ValueError("compact=True with border='covered' is not exact; choose one of the two")
+        raise InputError("compact=True with border='covered' is not exact; choose one of the two")
     if exportable and (compact or lean_activations):
         other = "compact=True" if compact else f"lean_activations={lean_activations!r}"
-        raise ValueError(f"exportable=True with {other}: a graph would lose its gradients; choose one of the two")
+        raise InputError(f"exportable=True with {other}: a graph would lose its gradients; choose one of the two")
     lean_activations = not exportable if lean_activations is None else lean_activations
     found = trace(model, example_input)
     chosen = choose(found, last_n, layers)
@@ -260,26 +261,26 @@ def _check_choices(
         ("border", border, get_args(Border)),
     ):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+            raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 def choose(found: Trace, last_n: int | None, layers: Sequence[str] | None) -> list[Call]:
     """Return the chosen convolutions in the order of execution; arguments and errors are those of `convert`."""
     calls = found.convolutions
     if not calls:
-        raise ValueError("the model runs no nn.Conv2d; there is nothing to filter")
+        raise InputError("the model runs no nn.Conv2d; there is nothing to filter")
     if last_n is not None and layers is not None:
-        raise ValueError(f"last_n={last_n} and layers={layers} exclude each other")
+        raise InputError(f"last_n={last_n} and layers={layers} exclude each other")
     if last_n is not None:
         if not isinstance(last_n, int) or isinstance(last_n, bool):
-            raise ValueError(f"last_n={last_n!r} must be an integer in [1, {len(calls)}]")
+            raise InputError(f"last_n={last_n!r} must be an integer in [1, {len(calls)}]")
         if not 1 <= last_n <= len(calls):
-            raise ValueError(f"last_n={last_n} must be in [1, {len(calls)}], the convolutions that the model runs")
+            raise InputError(f"last_n={last_n} must be in [1, {len(calls)}], the convolutions that the model runs")
         return calls[-last_n:]
     if layers is None:
         return calls
     if not isinstance(layers, Collection) or not layers:
-        raise ValueError(f"layers={layers!r} names no convolution; give names or patterns, or None for all")
+        raise InputError(f"layers={layers!r} names no convolution; give names or patterns, or None for all")
     names = _matches([call.name for call in calls], layers)
     return [call for call in calls if call.name in names]
 
@@ -289,11 +290,11 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
-            raise ValueError(f"{pattern!r} is no name or pattern of a convolution")
+            raise InputError(f"{pattern!r} is no name or pattern of a convolution")
         hits = fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or list(names[:3])
-            raise ValueError(f"{pattern!r} names no convolution that the model runs; the nearest are {', '.join(near)}")
+            raise InputError(f"{pattern!r} names no convolution that the model runs; the nearest are {', '.join(near)}")
         matched.update(hits)
     return matched
 
@@ -307,7 +308,7 @@ def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] |
         side = None if value is None else check_radius(value)
         radii |= dict.fromkeys(_matches(names, [pattern]), side)
     if missing := [name for name in names if name not in radii]:
-        raise ValueError(f"radius names no value for {', '.join(missing[:5])}; add a pattern, e.g. '*'")
+        raise InputError(f"radius names no value for {', '.join(missing[:5])}; add a pattern, e.g. '*'")
     return radii
 
 
@@ -317,7 +318,7 @@ def decide(
     """Return whether `convert` filters a layer that was chosen, and if not why."""
     if isinstance(call.module, FilteredConv2d):  # whoever built it wants it filtered
         if border == "covered" and isinstance(call.module, CompactConv2d):
-            raise ValueError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
+            raise InputError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
         return LayerReport(call.name, "filtered", radius or call.module.radius)
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradfilter.conv import CompactConv2d
 from gradfilter.lean import FrozenBatchNorm2d
-from visionkernels.checkpoints import CheckpointError, read_state, save_weights
+from visionkernels.weights import CheckpointError, read_checkpoint, save_weights
 
 __all__ = ["apply_delta", "compute_delta", "read_delta", "save_delta", "trainable_delta"]
 
@@ -132,7 +132,7 @@ def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool =
 
 def read_delta(path: str | Path, base: State) -> dict[str, Tensor]:
     """Return the delta of a file. Raises CheckpointError for other files, and for a delta of another base."""
-    checkpoint = read_state(path)
+    checkpoint = read_checkpoint(path)
     if checkpoint.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no file of `gradfilter delta save`")
     if checkpoint.metadata.get("base") != _digest(base, checkpoint.state):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gradfilter.conv import FilteredConv2d, is_plain_convolution, pad_first
 from gradfilter.conversion import choose, exact_twin
 from gradfilter.trace import call_model, trace
+from visionkernels.checks import InputError
 from visionkernels.ops.filtered_conv import (
     Border,
     Radius,
@@ -145,7 +146,7 @@ def _record(
         handle.remove()
     for name in names:
         if len(records.get(name, ())) < 2:
-            raise ValueError(f"the loss does not depend on {name!r}; diagnose the layers that it reaches")
+            raise InputError(f"the loss does not depend on {name!r}; diagnose the layers that it reaches")
     return {name: (found[0], found[1]) for name, found in records.items()}
 
 

@@ -3,10 +3,10 @@
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,20 @@ from torch.utils.data import TensorDataset
 from gradfilter.diagnosis import diagnose
 from gradfilter.models import TinyConv
 from gradfilter.recipes import TransferRecipe
-from gradfilter.training import ClassifierTask, prepare, store_plain
-from visionkernels.checkpoints import CheckpointError, load_strict, read_state
+from gradfilter.training import prepare, store_plain
+from visionkernels.checks import check
 from visionkernels.extras import require
 from visionkernels.profiling import saved_activation_bytes
-from visionkernels.recipes import settings
 from visionkernels.samples import mnist5k
+from visionkernels.tasks.classification import ClassificationTask
 from visionkernels.training import FitRecipe, FitResult, TrainingData, fit
+from visionkernels.weights import Checkpoint, load_strict, read_checkpoint
 
 __all__ = [
     "compare_gradients",
     "digits",
     "evaluate",
-    "load_tinyconv",
+    "open_digits",
     "train",
     "transfer",
 ]
@@ -51,29 +52,27 @@ def digits(part: Digits) -> TensorDataset:
     return TensorDataset((pixels - 0.1307) / 0.3081, torch.from_numpy(labels)[chosen])
 
 
-def train(recipe: TransferRecipe, run_dir: str | Path) -> FitResult:
-    """Pre-train on upright digits in `run_dir`/pretraining, then fine-tune on turned ones in `run_dir`.
+def train(recipe: TransferRecipe, data: str | Path | None, out: str | Path) -> FitResult:
+    """Pre-train on upright digits in `out`/pretraining, then fine-tune on turned ones in `out`.
 
-    A run that the folder holds goes on where it stopped. weights.safetensors holds the plain weights of a `TinyConv`,
-    whatever was trained. Metrics are those of `evaluate` on the turned test digits.
+    Rerun with the same arguments to resume. weights.safetensors holds the plain weights of a `TinyConv`, whatever was
+    trained. Metrics are those of `evaluate` on the turned test digits. Raises InputError for `data` other than the
+    recipe's own.
     """
     require("accelerate", "gradfilter[train]")
+    check(data in (None, recipe.data), "data", data, f"left out: {recipe.name} has its own digits")
     torch.manual_seed(recipe.fit.seed)
-    sizes = {"widths": recipe.widths, "reduction": recipe.reduction}
     model = TinyConv(widths=recipe.widths, reduction=recipe.reduction)
-    details = {"model_name": "tinyconv", **sizes, "gradfilter": version("gradfilter")}
+    trained = recipe.record()
     before = fit(
-        ClassifierTask(model), recipe.pretraining, TrainingData(train=digits("upright")),
-        Path(run_dir) / "pretraining", details=details,
+        ClassificationTask(model), recipe.pretraining, TrainingData(train=digits("upright")),
+        Path(out) / "pretraining", trained=replace(trained, settings=None),  # one pre-training serves all recipes
     )  # fmt: skip
-    load_strict(model, read_state(before.weights).state, source=before.weights)
+    load_strict(model, read_checkpoint(before.weights).state, source=before.weights)
     test = digits("test")
     prepare(model, recipe.filter, test[:1][0])
-    result = fit(
-        ClassifierTask(model), recipe.fit,
-        TrainingData(train=digits("turned"), evaluate=partial(evaluate, data=test)), run_dir,
-        details=details | {"settings": settings(recipe)},
-    )  # fmt: skip
+    training_data = TrainingData(train=digits("turned"), evaluate=partial(evaluate, data=test))
+    result = fit(ClassificationTask(model), recipe.fit, training_data, out, trained=trained)
     store_plain(result, model)
     return result
 
@@ -93,17 +92,11 @@ def evaluate(model: nn.Module, data: TensorDataset) -> Mapping[str, float]:
     }
 
 
-def load_tinyconv(path: str | Path) -> TinyConv:
-    """Return the network of a weights file of `train`, in evaluation mode. Raises CheckpointError for other files."""
-    checkpoint = read_state(path)
-    state = checkpoint.state
-    names = [f"features.{index}.weight" for index in (0, 7, 14)]
-    if any(name not in state for name in names):
-        raise CheckpointError(f"{path} holds no network of `gradfilter train`: it lacks {', '.join(names)}")
-    widths = tuple(state[name].shape[0] for name in names)
-    reduction = int(checkpoint.metadata.get("reduction", 1))
-    model = TinyConv(widths=cast(tuple[int, int, int], widths), reduction=reduction)
-    load_strict(model, state, source=path)
+def open_digits(checkpoint: Checkpoint) -> TinyConv:
+    """Return the network of a weights file of `train`, in evaluation mode."""
+    assert checkpoint.trained is not None
+    model = TinyConv(**checkpoint.trained.options)
+    load_strict(model, checkpoint.state, source=checkpoint.path)
     return model.eval()
 
 

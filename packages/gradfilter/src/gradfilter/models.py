@@ -1,52 +1,21 @@
-"""Networks by name: timm's, torchvision's, segmentation models on timm encoders, and anything that imports."""
+"""Segmentation models on timm encoders, and a small network for digits, which timm knows as "tinyconv"."""
 
-import importlib
-from collections.abc import Callable
 from typing import Any, cast
-from urllib.error import URLError
 
 import timm
-import torchvision
 from jaxtyping import Float
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 
+from visionkernels.checks import check_known
 from visionkernels.extras import require
-from visionkernels.recipes import check_known
 
-__all__ = ["FCN", "SEGMENTATION_HEADS", "TinyConv", "create_classifier", "create_segmenter"]
+__all__ = ["FCN", "SEGMENTATION_HEADS", "TinyConv", "create_segmenter", "tinyconv"]
 
 SEGMENTATION_HEADS = ("pspnet", "deeplabv3", "upernet", "fcn")
 _DENSE = "gradfilter[dense]"
-
-
-def create_classifier(name: str, *, num_classes: int | None = None, pretrained: bool = False) -> nn.Module:
-    """Return the network `name`: of timm, "torchvision:NAME", "tinyconv", or "module:callable", which is called.
-
-    `num_classes` None leaves the network's own; a callable gets it as a keyword. `pretrained` takes the published
-    weights of timm or torchvision. Raises ValueError for unknown names, with the nearest.
-    """
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    family, _, rest = name.rpartition(":")
-    if name == "tinyconv":
-        return TinyConv(**options)
-    if family == "torchvision":
-        known = torchvision.models.list_models(module=torchvision.models)
-        check_known("torchvision model", rest, known)
-        try:
-            model = torchvision.models.get_model(rest, weights="DEFAULT" if pretrained else None)
-        except URLError as error:
-            raise ValueError(f"the published weights of {name} cannot be fetched: {error.reason}") from error
-        if num_classes is not None:
-            _replace_classifier(model, num_classes)
-        return model
-    if family:
-        if pretrained:
-            raise ValueError(f"pretrained=True is for timm and torchvision; {name} brings its own weights")
-        return _call(family, rest, options)
-    check_known("model", name.partition(".")[0], timm.list_models())  # "resnet18.a1_in1k": which weights, timm knows
-    return timm.create_model(name, pretrained=pretrained, **options)
 
 
 def create_segmenter(head: str, encoder: str, *, num_classes: int, pretrained: bool = False) -> nn.Module:
@@ -105,24 +74,13 @@ class TinyConv(nn.Module):
         return cast(Tensor, self.head(self.features(F.avg_pool2d(images, self.reduction)).mean((2, 3))))
 
 
-def _replace_classifier(model: nn.Module, num_classes: int) -> None:
-    """Give a torchvision model as many outputs: in its last linear layer, or SqueezeNet in its last 1x1 convolution."""
-    kinds = (nn.Linear, nn.Conv2d)
-    layers = {kind: [(name, each) for name, each in model.named_modules() if isinstance(each, kind)] for kind in kinds}
-    name, last = (layers[nn.Linear] or layers[nn.Conv2d])[-1]
-    if isinstance(last, nn.Linear):
-        if last.out_features != num_classes:
-            model.set_submodule(name, nn.Linear(last.in_features, num_classes))
-    elif last.out_channels != num_classes:
-        model.set_submodule(name, nn.Conv2d(last.in_channels, num_classes, 1))
-
-
-def _call(module: str, name: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        create: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {module}:{name} cannot be imported: {error}") from error
-    model = create(**options)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {module}:{name} gave a {type(model).__name__}; expected a torch.nn.Module")
-    return model
+@register_model
+def tinyconv(
+    pretrained: bool = False,
+    pretrained_cfg: object = None,
+    pretrained_cfg_overlay: object = None,
+    cache_dir: object = None,
+    **options: Any,
+) -> TinyConv:
+    """A `TinyConv` by timm's name; no weights are published."""
+    return TinyConv(**options)

@@ -14,6 +14,7 @@ from gradfilter.conversion import Radii, TrainNorm, choose, convert, decide, exa
 from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
+from visionkernels.checks import InputError
 from visionkernels.ops.filtered_conv import Radius, check_radius
 from visionkernels.profiling import compare, saved_activation_bytes
 
@@ -90,7 +91,7 @@ class Profile:
                 break
         else:
             needed = {cost: self.layers[-1].__dict__[cost][coarsest] for cost in budget}
-            raise ValueError(
+            raise InputError(
                 f"memory_kib={memory_kib}, flops={flops} fit no layer; {self.layers[-1].name} at radius {coarsest} "
                 f"needs {needed['saved_bytes'] / 1024:.1f} KiB and {needed['flops']} operations"
             )
@@ -153,9 +154,9 @@ def profile(
     all that is trained but the linear layers. The model does not change. Raises ValueError as `convert` does.
     """
     if train_norm not in get_args(TrainNorm):
-        raise ValueError(f"train_norm={train_norm!r} must be one of {', '.join(map(repr, get_args(TrainNorm)))}")
+        raise InputError(f"train_norm={train_norm!r} must be one of {', '.join(map(repr, get_args(TrainNorm)))}")
     if not isinstance(radii, Sequence) or not radii:
-        raise ValueError(f"radii={radii!r} must be one or more radii, e.g. (2, 4, 7)")
+        raise InputError(f"radii={radii!r} must be one or more radii, e.g. (2, 4, 7)")
     pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
     model = exact_twin(model)
     found = trace(model, example_input)
@@ -269,6 +270,6 @@ def _as_pair(name: str) -> tuple[int, int]:
 def example_images(model: nn.Module, batch: int, size: tuple[int, int] | None = None) -> Tensor:
     """Return a random batch of images of `size` (rows, columns), by default of the model's own."""
     if batch < 1:
-        raise ValueError(f"batch={batch} must be at least 1")
+        raise InputError(f"batch={batch} must be at least 1")
     (_, channels, *own), *_ = [call.input_size for call in choose(trace(model), None, None)]
     return torch.randn(batch, channels, *(size or own))

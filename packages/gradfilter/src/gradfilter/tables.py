@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from gradfilter.picture_recipes import SegmentationRecipe
 from gradfilter.profiles import Profile, profile
-from gradfilter.recipes import RECIPES, find_recipe
+from gradfilter.recipes import DIGITS, RECIPES, SegmentationRecipe
 from visionkernels.profiling import torch_threads
 from visionkernels.tables import CHECKPOINT, DATASET, SAMPLES, TIME, Cell, Figure, Measured, Need, Table, installed
 
@@ -142,7 +141,7 @@ def _borders() -> Table:
     for side, last_n in ((14, 4), (9, 4), (14, 2), (9, 2)):
         for label in ("exact", "r2", "r2_plain", "r2_covered"):
             name = f"tinyconv_mnist5k_{side}px_last{last_n}_{label}"
-            if name not in RECIPES:
+            if name not in DIGITS:
                 continue
             figures = [("top-1 %", 1, _transfers, "top1"), ("kept KiB", 0, _transfers, "kept_kib")]
             if label != "exact":
@@ -202,7 +201,7 @@ def _transfers(name: str) -> list[dict[str, float]]:
     from gradfilter.digits import transfer
 
     with torch_threads(1):  # faster for networks so small, and the same figures on every machine of a kind
-        return [transfer(RECIPES[name], seed) for seed in range(SEEDS)]
+        return [transfer(DIGITS[name], seed) for seed in range(SEEDS)]
 
 
 @cache
@@ -210,7 +209,7 @@ def _gradients(name: str) -> list[dict[str, float]]:
     from gradfilter.digits import compare_gradients
 
     with torch_threads(1):
-        return [compare_gradients(RECIPES[name], seed) for seed in range(SEEDS)]
+        return [compare_gradients(DIGITS[name], seed) for seed in range(SEEDS)]
 
 
 @cache
@@ -218,7 +217,7 @@ def _segmentations(label: str) -> list[dict[str, float]]:
     from gradfilter.training import train_segmenter
 
     found = []
-    recipe = find_recipe(f"pspnet_resnet18_shapes_last5_{label}")
+    recipe = RECIPES[f"pspnet_resnet18_shapes_last5_{label}"]
     assert isinstance(recipe, SegmentationRecipe) and recipe.pretraining is not None
     for seed in range(_SHAPES_SEEDS):
         pretraining = replace(recipe.pretraining, seed=seed)

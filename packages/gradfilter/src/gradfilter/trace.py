@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
+from visionkernels.checks import InputError
+
 __all__ = ["Call", "Trace", "call_model", "preserved_modes", "trace"]
 
 _ACTIVATION_FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -72,7 +74,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     so.
     """
     if any(map(nn.parameter.is_lazy, model.parameters())):
-        raise ValueError(f"{type(model).__name__} has lazy parameters; run it once before converting it")
+        raise InputError(f"{type(model).__name__} has lazy parameters; run it once before converting it")
     device = torch.device("meta")
     twin = copy.deepcopy(model).to(device).eval()
     _remove_forward_hooks(twin)
@@ -85,7 +87,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     except Exception as error:
         given = "the default input" if example_input is None else "example_input"
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{type(model).__name__} does not run on {given} ({reason}); pass example_input") from error
+        raise InputError(f"{type(model).__name__} does not run on {given} ({reason}); pass example_input") from error
     return recorder.found
 
 

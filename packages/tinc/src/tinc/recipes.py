@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinc.activations import check_activation
+from visionkernels.checks import check, check_choice
 from visionkernels.extras import require
-from visionkernels.recipes import check, check_choice, find
+from visionkernels.recipes import find
 
 __all__ = [
     "MAX_LEVELS",

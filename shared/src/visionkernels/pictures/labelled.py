@@ -20,6 +20,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.pictures.reading import read_picture
 
@@ -80,7 +81,7 @@ def open_pictures(
     if str(data) == "mnist5k":
         return _open_digits(split, transform)
     if kind in ("hfids", "tfds"):
-        raise ValueError(f"--data {data} is a stream, which cannot resume; use hfds/{rest}, wds/FOLDER or a folder")
+        raise InputError(f"--data {data} is a stream, which cannot resume; use hfds/{rest}, wds/FOLDER or a folder")
     if kind == "wds":
         opened = _open_shards(Path(rest), split, transform)
     elif kind == "hfds":
@@ -91,7 +92,7 @@ def open_pictures(
     else:
         opened = _open_folder(Path(data), split, transform, class_names)
     if class_names is not None and not set(opened.labels) <= set(range(len(class_names))):
-        raise ValueError(f"--data {data} has class {max(opened.labels)}; there are {len(class_names)} classes")
+        raise InputError(f"--data {data} has class {max(opened.labels)}; there are {len(class_names)} classes")
     return opened
 
 
@@ -107,11 +108,11 @@ def _open_folder(
     class_map = {name: number for number, name in enumerate(class_names or ())}
     found = {path.parent.name for path in folder.glob("*/*")} if folder.is_dir() else set()
     if class_map and (strange := found - set(class_map)):
-        raise ValueError(f"--data {folder} has classes that training does not know: {', '.join(sorted(strange)[:5])}")
+        raise InputError(f"--data {folder} has classes that training does not know: {', '.join(sorted(strange)[:5])}")
     try:
         return _from_timm(create_dataset("", str(folder), search_split=False, class_map=class_map), transform)
     except RuntimeError as error:
-        raise ValueError(f"--data {folder} holds no pictures in folders of classes; {_LAYOUT}") from error
+        raise InputError(f"--data {folder} holds no pictures in folders of classes; {_LAYOUT}") from error
 
 
 def _open_cifar(
@@ -120,7 +121,7 @@ def _open_cifar(
     try:  # torchvision unpickles the batches only where their digests are those of the published ones
         cifar = kind(root, train=split == "train")
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"--data {root / kind.base_folder} is damaged: its files are not the published ones"
         ) from error
     return LabelledPictures(
@@ -211,9 +212,9 @@ def _shard_samples(shard: Path) -> list[tuple[_Member, int]]:
             if picture is not None and "cls" in files:
                 samples.append((picture, int(files["cls"].read())))
     except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"{shard} is no uncompressed WebDataset shard: {error}") from error
+        raise InputError(f"{shard} is no uncompressed WebDataset shard: {error}") from error
     if not samples:
-        raise ValueError(f"{shard} has no picture with a .cls file beside it")
+        raise InputError(f"{shard} has no picture with a .cls file beside it")
     return samples
 
 

@@ -16,14 +16,14 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 
+from visionkernels.checks import InputError, check
 from visionkernels.extras import require
 from visionkernels.pictures import shapes
 from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, require_files, types
 from visionkernels.pictures.labelled import Split
 from visionkernels.pictures.reading import read_picture
-from visionkernels.recipes import check
 
-__all__ = ["ObjectPictures", "large_scale_jitter", "open_objects", "pair_up"]
+__all__ = ["ObjectPictures", "collate_detection", "large_scale_jitter", "open_objects"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_objects(
     with_objects = {each["image_id"] for each in coco.dataset["annotations"] if _is_usable(each)}
     numbers = [number for number in sorted(coco.imgs) if not is_train or number in with_objects]
     if not with_objects.intersection(numbers):
-        raise ValueError(f"{file} has no objects of a pixel or more a side in its pictures")
+        raise InputError(f"{file} has no objects of a pixel or more a side in its pictures")
     require_files(data, "pictures", [folder / coco.imgs[number]["file_name"] for number in numbers])
     category_ids = tuple(sorted(coco.cats)) if is_ranked else None
     read = partial(_read_coco, coco, folder, numbers, is_train, has_masks)
@@ -131,7 +131,7 @@ class _KeepVisible(nn.Module):
         return image, {"boxes": tv_tensors.wrap(found.to(boxes.dtype), like=boxes), **kept}
 
 
-def pair_up(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
+def collate_detection(samples: Sequence[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
     """Collate pictures of different sizes: a list of images and a list of targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
@@ -176,25 +176,25 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         ]
         empty = [each["id"] for each in annotations if has_masks and not each["segmentation"]]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
+        raise InputError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
     if unlisted:
-        raise ValueError(f"{file} has category id {unlisted[0]!r}, which its categories do not list")
+        raise InputError(f"{file} has category id {unlisted[0]!r}, which its categories do not list")
     if is_ranked:
         ranks = {number: place + 1 for place, number in enumerate(sorted(coco.cats))}
         for each in annotations:
             each["category_id"] = ranks[each["category_id"]]
         labels = {ranks[each] for each in labels}
     if odd:
-        raise ValueError(f"{file} has annotation {odd[0]} whose iscrowd is neither 0 nor 1")
+        raise InputError(f"{file} has annotation {odd[0]} whose iscrowd is neither 0 nor 1")
     if unlike:
-        raise ValueError(f"{file} has an image without name or size: {unlike[0]}")
+        raise InputError(f"{file} has an image without name or size: {unlike[0]}")
     if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
-        raise ValueError(f"{file} has a bbox that is not four numbers: left, top, width, height")
+        raise InputError(f"{file} has a bbox that is not four numbers: left, top, width, height")
     if strange := [each for each in labels if not (isinstance(each, int) and 0 < each < num_classes)]:
         what = "category" if is_ranked else "category id"
-        raise ValueError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
+        raise InputError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
     if empty:
-        raise ValueError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
+        raise InputError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
     return coco
 
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from visionkernels.checks import InputError
 from visionkernels.files import CorruptFileError
 
 __all__ = ["CorruptPictureError", "read_picture"]
@@ -48,7 +49,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         scale = 257 if picture.mode.startswith("I;16") or values.max() > 255 else 1
         picture = Image.fromarray((values.clip(0, 255 * scale) // scale).astype(np.uint8))
     if picture.mode == "F":
-        raise ValueError("floating-point pixels have no stated range; save it with 8 or 16 bits")
+        raise InputError("floating-point pixels have no stated range; save it with 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

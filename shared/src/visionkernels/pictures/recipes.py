@@ -1,11 +1,12 @@
 """How pictures become input, and how they vary in training: frozen settings that check themselves."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import check, check_choice
 
 __all__ = ["AugmentationRecipe", "PictureRecipe", "SceneRecipe"]
 
@@ -27,6 +28,20 @@ class PictureRecipe:
         check(self.size >= 1, "size", self.size, "at least 1")
         check(self.resize >= self.size, "resize", self.resize, f"at least size={self.size}")
         check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what a weights file says of how its inputs are prepared."""
+        return {**asdict(self), **_COLOUR}
+
+    @classmethod
+    def of_inputs(cls, inputs: Mapping[str, Any]) -> "PictureRecipe":
+        """Return the settings that `inputs` wrote. Raises InputError for inputs that are no RGB images in 0..1."""
+        for name, value in _COLOUR.items():
+            check(inputs.get(name, value) == value, name, inputs.get(name), repr(value))
+        return cls(**{name: inputs[name] for name in ("size", "resize", "interpolation", "mean", "std")})
+
+
+_COLOUR = {"channel_order": "RGB", "range": (0, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision import tv_tensors
 
+from visionkernels.checks import InputError
 from visionkernels.samples import photographs
 
 __all__ = ["NUM_PICTURES", "SHAPES", "check_classes", "draw_shapes", "read_shapes"]
@@ -29,7 +30,7 @@ def draw_shapes(
     """
     height, width = size
     if not (16 <= height <= 300 and 16 <= width <= 300):
-        raise ValueError(f"size={size} must be 16 to 300 pixels a side, what the smallest photograph has")
+        raise InputError(f"size={size} must be 16 to 300 pixels a side, what the smallest photograph has")
     random = np.random.default_rng([seed, index])
     photograph = _photographs()[random.integers(len(_photographs()))]
     top, left = (random.integers(side - want + 1) for side, want in zip(photograph.shape, size, strict=False))
@@ -51,7 +52,7 @@ def draw_shapes(
 def check_classes(num_classes: int) -> None:
     """Raise ValueError for fewer classes than the shapes have."""
     if num_classes < len(SHAPES):
-        raise ValueError(f"num_classes={num_classes} is too few for the {len(SHAPES)} of the shapes")
+        raise InputError(f"num_classes={num_classes} is too few for the {len(SHAPES)} of the shapes")
 
 
 def read_shapes(split: str, index: int) -> tuple[tv_tensors.Image, NDArray[np.bool_], NDArray[np.int64]]:

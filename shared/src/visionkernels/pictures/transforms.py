@@ -10,6 +10,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
 
 __all__ = [
@@ -75,7 +76,7 @@ class LabelMixing:
         if self.mixup is None:
             return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         if len(images) % 2:
-            raise ValueError(f"mixup pairs images; {len(images)} a process and step is odd, change batch_size")
+            raise InputError(f"mixup pairs images; {len(images)} a process and step is odd, change batch_size")
         mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
         return mixed
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from visionkernels.checks import InputError
+
 __all__ = ["BatchPlan", "TrainingData", "seed_generators"]
 
 # The purposes of seeds, so that no two share random numbers.
@@ -62,7 +64,7 @@ class BatchPlan:
         if isinstance(data.train, IterableDataset):
             raise TypeError("train is an IterableDataset, which cannot resume in mid-epoch; give one with __getitem__")
         if batch_size % (accumulation_steps * num_processes):
-            raise ValueError(
+            raise InputError(
                 f"batch_size={batch_size} must be a multiple of accumulation_steps={accumulation_steps} times "
                 f"the {num_processes} processes"
             )
@@ -71,7 +73,7 @@ class BatchPlan:
         self.num_samples = len(self.order(0))
         self.updates_per_epoch = self.num_samples // batch_size
         if self.updates_per_epoch == 0:
-            raise ValueError(f"batch_size={batch_size} exceeds the {self.num_samples} samples of an epoch")
+            raise InputError(f"batch_size={batch_size} exceeds the {self.num_samples} samples of an epoch")
 
     def order(self, epoch: int) -> Sequence[int]:
         """Return the dataset's indices in the order of `epoch`."""
@@ -89,7 +91,7 @@ class BatchPlan:
         """Return the micro-batches of this process in `epoch`, from `first_update` of it on."""
         order = self.order(epoch)
         if len(order) != self.num_samples:
-            raise ValueError(f"order gives {len(order)} indices for epoch {epoch}, but {self.num_samples} for epoch 0")
+            raise InputError(f"order gives {len(order)} indices for epoch {epoch}, but {self.num_samples} for epoch 0")
         micro_steps = self.batch_size // self.micro_size
         steps = range(first_update * micro_steps, self.updates_per_epoch * micro_steps)
         return DataLoader(

@@ -14,7 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from visionkernels.checks import InputError
 from visionkernels.files import replace_file, sync, write_json
+from visionkernels.package import installed_packages
+from visionkernels.weights.trained import Trained
 
 __all__ = ["RunFolder", "describe_run"]
 
@@ -26,7 +29,6 @@ FREE_FIELDS = (
     "keep_checkpoints",
     "trackers",
     "device",
-    "find_unused_parameters",
 )
 # what may differ between the invocations of a run
 INVOCATION_FIELDS = ("versions", "git", "command", "device", "processes")
@@ -34,14 +36,17 @@ INVOCATION_FIELDS = ("versions", "git", "command", "device", "processes")
 LOCK_SECONDS = 10.0
 
 
-def describe_run(recipe: Mapping[str, Any], details: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    """Return what run.json holds: the recipe and details, which define the run, and where and how it runs."""
-    names = ("visionkernels", "torch", "timm", "accelerate", "numpy")
+def describe_run(recipe: Mapping[str, Any], trained: Trained, **facts: Any) -> dict[str, Any]:
+    """Return what run.json holds: the recipe and the record, which define the run, and where and how it runs."""
+    names = {name: name for name in ("visionkernels", "torch", "timm", "accelerate", "numpy")}
+    if (package := installed_packages().get(trained.package)) is not None:
+        names[package.name] = package.distribution
+    versions = {name: version(distribution) for name, distribution in names.items()}
     described = {
         "recipe": recipe,
-        "details": details,
+        "trained": trained.definition(),
         **facts,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": {"python": platform.python_version(), **versions},
         "git": _git_state(),
         "command": sys.argv,
     }
@@ -52,7 +57,7 @@ def describe_run(recipe: Mapping[str, Any], details: Mapping[str, Any], **facts:
 def _plain(value: object) -> str:
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(f"details holds {value!r}, a {type(value).__name__}; JSON has text, numbers, lists and dicts")
+    raise TypeError(f"the record holds {value!r}, a {type(value).__name__}; JSON has text, numbers, lists and dicts")
 
 
 def _git_state() -> str | None:
@@ -79,7 +84,7 @@ class RunFolder:
         try:
             lock = FileLock(self.path / ".lock").acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} is in use by another process; wait for its end or use another folder"
             ) from None
         with lock:
@@ -99,7 +104,7 @@ class RunFolder:
             fields = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if fields:
                 changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in fields)
-                raise ValueError(f"{self.path} holds another run: {changes}; use another folder or the old values")
+                raise InputError(f"{self.path} holds another run: {changes}; use another folder or the old values")
         for leftover in self.checkpoints.glob(".*"):  # a kill in the middle of saving
             shutil.rmtree(leftover)
         return is_new
@@ -160,7 +165,12 @@ class RunFolder:
 
 def _defining_fields(run: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: value for name, value in run["recipe"].items() if name not in FREE_FIELDS}
-    return _flatten({**recipe, "details": run["details"], "samples_per_epoch": run["samples_per_epoch"]})
+    return _flatten({**recipe, "trained": _without_data(run["trained"]), "samples_per_epoch": run["samples_per_epoch"]})
+
+
+def _without_data(trained: Mapping[str, Any]) -> dict[str, Any]:
+    # a folder may have been moved, or be named another way
+    return {name: value for name, value in trained.items() if name != "data"}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

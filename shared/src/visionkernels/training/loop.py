@@ -4,38 +4,28 @@ accelerate owns processes, wrapping, precision and trackers; timm the optimiser,
 the shape of a task. What is left is here: the loop, the order of data, and folders that survive a kill.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visionkernels.extras import require
+from visionkernels.recipes import FitRecipe
 from visionkernels.training.batches import TrainingData
-from visionkernels.training.recipes import FitRecipe
+from visionkernels.training.result import FitResult
 
 if TYPE_CHECKING:
-    from timm.task import TrainingTask
+    from visionkernels.training.task import Task
+    from visionkernels.weights import Trained
 
-__all__ = ["FitResult", "fit"]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The last epoch's losses and metrics, those of every epoch, and the files of the final weights."""
-
-    metrics: dict[str, float]
-    history: list[dict[str, float]]
-    weights: Path
-    ema_weights: Path | None
+__all__ = ["fit"]
 
 
 def fit(
-    task: "TrainingTask",
+    task: "Task",
     recipe: FitRecipe,
     data: TrainingData,
     run_dir: str | Path,
     *,
-    details: Mapping[str, Any] | None = None,
+    trained: "Trained | None" = None,
 ) -> FitResult:
     """Train `task.trainable_module`, the module that owns all trained parameters, by the losses of `task`.
 
@@ -45,24 +35,25 @@ def fit(
 
     A checkpoint holds the task's own buffers (a centre, a queue) and what timm's `task.get_task_state()` returns
     besides (the weights of a teacher that follows), tensors and plain values that `task.load_task_state()` takes back;
-    both are the main process's. A task may have `begin_update(update, total_updates)`, called before each update, and
-    `final_state(state)`, from the module's state dict to the one that files of weights hold (the student alone, say).
+    both are the main process's.
 
-    `run_dir` gets run.json (recipe, versions, git state, command, `details`), log.jsonl (a line an epoch),
-    checkpoints/, best.safetensors, and at the end weights.safetensors and ema.safetensors. If it holds a run of the
-    same recipe and `details`, this one goes on where that stopped, and ends with the same weights, bit for bit on a
-    CPU: all randomness is drawn from generators seeded by (seed, place in training), so the number of data workers
-    does not matter. Global generators of random, numpy and torch are re-seeded on the way.
+    `run_dir` gets run.json (recipe, versions, git state, command, `trained`), log.jsonl (a line for each epoch),
+    checkpoints/, best.safetensors, and at the end weights.safetensors and ema.safetensors, which say what they are by
+    the record `trained`. If it holds a run of the same recipe and record, this one resumes it, and ends with the same
+    weights, bit for bit on a CPU: all randomness is drawn from generators seeded by (seed, place in training), so the
+    number of data workers does not matter. Global generators of random, numpy and torch are re-seeded on the way.
 
-    Raises ValueError if `run_dir` holds another run or is in use, or sizes do not divide; TypeError if parameters
+    Raises InputError if `run_dir` holds another run or is in use, or sizes do not divide; TypeError if parameters
     outside the module are trainable; FloatingPointError on a loss that is not finite, with the update and its samples;
     KeyboardInterrupt on Ctrl-C, after saving.
     """
     for module in ("accelerate", "filelock", "timm"):
         require(module, "visionkernels[train]")
     from visionkernels.training.run import Run
+    from visionkernels.weights import Trained
 
-    with Run.open(task, recipe, data, Path(run_dir), details or {}) as run:
+    trained = Trained(kind="module", package="") if trained is None else trained
+    with Run.open(task, recipe, data, Path(run_dir), trained) as run:
         run.report()  # an epoch that a kill left saved but not measured
         for epoch in range(run.epoch, run.num_epochs):
             for batch in run.batches(epoch):

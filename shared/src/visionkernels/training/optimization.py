@@ -2,8 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Collection, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection
 from typing import Any
 
 from timm.optim import (  # type: ignore[attr-defined]
@@ -16,7 +15,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from visionkernels.training.recipes import OptimizerRecipe, ScheduleRecipe
+from visionkernels.checks import InputError
+from visionkernels.recipes import OptimizerRecipe, ScheduleRecipe
 
 __all__ = ["LearningRate", "create_optimizer"]
 
@@ -38,8 +38,6 @@ def create_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> Optimizer:
         groups = param_groups_weight_decay(module, **grouping)
     else:
         groups = param_groups_layer_decay(module, layer_decay=recipe.layer_decay, **grouping)
-    if recipe.lr_scale:
-        groups = [part for group in groups for part in _split_by_scale(group, module, recipe.lr_scale)]
     settings = {name: value for name in ("betas", "eps") if (value := getattr(recipe, name)) is not None}
     if ":" in recipe.name:
         optimizer: Optimizer = _named(recipe.name)(groups, lr=recipe.lr, momentum=recipe.momentum, **settings)
@@ -56,29 +54,10 @@ def _named(name: str) -> Callable[..., Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"optimizer {name!r} cannot be found: {error}; give a name of timm or module:Class") from error
+        raise InputError(f"optimizer {name!r} cannot be found: {error}; give a name of timm or module:Class") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise ValueError(f"optimizer {name!r} is no torch.optim.Optimizer")
+        raise InputError(f"optimizer {name!r} is no torch.optim.Optimizer")
     return found
-
-
-def _split_by_scale(
-    group: dict[str, Any], module: nn.Module, lr_scale: tuple[tuple[str, float], ...]
-) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a group that learn at one rate, which timm's schedulers read from `lr_scale`."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for pattern, _ in lr_scale:
-        if not any(fnmatchcase(name, pattern) for name in names.values()):
-            raise ValueError(
-                f"lr_scale has {pattern!r}, which no parameter matches; the first is {next(iter(names.values()))}"
-            )
-    scales = [
-        next((scale for pattern, scale in lr_scale if fnmatchcase(names[id(parameter)], pattern)), 1.0)
-        for parameter in group["params"]
-    ]
-    for scale in sorted(set(scales)):
-        params = [parameter for parameter, own in zip(group["params"], scales, strict=True) if own == scale]
-        yield {**group, "params": params, "lr_scale": scale * group.get("lr_scale", 1.0)}
 
 
 class LearningRate:
@@ -110,7 +89,6 @@ class LearningRate:
             min_lr=recipe.min_lr,
             # timm multiplies one tick before a milestone
             decay_milestones=[each * (ticks_per_epoch if in_epochs else 1) + 1 for each in recipe.milestones],
-            decay_epochs=recipe.decay_epochs * ticks_per_epoch,
             decay_rate=recipe.power if recipe.name == "poly" else recipe.decay_rate,
         )
 

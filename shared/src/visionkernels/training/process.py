@@ -1,4 +1,4 @@
-"""The process that a run lives in: what accelerate is told, and Ctrl-C."""
+"""Accelerator setup and SIGINT handling."""
 
 import logging
 import os
@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils import DistributedDataParallelKwargs  # type: ignore[import-untyped]
 
 from visionkernels.extras import require
-from visionkernels.training.recipes import FitRecipe
+from visionkernels.recipes import FitRecipe
 
 __all__ = ["catch_interrupt", "create_accelerator"]
 
@@ -37,7 +36,6 @@ def create_accelerator(recipe: FitRecipe, project: Path) -> Accelerator:
         gradient_accumulation_steps=recipe.accumulation_steps,
         log_with=list(recipe.trackers) or None,
         project_dir=project,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.find_unused_parameters)],
     )
 
 

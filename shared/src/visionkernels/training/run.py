@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ import safetensors.torch
 import torch
 from accelerate import DistributedType  # type: ignore[import-untyped]
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
-from timm.task import TrainingTask
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from visionkernels.checkpoints import save_weights
+from visionkernels.checks import InputError
+from visionkernels.recipes import FitRecipe
 from visionkernels.training.batches import EVALUATION, STEP, BatchPlan, TrainingData, seed_generators
 from visionkernels.training.folder import RunFolder, describe_run
-from visionkernels.training.loop import FitResult
 from visionkernels.training.means import RunningMeans
 from visionkernels.training.optimization import LearningRate, create_optimizer
 from visionkernels.training.process import catch_interrupt, create_accelerator
-from visionkernels.training.recipes import FitRecipe
+from visionkernels.training.result import FitResult
+from visionkernels.training.task import Task
+from visionkernels.weights.trained import Trained, save_weights
 
 __all__ = ["Run"]
 
@@ -46,13 +47,15 @@ class Run:
 
     def __init__(
         self,
-        task: TrainingTask,
+        task: Task,
         recipe: FitRecipe,
         data: TrainingData,
         folder: RunFolder,
-        details: Mapping[str, Any],
+        trained: Trained,
     ) -> None:
-        self.task, self.recipe, self.data, self.folder = task, recipe, data, folder
+        if not isinstance(task, Task):
+            raise TypeError(f"task is a {type(task).__name__}; expected a visionkernels.training.task.Task")
+        self.task, self.recipe, self.data, self.folder, self.trained = task, recipe, data, folder, trained
         self.accelerator = create_accelerator(recipe, folder.path)
         self.plan = BatchPlan(
             data,
@@ -71,7 +74,7 @@ class Run:
         self.interrupted = False
         self.description = describe_run(
             asdict(recipe),
-            details,
+            trained,
             samples_per_epoch=self.plan.num_samples,
             device=str(self.accelerator.device),
             processes=self.accelerator.num_processes,
@@ -82,13 +85,13 @@ class Run:
         if module is None or module is self.task:
             raise TypeError(f"{type(self.task).__name__} must have trainable_module, which owns all trained parameters")
         owned = set(map(id, module.parameters()))
-        strangers = [
+        untrained = [
             name for name, value in self.task.named_parameters() if value.requires_grad and id(value) not in owned
         ]
-        if strangers:
+        if untrained:
             raise TypeError(
                 f"trainable parameters of {type(self.task).__name__} outside trainable_module would not be trained: "
-                f"{', '.join(strangers)}; move them into it, or freeze them with requires_grad_(False)"
+                f"{', '.join(untrained)}; move them into it, or freeze them with requires_grad_(False)"
             )
         optimizer = create_optimizer(module, self.recipe.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
@@ -104,11 +107,9 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, task: TrainingTask, recipe: FitRecipe, data: TrainingData, path: Path, details: Mapping[str, Any]
-    ) -> Iterator["Run"]:
+    def open(cls, task: Task, recipe: FitRecipe, data: TrainingData, path: Path, trained: Trained) -> Iterator["Run"]:
         """Start a run in the folder `path`, or take up the one that it holds."""
-        run = cls(task, recipe, data, RunFolder(path), details)
+        run = cls(task, recipe, data, RunFolder(path), trained)
         is_main = run.accelerator.is_main_process
         with run.folder.lock() if is_main else nullcontext():
             is_new = run.folder.claim(run.description) if is_main else False
@@ -169,9 +170,8 @@ class Run:
         """Train on one micro-batch; the last one of an update moves the weights."""
         accelerator = self.accelerator
         seed_generators(self.recipe.seed, STEP, self.update, self.micro_step, accelerator.process_index)
-        begin_update = getattr(self.task, "begin_update", None)
-        if begin_update is not None and self.micro_step % self.recipe.accumulation_steps == 0:
-            begin_update(self.update, self.total_updates)
+        if self.micro_step % self.recipe.accumulation_steps == 0:
+            self.task.begin_update(self.update, self.total_updates)
         if self.data.batch_transform is not None:
             batch = self.data.batch_transform(batch)
         with accelerator.accumulate(self.module):
@@ -215,7 +215,7 @@ class Run:
             self.save()
             raise KeyboardInterrupt(
                 f"stopped and saved after update {self.update} of {self.total_updates}; "
-                f"the same command goes on from {self.folder.path}"
+                f"rerun the same command to resume from {self.folder.path}"
             )
 
     def _stop_on_bad_loss(self, micro_step: int, rank: int) -> None:
@@ -267,7 +267,7 @@ class Run:
     def _keep_best(self, entry: Mapping[str, float]) -> None:
         name = self.recipe.best_metric
         if name is not None and name not in entry:
-            raise ValueError(f"best_metric={name!r} must be one of {', '.join(entry)}")
+            raise InputError(f"best_metric={name!r} must be one of {', '.join(entry)}")
         if self._is_best(entry):
             self._write_weights("best.safetensors", averaged=str(name).startswith("ema_"))
 
@@ -319,7 +319,7 @@ class Run:
             if "loading state_dict" not in str(error):
                 raise
             first = str(error).splitlines()[1].strip()
-            raise ValueError(f"{self.folder.path} holds a run of another model: {first}") from error
+            raise InputError(f"{self.folder.path} holds a run of another model: {first}") from error
         if self.ema is not None:
             self.ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
         device = self.accelerator.device
@@ -349,20 +349,19 @@ class Run:
         else:
             state = self.accelerator.get_state_dict(self.module)  # a collective call where weights are sharded
         if self.accelerator.is_main_process:
-            details = {
-                key: value if isinstance(value, str) else json.dumps(value)
-                for key, value in self.description["details"].items()
-            }
-            metadata = {**details, "update": str(self.update), "recipe": json.dumps(self.description["recipe"])}
-            final_state = getattr(self.task, "final_state", None)
-            state = state if final_state is None else final_state(state)
-            save_weights(self.folder.path / name, state, metadata=metadata, overwrite=True)
+            finished = replace(
+                self.trained,
+                fit=self.description["recipe"],
+                versions=self.description["versions"],
+                update=self.update,
+            )
+            finished.save(self.folder.path / name, self.task.final_state(state), overwrite=True)
 
     def _create_ema(self) -> ModelEmaV3 | None:
         if self.recipe.ema_decay is None:
             return None
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("ema_decay needs whole weights in every process; FSDP shards them, so set ema_decay=None")
+            raise InputError("ema_decay needs whole weights in every process; FSDP shards them, so set ema_decay=None")
         return ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
 
 
@@ -371,10 +370,11 @@ def _update_of(weights: Path) -> int | None:
     if not weights.exists():
         return None
     with safetensors.safe_open(weights, "pt") as file:
-        return int(file.metadata()["update"])
+        update: int | None = json.loads(file.metadata()["trained"])["update"]
+    return update
 
 
-def _call(task: TrainingTask, batch: Any) -> dict[str, Any]:
+def _call(task: Task, batch: Any) -> dict[str, Any]:
     losses: dict[str, Any]
     if isinstance(batch, Mapping):
         losses = task(**batch)

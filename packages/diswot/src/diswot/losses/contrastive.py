@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from diswot.losses.distiller import Distiller, Features, Source
 from diswot.losses.vectors import Embed
+from visionkernels.checks import InputError
 
 __all__ = ["CRD", "ContrastMemory", "contrastive_loss"]
 
@@ -52,7 +53,7 @@ class CRD(Distiller):
     ) -> "CRD":
         """Return the loss for vectors of these widths; see `create`."""
         if student is None or teacher is None or num_samples is None:
-            raise ValueError(
+            raise InputError(
                 "crd: its embeddings and memory need example features and the size of the training set, "
                 "create('crd', student=vectors, teacher=vectors, num_samples=50000)"
             )
@@ -69,7 +70,7 @@ class CRD(Distiller):
         """Return the loss and, in training mode, remember the batch."""
         [ours], [theirs] = self.pairs(student, teacher)
         if index.shape != (len(ours),):
-            raise ValueError(f"index {list(index.shape)} must have the {len(ours)} samples of the batch")
+            raise InputError(f"index {list(index.shape)} must have the {len(ours)} samples of the batch")
         with torch.autocast(ours.device.type, enabled=False):
             ours, theirs = F.normalize(self.embed_s(ours)), F.normalize(self.embed_t(theirs))
             out_student, out_teacher = self.contrast(ours, theirs, index, contrast_index)
@@ -107,9 +108,9 @@ class ContrastMemory(nn.Module):
     ) -> None:
         super().__init__()
         if num_samples < 1 or num_negatives < 1:
-            raise ValueError(f"num_samples={num_samples} and num_negatives={num_negatives} must be at least 1")
+            raise InputError(f"num_samples={num_samples} and num_negatives={num_negatives} must be at least 1")
         if not temperature > 0 or not 0 <= momentum <= 1:
-            raise ValueError(f"temperature={temperature} must be above 0 and momentum={momentum} in [0, 1]")
+            raise InputError(f"temperature={temperature} must be above 0 and momentum={momentum} in [0, 1]")
         self.num_negatives, self.temperature, self.momentum = num_negatives, temperature, momentum
         self.register_buffer("params", torch.tensor([num_negatives, temperature, -1.0, -1.0, momentum]))
         # of about unit length
@@ -124,7 +125,7 @@ class ContrastMemory(nn.Module):
         if contrast_index is None:
             contrast_index = self.draw(index)
         elif contrast_index.ndim != 2 or len(contrast_index) != len(index) or contrast_index.shape[1] < 2:
-            raise ValueError(f"contrast_index {list(contrast_index.shape)} must be [{len(index)}, 1 + negatives]")
+            raise InputError(f"contrast_index {list(contrast_index.shape)} must be [{len(index)}, 1 + negatives]")
         self._check_places(index, contrast_index)
         scores = []
         for place, memory, embedding in ((2, self.memory_v2, student), (3, self.memory_v1, teacher)):
@@ -161,7 +162,7 @@ class ContrastMemory(nn.Module):
             low, high = (cast(int, edge.item()) for edge in places.aminmax())
             if low < 0 or high >= len(self.memory_v1):
                 last = len(self.memory_v1) - 1
-                raise ValueError(f"{name} from {low} to {high} must be in 0 to {last}, num_samples - 1")
+                raise InputError(f"{name} from {low} to {high} must be in 0 to {last}, num_samples - 1")
 
 
 def _candidates(embedding: Tensor, memory: Tensor, contrast_index: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["Distiller", "Features", "Source", "common_size", "require_equal", "unit_vectors"]
 
 Source = Literal["logits", "pooled", "last_map", "middle_map", "stage_maps", "all_maps", "preactivations"]
@@ -92,12 +94,12 @@ class Distiller(nn.Module):
         ours = [student] if isinstance(student, Tensor) else list(student)
         theirs = [teacher] if isinstance(teacher, Tensor) else list(teacher)
         if len(ours) != len(theirs) or not ours:
-            raise ValueError(f"{name}: student has {len(ours)} maps and teacher {len(theirs)}; give as many of each")
+            raise InputError(f"{name}: student has {len(ours)} maps and teacher {len(theirs)}; give as many of each")
         num_axes = NUM_AXES.get(cls.source, 4)
         for one, other in zip(ours, theirs, strict=True):
             if one.ndim != num_axes or other.ndim != num_axes:
                 axes = "[batch, channels, height, width]" if num_axes == 4 else "[batch, features]"
-                raise ValueError(f"{name}: student {list(one.shape)} and teacher {list(other.shape)} must be {axes}")
+                raise InputError(f"{name}: student {list(one.shape)} and teacher {list(other.shape)} must be {axes}")
             require_equal(name, one, other, "batch")
         return [_wide(each) for each in ours], [_wide(each.detach()) for each in theirs]
 
@@ -106,16 +108,16 @@ def require_equal(name: str, student: Tensor, teacher: Tensor, needs: Agreement)
     """Raise ValueError naming both shapes unless as much of them agrees as `needs` says."""
     shapes = f"{name}: student {list(student.shape)} and teacher {list(teacher.shape)}"
     if len(student) != len(teacher):
-        raise ValueError(f"{shapes} have {len(student)} and {len(teacher)} samples; give the same samples to both")
+        raise InputError(f"{shapes} have {len(student)} and {len(teacher)} samples; give the same samples to both")
     if needs == "batch" or student.shape == teacher.shape:
         return
     if student.shape[1] != teacher.shape[1]:
         what = "channels" if student.ndim > 2 else "features or classes"
         hint = "; with create(..., student=, teacher=) a trained layer matches them" if student.ndim > 2 else ""
-        raise ValueError(f"{shapes} have {student.shape[1]} and {teacher.shape[1]} {what}{hint}")
+        raise InputError(f"{shapes} have {student.shape[1]} and {teacher.shape[1]} {what}{hint}")
     if needs == "shape":
         sizes = " and ".join(str(list(each.shape[2:])) for each in (student, teacher))
-        raise ValueError(f"{shapes} differ in size, {sizes}; pool the larger or take maps of the same stage")
+        raise InputError(f"{shapes} differ in size, {sizes}; pool the larger or take maps of the same stage")
 
 
 def common_size(

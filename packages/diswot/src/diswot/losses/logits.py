@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diswot.losses.distiller import Agreement, Distiller, Source, unit_vectors
+from visionkernels.checks import InputError
 
 __all__ = ["KD", "PearsonInterclass"]
 
@@ -24,7 +25,7 @@ class KD(Distiller):
     def __init__(self, *, temperature: float = 4.0) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0")
+            raise InputError(f"temperature={temperature} must be above 0")
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from diswot.losses.distiller import Agreement, Distiller, Source, common_size
 from diswot.similarity import relation_loss, semantic_loss
-from visionkernels.recipes import check_choice
+from visionkernels.checks import check_choice
 
 __all__ = ["AT", "FT", "ICKD", "NST", "SP", "Hint", "Unified", "attention"]
 

@@ -8,7 +8,7 @@ from diswot.losses.logits import KD, PearsonInterclass
 from diswot.losses.maps import AT, FT, ICKD, NST, SP, Hint, Unified
 from diswot.losses.stages import AB, FSP, KDSVD, RMI, VID
 from diswot.losses.vectors import CC, PKT, RKD
-from visionkernels.recipes import check_known
+from visionkernels.checks import InputError, check_known
 
 __all__ = ["create", "names"]
 
@@ -56,7 +56,7 @@ def create(
     """
     check_known("distiller", name, DISTILLERS)
     if (student is None) != (teacher is None):
-        raise ValueError(f"{name}: example features of student and teacher belong together; give both or neither")
+        raise InputError(f"{name}: example features of student and teacher belong together; give both or neither")
     return DISTILLERS[name].build(student, teacher, num_samples, **options)
 
 

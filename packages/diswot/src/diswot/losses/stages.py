@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diswot.losses.distiller import Agreement, Distiller, Features, Source, common_size, unit_vectors
+from visionkernels.checks import InputError
 
 __all__ = ["AB", "FSP", "KDSVD", "RMI", "VID", "VariationalRegressor"]
 
@@ -26,7 +27,7 @@ class FSP(Distiller):
     def compare_all(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """Return the loss of maps [B, C, H, W], at least two."""
         if len(student) < 2:
-            raise ValueError(f"FSP: needs at least 2 maps of consecutive stages, not {len(student)}")
+            raise InputError(f"FSP: needs at least 2 maps of consecutive stages, not {len(student)}")
         flows = zip(_flows(student), _flows(teacher), strict=True)
         return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in flows]).sum()
 
@@ -89,14 +90,14 @@ class VID(Distiller):
     ) -> "VID":
         """Return the loss for features of these shapes; see `create`."""
         if student is None or teacher is None:
-            raise ValueError("vid: its regressors need example features, create('vid', student=[...], teacher=[...])")
+            raise InputError("vid: its regressors need example features, create('vid', student=[...], teacher=[...])")
         ours, theirs = cls.pairs(student, teacher)
         return cls([each.shape[1] for each in ours], [each.shape[1] for each in theirs], **options)
 
     def compare_all(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """Return the loss of maps [B, C, H, W]."""
         if len(student) != len(self.regressors):
-            raise ValueError(f"VID: {len(student)} maps, but regressors for {len(self.regressors)}")
+            raise InputError(f"VID: {len(student)} maps, but regressors for {len(self.regressors)}")
         triples = zip(self.regressors, student, teacher, strict=True)
         return torch.stack([regressor(ours, theirs) for regressor, ours, theirs in triples]).sum()
 
@@ -163,7 +164,7 @@ class KDSVD(Distiller):
     def compare_all(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """Return the loss of maps [B, C, H, W], at least two."""
         if len(student) < 2:
-            raise ValueError(f"KDSVD: needs at least 2 maps of consecutive stages, not {len(student)}")
+            raise InputError(f"KDSVD: needs at least 2 maps of consecutive stages, not {len(student)}")
         vectors = [_aligned_vectors(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
         losses = [
             (_rbf(ours, our_next) - _rbf(theirs, their_next)).square().sum() / len(ours)

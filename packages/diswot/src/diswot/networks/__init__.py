@@ -1,6 +1,6 @@
 """The networks of the paper as timm models; importing registers them."""
 
-from diswot.networks.checkpoint import load_official, variant_names
+from diswot.networks.checkpoint import load_into, variant_names, variant_of
 from diswot.networks.cifar_mobilenet import CifarMobileNetV2
 from diswot.networks.cifar_resnet import CifarResNet
 from diswot.networks.cifar_resnet50 import CifarBottleneckResNet
@@ -30,7 +30,8 @@ __all__ = [
     "StructureNet",
     "WideResNet",
     "count_macs",
-    "load_official",
+    "load_into",
     "parse_structure",
     "variant_names",
+    "variant_of",
 ]

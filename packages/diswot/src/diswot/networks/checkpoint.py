@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from diswot.networks.nb101 import GraphCell
 from diswot.networks.staged import StagedClassifier
-from visionkernels.checkpoints import Checkpoint, load_strict, read_state
+from visionkernels.weights import Checkpoint, load_strict, read_checkpoint
 
-__all__ = ["load_official", "variant_names"]
+__all__ = ["load_into", "variant_names", "variant_of"]
 
 # the modules that register networks, by the names that timm gives them
 _MODULES = (
@@ -28,7 +28,7 @@ _MODULES = (
 )
 
 
-def load_official(model: StagedClassifier, path: str | Path, *, entry: str | None = None) -> Checkpoint:
+def load_into(model: StagedClassifier, source: str | Path | Checkpoint, *, entry: str | None = None) -> Checkpoint:
     """Load the weights of a .pth or .safetensors file into `model`: all keys, all shapes.
 
     A training checkpoint, {"opt", "model", ...}, is read without running code that it holds; `entry` names the weights
@@ -36,17 +36,28 @@ def load_official(model: StagedClassifier, path: str | Path, *, entry: str | Non
     that it was taken from. Raises FileNotFoundError, and CheckpointError that names the first five keys that differ
     and the network of this package that the file fits.
     """
-    checkpoint = read_state(path, entry=entry)
+    checkpoint = read_checkpoint(source, entry=entry)
     state = _with_aliases(model, checkpoint.state)
     head = state.get(f"{model.classifier_name}.weight")
     keep = [] if model.num_classes else [model.classifier_name]
-    load_strict(model, state, source=path, candidates=_candidates(state, head), keep=keep)
+    load_strict(model, state, source=checkpoint.path, candidates=_candidates(state, head), keep=keep)
     return checkpoint
 
 
 def variant_names() -> list[str]:
     """Return the names of all networks of this package, as timm has them."""
     return [name for module in _MODULES for name in timm.list_models(module=module)]
+
+
+def variant_of(checkpoint: Checkpoint) -> str | None:
+    """Return the name of the network of this package that a file fits; None for none."""
+    state = checkpoint.state
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    for name in _plausible(state):
+        head = state[f"{_classifier_of(name)}.weight"]
+        if _shapes(name, len(head)) == shapes:
+            return name
+    return None
 
 
 def _with_aliases(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,6 +86,12 @@ def _plausible(state: Mapping[str, Tensor]) -> Iterator[str]:
         assert cfg is not None
         if all(f"{layer}.weight" in state for layer in (cfg.first_conv, cfg.classifier)):
             yield name
+
+
+def _classifier_of(name: str) -> str:
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    return str(cfg.classifier)
 
 
 def _shapes(name: str, classes: int) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from diswot.networks.staged import StagedClassifier, init_convolutions, network_cfg, register_variants, stage_info
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["CifarMobileNetV2", "InvertedResidual"]
 

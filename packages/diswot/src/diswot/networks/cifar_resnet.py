@@ -21,7 +21,7 @@ from diswot.networks.staged import (
     register_variants,
     stage_info,
 )  # fmt: skip
-from visionkernels.recipes import check_choice
+from visionkernels.checks import check_choice
 
 __all__ = ["S0_DEPTHS", "BasicBlock", "BlockKind", "CifarResNet"]
 

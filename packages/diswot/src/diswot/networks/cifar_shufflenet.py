@@ -18,7 +18,7 @@ from diswot.networks.staged import (
     register_variants,
     stage_info,
 )
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["CifarShuffleV1", "CifarShuffleV2", "DownUnit", "ShuffleUnit", "SplitUnit"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diswot.networks.staged import BlockReLU
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["count_macs"]
 
@@ -96,13 +96,13 @@ class _Conv2dShape:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.channels[0]:
-            raise ValueError(f"a convolution of {self.channels[0]} channels got an input of shape {list(x.shape)}")
+            raise InputError(f"a convolution of {self.channels[0]} channels got an input of shape {list(x.shape)}")
         sides = [
             (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for side, (kernel, stride, padding, dilation) in zip(x.shape[2:], self.axes, strict=True)
         ]
         if min(sides) < 1:
-            raise ValueError(f"a map of shape {list(x.shape)} is smaller than the kernel of its convolution")
+            raise InputError(f"a map of shape {list(x.shape)} is smaller than the kernel of its convolution")
         return x.new_empty((x.shape[0], self.channels[1], *sides))
 
 

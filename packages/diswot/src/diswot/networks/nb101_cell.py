@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from visionkernels.recipes import check, check_known
+from visionkernels.checks import check, check_known
 
 __all__ = ["NB101_OPS", "NB101Cell"]
 

@@ -15,7 +15,7 @@ from diswot.networks.staged import (
     register_variants,
     stage_info,
 )
-from visionkernels.recipes import check, check_known
+from visionkernels.checks import InputError, check, check_known
 
 __all__ = ["NB201_OPS", "NB201_WINNERS", "NasBench201Network", "nb201_text", "parse_nb201"]
 
@@ -42,7 +42,7 @@ def parse_nb201(text: str) -> tuple[str, ...]:
             try:
                 check_known("operation", found[1], NB201_OPS)
             except ValueError as error:
-                raise ValueError(f"NAS-Bench-201 cell {_shortened(text)} at position {position}: {error}") from error
+                raise InputError(f"NAS-Bench-201 cell {_shortened(text)} at position {position}: {error}") from error
             if found[2] != str(source):
                 raise _malformed(text, found.start(2), f"the input node {source}")
             operations.append(found[1])

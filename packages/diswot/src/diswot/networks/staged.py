@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = [
     "CIFAR_MEAN",
@@ -200,7 +200,7 @@ def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
 def check_images(x: Tensor) -> None:
     """Raise ValueError unless `x` has four dimensions."""
     if x.ndim != 4:
-        raise ValueError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
+        raise InputError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
 
 
 def stage_info(*stages: tuple[str, int, int]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from diswot.networks.staged import check_weights
-from visionkernels.recipes import check, check_known
+from visionkernels.checks import InputError, check, check_known
 
 __all__ = [
     "Structure",
@@ -116,7 +116,7 @@ class Structure:
         check(1 <= len(self.blocks) <= _BLOCK_LIMIT, "structure", str(self), f"of 1 to {_BLOCK_LIMIT} blocks")
         for index, (block, following) in enumerate(pairwise(self.blocks), 1):
             if block.channels_out != following.channels_in:
-                raise ValueError(
+                raise InputError(
                     f"block {index} of the structure, {following}, takes {following.channels_in} channels; "
                     f"expected {block.channels_out}, which {block} gives"
                 )
@@ -206,7 +206,7 @@ def parse_structure(text: str) -> Structure:
     while position < len(text) or not blocks:
         block, end = _parse_block(text, position)
         if blocks and blocks[-1].channels_out != block.channels_in:
-            raise ValueError(
+            raise InputError(
                 f"structure {_shortened(text)}: the block at position {position}, {block}, takes {block.channels_in} "
                 f"channels; expected {blocks[-1].channels_out}, which {blocks[-1]} gives"
             )
@@ -250,7 +250,7 @@ def _parse_block(text: str, start: int) -> tuple[SuperBlock, int]:
     except ValueError as error:
         if str(error).startswith("structure "):
             raise
-        raise ValueError(f"structure {_shortened(text)} at position {start}: {error}") from error
+        raise InputError(f"structure {_shortened(text)} at position {start}: {error}") from error
 
 
 def _malformed(text: str, position: int, expected: str) -> ValueError:

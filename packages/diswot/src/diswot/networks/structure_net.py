@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diswot.networks.staged import StagedClassifier, network_cfg, register_variants, stage_info
 from diswot.networks.structure import Convolution, Structure, SuperBlock, parse_structure
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["CIFAR_STRUCTURE", "IMAGENET_STRUCTURE", "NAMED_STRUCTURES", "StructureNet"]
 

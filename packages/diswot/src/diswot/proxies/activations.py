@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from visionkernels.checks import InputError
+
 __all__ = ["linear_regions", "nwot", "patterns"]
 
 
@@ -17,7 +19,7 @@ def patterns(model: nn.Module, images: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     modules = [module for module in model.modules() if isinstance(module, nn.ReLU)]
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no ReLU modules, which nwot and linear_regions look at")
+        raise InputError(f"{type(model).__name__} has no ReLU modules, which nwot and linear_regions look at")
     handles = [
         each.register_forward_pre_hook(lambda _, inputs: found.append((inputs[0] > 0).flatten(1))) for each in modules
     ]

@@ -13,7 +13,7 @@ from diswot.networks.counting import count_macs
 from diswot.observation import check_batch
 from diswot.proxies import activations, gradients, inputs
 from diswot.scoring import rankable
-from visionkernels.recipes import check_known
+from visionkernels.checks import InputError, check_known
 
 __all__ = ["PROXIES", "Setting", "compute", "names"]
 
@@ -139,7 +139,7 @@ def _run(
     redraw(own, init)
     weight = next(own.parameters(), None)
     if weight is None:
-        raise ValueError(f"{type(model).__name__} has no parameters, and so no proxies")
+        raise InputError(f"{type(model).__name__} has no parameters, and so no proxies")
     own.to(torch.promote_types(weight.dtype, torch.float32))
     device = weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():

@@ -17,8 +17,8 @@ from diswot.spaces.nasbench101 import NasBench101, nb101_key
 from diswot.spaces.nasbench201 import NasBench201
 from diswot.spaces.protocol import Space
 from diswot.spaces.tfrecord import CorruptFileError, read_records
-from visionkernels.checkpoints import CheckpointError, read_torch
-from visionkernels.recipes import check, check_choice, check_known
+from visionkernels.checks import InputError, check, check_choice, check_known
+from visionkernels.weights import CheckpointError, read_torch
 
 __all__ = ["read_truth"]
 
@@ -59,7 +59,7 @@ def read_truth(
 
 def _check_space(path: Path, space: Space, expected: type) -> None:
     if not isinstance(space, expected):
-        raise ValueError(f"{path}: a {path.suffix} file is of space {expected.name}, not of {space.name}")  # type: ignore[attr-defined]
+        raise InputError(f"{path}: a {path.suffix} file is of space {expected.name}, not of {space.name}")  # type: ignore[attr-defined]
 
 
 def _read_text(path: Path, space: Space) -> dict[str, float]:
@@ -72,19 +72,19 @@ def _read_text(path: Path, space: Space) -> dict[str, float]:
                 columns = line.split()
                 where = f"{path}, line {number}"
                 if len(columns) != 2:
-                    raise ValueError(f"{where} has {len(columns)} columns; expected a key and an accuracy")
+                    raise InputError(f"{where} has {len(columns)} columns; expected a key and an accuracy")
                 try:
                     key, value = space.parse(columns[0]), float(columns[1])
                 except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
+                    raise InputError(f"{where}: {error}") from error
                 if not math.isfinite(value) or key in truth:
                     what = "an earlier line has this key" if key in truth else f"accuracy {columns[1]} is not finite"
-                    raise ValueError(f"{where}: {what}")
+                    raise InputError(f"{where}: {what}")
                 truth[key] = value
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise InputError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
     if not truth:
-        raise ValueError(f'{path} has no line; expected lines of "key accuracy"')
+        raise InputError(f'{path} has no line; expected lines of "key accuracy"')
     return truth
 
 
@@ -102,7 +102,7 @@ def _read_nasbench201(path: Path, space: Space, dataset: str, split: Split, epoc
     check(epochs in (12, 200), "epochs", epochs, "12 or 200 for NAS-Bench-201")
     metric = _NB201_SETS[dataset][split == "test"]
     if metric is None:
-        raise ValueError(f"split={split!r} is not measured on {dataset!r}; use dataset='cifar10-valid'")
+        raise InputError(f"split={split!r} is not measured on {dataset!r}; use dataset='cifar10-valid'")
     content, _ = read_torch(path)
     if not isinstance(content.get("meta_archs"), list) or not isinstance(content.get("arch2infos"), Mapping):
         raise CheckpointError(f"{path} lacks meta_archs or arch2infos; expected the file of NAS-Bench-201's API")
@@ -150,7 +150,7 @@ def _recorded_cell(adjacency: str, operations: str) -> NB101Cell:
     ops = operations.split(",")
     size = len(ops)
     if len(adjacency) != size * size or set(adjacency) - set("01"):
-        raise ValueError(f"adjacency {adjacency!r} is no matrix of 0 and 1 for {size} vertices")
+        raise InputError(f"adjacency {adjacency!r} is no matrix of 0 and 1 for {size} vertices")
     rows = [[int(digit) for digit in adjacency[size * i : size * (i + 1)]] for i in range(size)]
     return NB101Cell.pruned(rows, ops)
 
@@ -181,10 +181,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
                 length, position = _varint(message, position)
             end = position + length
             if end > len(message):
-                raise ValueError(f"a field of {length} bytes overruns its message")
+                raise InputError(f"a field of {length} bytes overruns its message")
             yield tag >> 3, wire, message[position:end]
         else:
-            raise ValueError(f"wire type {wire} is unknown")
+            raise InputError(f"wire type {wire} is unknown")
         position = end
 
 
@@ -195,4 +195,4 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, position + index + 1
-    raise ValueError("a number of more than ten bytes")
+    raise InputError("a number of more than ten bytes")

@@ -11,7 +11,7 @@ from diswot.spaces.protocol import Space
 from diswot.spaces.s0 import S0
 from diswot.spaces.structures import StructureSpace
 from diswot.spaces.timm_models import TIMM_PRESETS, TimmSpace
-from visionkernels.recipes import check_known
+from visionkernels.checks import InputError, check_known
 
 __all__ = ["SPACES", "create", "kin_of"]
 
@@ -37,7 +37,7 @@ def create(name: str, **options: Any) -> Space:
         return SPACES[name](**options)
     except TypeError as error:
         given = f"the options {', '.join(options)}" if options else "no options"
-        raise ValueError(f"space {name} cannot be made with {given}: {error}") from error
+        raise InputError(f"space {name} cannot be made with {given}: {error}") from error
 
 
 # what names of teachers begin with

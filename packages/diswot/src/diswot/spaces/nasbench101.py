@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from diswot.networks.nb101_cell import NB101_OPS, NB101Cell
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["MAX_EDGES", "MAX_VERTICES", "NasBench101", "nb101_cell", "nb101_key"]
 
@@ -36,13 +36,13 @@ def nb101_cell(key: str) -> NB101Cell:
     position = len(letters) + 1
     for index, part in enumerate(parts[: size - 1]):
         if len(part) != size - 1 - index:
-            raise ValueError(
+            raise InputError(
                 f"NAS-Bench-101 key {key!r} has {len(part)} digits at position {position}; "
                 f"expected {size - 1 - index}, one for each later vertex of {size}"
             )
         position += len(part) + 1
     if len(parts) != size - 1:
-        raise ValueError(
+        raise InputError(
             f"NAS-Bench-101 key {key!r} has {len(parts)} rows; expected {size - 1}, as for {size} vertices"
         )
     matrix = [[0] * (index + 1) + [int(digit) for digit in part] for index, part in enumerate(parts)] + [[0] * size]
@@ -50,9 +50,9 @@ def nb101_cell(key: str) -> NB101Cell:
     try:
         cell = NB101Cell.pruned(matrix, ops)
     except ValueError as error:
-        raise ValueError(f"NAS-Bench-101 key {key!r}: {error}") from error
+        raise InputError(f"NAS-Bench-101 key {key!r}: {error}") from error
     if cell.num_edges > MAX_EDGES:
-        raise ValueError(f"NAS-Bench-101 key {key!r} has {cell.num_edges} edges; expected at most {MAX_EDGES}")
+        raise InputError(f"NAS-Bench-101 key {key!r} has {cell.num_edges} edges; expected at most {MAX_EDGES}")
     return cell
 
 
@@ -63,11 +63,11 @@ def _check_marks(key: str) -> None:
         known = _LETTERS if position < end else "/" if position == end else "01."
         if mark not in known:
             expected = "0, 1 or '.'" if position > end else "3 or 1 (convolutions), m (pooling), or '/'"
-            raise ValueError(f"NAS-Bench-101 key {key!r} has {mark!r} at position {position}; expected {expected}")
+            raise InputError(f"NAS-Bench-101 key {key!r} has {mark!r} at position {position}; expected {expected}")
     if slash < 0:
-        raise ValueError(f"NAS-Bench-101 key {key!r} has no '/'; expected one, as in '3m/110.01.1'")
+        raise InputError(f"NAS-Bench-101 key {key!r} has no '/'; expected one, as in '3m/110.01.1'")
     if slash > MAX_VERTICES - 2:
-        raise ValueError(f"NAS-Bench-101 key {key!r} has {slash} inner vertices; expected at most {MAX_VERTICES - 2}")
+        raise InputError(f"NAS-Bench-101 key {key!r} has {slash} inner vertices; expected at most {MAX_VERTICES - 2}")
 
 
 class NasBench101:
@@ -120,7 +120,7 @@ class NasBench101:
                 return nb101_key(cell)
 
     def enumerate(self) -> Iterator[str]:
-        raise ValueError("space nasbench101 has no list of its 423,624 cells; sample it, or read the benchmark's file")
+        raise InputError("space nasbench101 has no list of its 423,624 cells; sample it, or read the benchmark's file")
 
     def parse(self, key: str) -> str:
         return nb101_key(nb101_cell(key.strip()))

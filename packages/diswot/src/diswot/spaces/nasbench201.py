@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from diswot.networks.nb201 import NB201_OPS, nb201_text, parse_nb201
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["NasBench201"]
 

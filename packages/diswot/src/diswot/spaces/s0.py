@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from diswot.networks.cifar_resnet import S0_DEPTHS
-from visionkernels.recipes import check
+from visionkernels.checks import InputError, check
 
 __all__ = ["S0"]
 
@@ -63,11 +63,11 @@ class S0:
         position = 0
         for part in parts[:_STAGES]:
             if not (part.isascii() and part.isdigit() and int(part) in self.depths):
-                raise ValueError(
+                raise InputError(
                     f"S0 key {key!r} has {part!r} at position {position}; expected a depth among {allowed}, "
                     f"as in {self._key(self.depths[:1] * _STAGES)!r}"
                 )
             position += len(part) + len(self._joint)
         if len(parts) != _STAGES:
-            raise ValueError(f"S0 key {key!r} has {len(parts)} depths; expected {_STAGES}, each among {allowed}")
+            raise InputError(f"S0 key {key!r} has {len(parts)} depths; expected {_STAGES}, each among {allowed}")
         return [int(part) for part in parts]

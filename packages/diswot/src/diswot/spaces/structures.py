@@ -11,7 +11,7 @@ from torch import nn
 
 from diswot.networks.structure import Structure, SuperBlock, parse_structure
 from diswot.networks.structure_net import CIFAR_STRUCTURE, IMAGENET_STRUCTURE
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import InputError, check, check_choice
 
 __all__ = ["StructureSpace", "mutation_candidates"]
 
@@ -145,7 +145,7 @@ class StructureSpace:
             return None
 
     def enumerate(self) -> Iterator[str]:
-        raise ValueError(f"space {self.name} has no list of its structures; sample or mutate them")
+        raise InputError(f"space {self.name} has no list of its structures; sample or mutate them")
 
     def parse(self, key: str) -> str:
         return str(self._structure(key))

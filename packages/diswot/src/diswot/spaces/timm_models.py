@@ -10,7 +10,7 @@ import numpy as np
 import timm
 from torch import nn
 
-from visionkernels.recipes import check, check_known
+from visionkernels.checks import InputError, check, check_known
 
 __all__ = ["TIMM_PRESETS", "Choice", "TimmPreset", "TimmSpace"]
 
@@ -154,7 +154,7 @@ class TimmSpace:
         try:
             return timm.create_model(model, num_classes=num_classes, in_chans=in_chans, **(self.arguments | arguments))
         except TypeError as error:
-            raise ValueError(f"timm key {key!r}: {model} does not take {', '.join(arguments)}: {error}") from error
+            raise InputError(f"timm key {key!r}: {model} does not take {', '.join(arguments)}: {error}") from error
 
     def _slots(self) -> list[list[str]]:
         """The texts that each place of a key may have: the model, then every entry of every argument."""
@@ -182,16 +182,16 @@ class TimmSpace:
             option, equals, text = part.partition("=")
             where = f"timm key {key!r} at position {position}"
             if not equals or option in given:
-                raise ValueError(f"{where} has {part!r}; expected argument=value, each argument once")
+                raise InputError(f"{where} has {part!r}; expected argument=value, each argument once")
             try:
                 check_known("argument", option, tuple(self.choices))
                 given[option] = _allowed(self.choices[option], text)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+                raise InputError(f"{where}: {error}") from error
             position += len(part) + 1
         missing = [option for option in self.choices if option not in given]
         if missing:
-            raise ValueError(f"timm key {key!r} lacks {', '.join(missing)}; expected e.g. {self._example()!r}")
+            raise InputError(f"timm key {key!r} lacks {', '.join(missing)}; expected e.g. {self._example()!r}")
         texts = [model]
         for option, choice in self.choices.items():
             texts += given[option].split(",") if choice.length else [given[option]]
@@ -215,8 +215,8 @@ def _allowed(choice: Choice, text: str) -> str:
     known = [_text(value) for value in choice.values]
     parts = text.split(",") if choice.length else [text]
     if len(parts) != (choice.length or 1):
-        raise ValueError(f"{text!r} has {len(parts)} values; expected {choice.length}, each among {' '.join(known)}")
+        raise InputError(f"{text!r} has {len(parts)} values; expected {choice.length}, each among {' '.join(known)}")
     for part in parts:
         if part not in known:
-            raise ValueError(f"value {part!r} is not allowed; expected one of {' '.join(known)}")
+            raise InputError(f"value {part!r} is not allowed; expected one of {' '.join(known)}")
     return text

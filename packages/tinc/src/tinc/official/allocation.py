@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinc.recipes import Compat, Level, OfficialRecipe
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = [
     "Dims",

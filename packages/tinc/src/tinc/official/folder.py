@@ -21,8 +21,8 @@ from tinc.official.allocation import Dims, Node, TreePlan, node_places
 from tinc.official.model import OctreeMLP, decode
 from tinc.official.volume import SideInfo, normalise, read_volume, with_channels
 from tinc.recipes import MAX_LEVELS, RECIPES, Level, OfficialRecipe, from_options, to_options
-from visionkernels.checkpoints import CheckpointError, read_state
 from visionkernels.extras import require
+from visionkernels.weights import CheckpointError, read_checkpoint
 
 __all__ = ["OfficialModel", "decode_official", "load_official", "official_state", "save_official"]
 
@@ -106,7 +106,7 @@ def load_official(
     path = Path(path)
     if (path / "models").is_dir():
         path = path / "models"
-    found = _read_folder(path) if path.is_dir() else dict(read_state(path).state)
+    found = _read_folder(path) if path.is_dir() else dict(read_checkpoint(path).state)
     dims = _tree_of(found, path)
     layers = _layers(dims)
     recipe = recipe or _stored_recipe(path)

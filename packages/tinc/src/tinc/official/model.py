@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinc.activations import SINE_FREQUENCY, activate, check_activation
 from tinc.official.allocation import Dims, TreePlan, check_divisible
 from tinc.official.volume import Rounding, SideInfo, denormalise
-from visionkernels.recipes import check
+from visionkernels.checks import check
 
 __all__ = ["OctreeMLP", "SegmentStack", "assemble", "coordinate_grid", "decode", "split"]
 

@@ -35,9 +35,9 @@ from tinc.official.procedure import (
 )
 from tinc.official.volume import Rounding, normalise, read_volume
 from tinc.recipes import LossWeight, OfficialRecipe
+from visionkernels.checks import check, check_choice
 from visionkernels.extras import require
-from visionkernels.recipes import check, check_choice
-from visionkernels.training.recipes import FitRecipe
+from visionkernels.recipes import FitRecipe
 
 __all__ = ["TrainResult", "train"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinc.volumes.plain import read_npy
 from tinc.volumes.tiff import read_tiff
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import check, check_choice
 
 __all__ = ["Rounding", "SideInfo", "denormalise", "normalise", "read_volume", "with_channels"]
 
