@@ -4,17 +4,20 @@
 What is left at "auto" runs Triton for GPU tensors where Triton imports and knows the dtype, else eager.
 """
 
+import importlib
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "choose_backend", "is_autocast", "use_backend", "without_autocast"]
+__all__ = ["Backend", "choose_backend", "implementation", "is_autocast", "use_backend", "without_autocast"]
 
 Backend = Literal["auto", "triton", "eager", "reference"]
 
@@ -63,6 +66,19 @@ def choose_backend(op: str, backend: Backend, *tensors: Tensor, unsupported: str
         _logged.add((op, chosen))
         _logger.info("%s runs on its %s backend%s", op, chosen, f" ({reason})" if is_on_gpu and reason else "")
     return chosen
+
+
+def implementation(package: str, backend: Backend) -> ModuleType:
+    """Return the module of an op's package that implements a chosen backend; Triton's is imported at its first use."""
+    name = f"{package}.{backend}"
+    _import(name)
+    return sys.modules[name]
+
+
+# torch.compile cannot trace an import by name, so it runs this one as it is
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _import(name: str) -> None:
+    importlib.import_module(name)
 
 
 def is_autocast(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionkernels.ops.region_attention.partition import Grid
+from visionkernels.ops.region_attention.geometry import RegionGeometry
 
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase, Roofline
@@ -28,13 +28,13 @@ _IS_HIP = torch.version.hip is not None
 
 
 def region_attention(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float, valid_size: tuple[int, int] | None,
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry,
+    slot_weight: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the attended map [B, H, W, C]; see the public function."""
-    valid_height, valid_width = valid_size or (key.shape[1], key.shape[2])
-    sizes = [num_heads, *query_grid, *key_grid, valid_height, valid_width]
-    out, _ = _forward_op(query, key, value, region_index.to(torch.int32), sizes, scale)
+    """Return the attended map [B, H, W, C]; see the public function. `slot_weight` has no kernel and must be None."""
+    valid_size = geometry.valid_size or key.shape[1:3]
+    sizes = [geometry.num_heads, *geometry.query_grid, *geometry.key_grid, *valid_size]
+    out, _ = _forward_op(query, key, value, region_index.to(torch.int32), sizes, geometry.scale)
     return out
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic
+
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
 
@@ -23,18 +25,18 @@ def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[
 
 
 def integer_siren_mlp(
-    inputs: Tensor, weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int],
-    parents: Sequence[Tensor | None], table: Tensor, bits: int,
+    inputs: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    arithmetic: IntegerArithmetic,
 ) -> Tensor:  # fmt: skip
     """Return the integers of the last layer's nodes [N, P, M] as int64; see the public function."""
     sines = table.cpu().numpy().astype(np.int64)
     phases = list(inputs.cpu().numpy().astype(np.int64))
-    for layer, multiplier, shift, taken in zip(weights, multipliers, shifts, parents, strict=True):
+    for layer, scale, taken in zip(weights, arithmetic.layers, parents, strict=True):
         sources = _sources(len(phases), len(layer), taken)
         nodes = layer.cpu().numpy().astype(np.int64)
         hidden = [sines[phases[i] % len(sines)] for i in sources]
-        sums = [h @ node[:-1] + (node[-1] << bits) for h, node in zip(hidden, nodes, strict=True)]
-        phases = [(each * multiplier + (1 << shift >> 1)) >> shift for each in sums]
+        sums = [h @ node[:-1] + (node[-1] << arithmetic.bits) for h, node in zip(hidden, nodes, strict=True)]
+        phases = [(each * scale.multiplier + (1 << scale.shift >> 1)) >> scale.shift for each in sums]
     return torch.from_numpy(np.stack(phases)).to(inputs.device)
 
 

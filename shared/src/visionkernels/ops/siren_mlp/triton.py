@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionkernels.ops.siren_mlp.exactness import HALF_BITS, Exactness
+from visionkernels.ops.siren_mlp.arithmetic import HALF_BITS, IntegerArithmetic
 
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase, Roofline
@@ -48,23 +48,23 @@ def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[
 
 
 def integer_siren_mlp(
-    inputs: Tensor, weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int],
-    parents: Sequence[Tensor | None], table: Tensor, bits: int, exactness: Sequence[Exactness],
+    inputs: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    arithmetic: IntegerArithmetic,
 ) -> Tensor:  # fmt: skip
     """Return the integers of the last layer's nodes [N, P, M] as int64; see the public function."""
     phases = inputs
-    scales = torch.tensor([multipliers, shifts], device=inputs.device).mT.contiguous()
+    scales = torch.tensor([(each.multiplier, each.shift) for each in arithmetic.layers], device=inputs.device)
     modes = [
         _ONE_PRODUCT_INT32 if each.product_fits_int32 and each.is_exact_in_float32
         else _ONE_PRODUCT if each.is_exact_in_float32 else _TWO_PRODUCTS
-        for each in exactness
+        for each in arithmetic.layers
     ]  # fmt: skip
     for first, last in _runs(weights, parents):
         packed = _pack(weights[first:last]).detach()
         sources = _sources(len(phases), len(packed), parents[first], phases.device)
         phases = _integer_op(
             phases, packed, scales[first:last], table.contiguous(), sources, _widths(weights[first:last]),
-            modes[first:last], bits, last == len(weights),
+            modes[first:last], arithmetic.bits, last == len(weights),
         )  # fmt: skip
     return phases
 
