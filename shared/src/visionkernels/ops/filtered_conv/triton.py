@@ -2,7 +2,7 @@
 
 The forward convolution is cuDNN's or MIOpen's. The kernels average maps over cells into rows of channels, and fuse what
 a library product cannot: spreading each product over the pixels of its cell (dX), and weighting rows by their cell's
-area and repeating each product for every tap (dW). Sums have a fixed order: backward is deterministic.
+area and repeating each product for every tap (dW). Sums have a fixed order, so backward is deterministic.
 """
 
 # N batch, G groups, CO CI channels of a group, P Q rows and columns of cells, M = N * P * Q
@@ -44,7 +44,7 @@ def filtered_conv2d(
 def _sampled(
     cell, place, OUT, SIZE, RADIUS: tl.constexpr, STRIDE: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Return the pixel at `place` of what a cell samples along one axis, and whether there is one."""
+    """Return the pixel at `place` among those that a cell samples along one axis, and whether there is one."""
     output = cell * RADIUS + place // BOX
     pixel = output * STRIDE + OFFSET + place % BOX
     return pixel, (output < OUT) & (pixel >= 0) & (pixel < SIZE)
@@ -200,7 +200,7 @@ def _constants(axes: Axes) -> dict[str, int]:
 
 
 def _geometry(size: Any, kernel: Any, numbers: list[int]) -> ConvGeometry:
-    """Return the geometry that `numbers` stand for: an op carries no objects."""
+    """Return the geometry from the `numbers` that a registered op takes in its stead."""
     stride, padding, dilation, radius = (numbers[i : i + 2] for i in (0, 2, 4, 6))
     return ConvGeometry.of(size, kernel, stride, padding, dilation, radius, numbers[8])
 
@@ -326,7 +326,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_means: Tensor) -> tuple[Any, ...]:
     weight, means, taps = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = _backward_op(grad, weight, means, taps, ctx.size, ctx.layout, ctx.numbers, needs)
-    return *(each if need else None for each, need in zip(grads, needs, strict=True)), None, None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -347,8 +347,8 @@ def _backward_flops(
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: each kernel, for strides 1 and 2 and two dtypes."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: each kernel, for strides 1 and 2 and two dtypes."""
+    from visionkernels.testing.kernels import AotCase
 
     tiles = {
         _cell_means_kernel: _CELL_BLOCKS,
@@ -365,12 +365,9 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
         for kernel, blocks in tiles.items():
             constants = {name: value for name, value in (geometry | blocks).items() if name in kernel.arg_names}
             types = dict.fromkeys(pointers, f"*{kind}") | {"partial_ptr": "*fp32"}
-            arguments = signature(kernel, constants, types)
             config = f"s{stride}-r{radius}-{kind}"
             options = _options(dtype, is_hip=is_hip) if blocks.keys() >= _BLOCKS.keys() else {}
-            cases.append(
-                AotCase(kernel=kernel, config=config, signature=arguments, constants=constants, options=options)
-            )
+            cases.append(AotCase(kernel=kernel, config=config, types=types, constants=constants, options=options))
     return cases
 
 
