@@ -8,52 +8,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionkernels.ops.nkd_loss import nkd_loss
-from visionkernels.testing.ops import check_backend
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "triton"]
-CASES = {
-    # batch, classes, options
-    "plain": (6, 12, {}),
-    "tempered": (6, 12, {"alpha": 1.5, "temperature": 2.0}),
-    "cold": (3, 7, {"temperature": 0.25}),
-    "label-only": (5, 9, {"alpha": 0.0}),
-    "two-classes": (5, 2, {"temperature": 3.0}),
-    "one-sample": (1, 31, {}),
-    "many-classes": (2, 2311, {"temperature": 4.0}),
-}
+from visionkernels.testing.ops import BACKENDS, DEVICE, gradients
 
 
-def make(case, dtype=torch.float32):
-    batch, classes, options = CASES[case]
-    student, teacher = (k * torch.randn(batch, classes, dtype=torch.float64).to(DEVICE, dtype) for k in (2, 3))
-    labels = torch.randint(classes, (batch,), device=DEVICE)
-    labels[0] = classes - 1
-    return [student, teacher, labels], options
+def make():
+    student, teacher = (scale * torch.randn(6, 12, device=DEVICE) for scale in (2, 3))
+    return student, teacher, torch.randint(12, (6,), device=DEVICE)
 
 
-def run(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
-    """Return the loss times up to 256, so that gradients are not far below one, in the dtype of the student."""
-    loss = nkd_loss(student, teacher.to(student.dtype), labels, **options)
-    return (loss * min(student.numel(), 256)).to(student.dtype)
-
-
-def gradient(student: Tensor, *rest: Tensor, **options: object) -> Tensor:
-    leaf = student.detach().requires_grad_()
-    return torch.autograd.grad(nkd_loss(leaf, *rest, **options), leaf)[0]
+def gradient(student: Tensor, teacher: Tensor, labels: Tensor, **options: object) -> Tensor:
+    return gradients(partial(nkd_loss, teacher_logits=teacher, labels=labels, **options), [student])[0]
 
 
 class TestNkdLoss:
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_reference(self, backend, case, dtype):
-        if backend == "triton" and dtype == torch.float64:
-            pytest.skip("the kernels take at most float32")
-        (student, teacher, labels), options = make(case, dtype)
-        function = partial(run, teacher=teacher, labels=labels, **options)
-        check_backend(partial(function, backend=backend), partial(function, backend="reference"), [student])
-
     def test_definition(self):
         """Three classes by hand: p_T = (1/2, 1/4, 1/4) and p_S = (1/4, 1/4, 1/2), label 0."""
         student, teacher = torch.tensor([[1.0, 1.0, 2.0]]).log(), torch.tensor([[2.0, 1.0, 1.0]]).log()
@@ -82,7 +49,7 @@ class TestNkdLoss:
     @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
     def test_excluded_class(self, backend):
         """A logit of -inf in both takes the class out; in the teacher alone, the gradient there is q_S + p_T[y] p_S."""
-        (student, teacher, labels), _ = make("plain")
+        student, teacher, labels = make()
         labels = labels % 9
         without = [torch.cat([each[:, :9], each[:, 10:]], 1) for each in (student, teacher)]
         student[:, 9] = teacher[:, 9] = -torch.inf
@@ -111,55 +78,19 @@ class TestNkdLoss:
 
     @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
     def test_nan(self, backend):
-        """Makes the loss NaN, and the gradients of its own sample only."""
+        """A NaN makes the loss NaN, and the gradients of its own sample only."""
         for position in (0, 1):
-            (*logits, labels), _ = make("plain")
+            *logits, labels = make()
             logits[position][2, 5] = torch.nan
             assert nkd_loss(*logits, labels, backend=backend).isnan()
             is_nan = gradient(*logits, labels, backend=backend).isnan()
             assert is_nan[2].any() and not is_nan[[0, 1, 3, 4, 5]].any()
 
     @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-    def test_mixed_dtypes(self, backend):
-        """The loss is float32, the gradient of the student's dtype, and the teacher has none; labels may be int32."""
-        (student, teacher, labels), _ = make("plain")
-        half, target = student.bfloat16().requires_grad_(), teacher.requires_grad_()
-        loss = nkd_loss(half, target, labels.int(), backend=backend)
-        loss.backward()
-        assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16 and target.grad is None
-        torch.testing.assert_close(loss, nkd_loss(half.float(), target, labels, backend="reference"))
-        if backend != "triton":
-            assert nkd_loss(student, teacher.double(), labels, backend=backend).dtype == torch.float64
-
-    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-    def test_autocast(self, backend):
-        inputs, options = make("tempered")
-        expected = gradient(*inputs, backend=backend, **options)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            torch.testing.assert_close(gradient(*inputs, backend=backend, **options), expected)
-
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_strides(self, backend):
-        """Transposed and sliced logits, every other label."""
-        (student, teacher, labels), options = make("tempered")
-        expected = gradient(student, teacher, labels, backend=backend, **options)
-        columns, sliced = student.mT.contiguous().mT, torch.cat([teacher, teacher], 1)[:, :12]
-        labels = torch.stack([labels, 0 * labels], 1)[:, 0]
-        torch.testing.assert_close(gradient(columns, sliced, labels, backend=backend, **options), expected)
-
-    def test_gradcheck(self):
-        for case in ("plain", "tempered", "two-classes"):
-            (student, teacher, labels), options = make(case, torch.float64)
-            for backend in ("reference", "eager"):
-                function = partial(nkd_loss, teacher_logits=teacher, labels=labels, backend=backend, **options)
-                assert torch.autograd.gradcheck(function, [student.requires_grad_()], fast_mode=True)
-
-    def test_triton_has_no_second_derivative(self):
-        (student, teacher, labels), _ = make("plain")
-        loss = nkd_loss(student.requires_grad_(), teacher, labels, backend="triton")
-        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-        with pytest.raises(RuntimeError):
-            grad.sum().backward()
+    def test_int32_labels(self, backend):
+        student, teacher, labels = make()
+        out, expected = (gradient(student, teacher, each, backend=backend) for each in (labels.int(), labels))
+        assert torch.equal(out, expected)
 
     @settings(max_examples=30, deadline=None)
     @given(st.data())
@@ -180,32 +111,6 @@ class TestNkdLoss:
         rest = 1 - p_teacher[:, 0]
         whole = torch.stack(parts) + rest * (torch.stack(others) - torch.stack(parts) - (1 - p_student[:, 0]).log())
         torch.testing.assert_close(whole.mean(), F.cross_entropy(student, teacher.softmax(1)))
-
-    def test_compile_export(self):
-        inputs, options = make("tempered")
-
-        class Loss(torch.nn.Module):
-            def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-                return nkd_loss(student, teacher, labels, **options)
-
-        expected = nkd_loss(*inputs, **options)
-        compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs), expected)
-        leaf = inputs[0].clone().requires_grad_()
-        (ours,) = torch.autograd.grad(compiled(leaf, *inputs[1:]), leaf)
-        torch.testing.assert_close(ours, gradient(*inputs, **options))
-        torch.testing.assert_close(torch.export.export(Loss(), (*inputs,)).module()(*inputs), expected)
-
-    # opcheck itself reads .grad of tensors that are no leaves
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-    def test_opcheck(self):
-        from visionkernels.ops.nkd_loss.triton import _backward_op, _forward_op
-
-        (student, teacher, labels), _ = make("plain")
-        torch.library.opcheck(_forward_op, (student.requires_grad_(), teacher, labels, 1.5, 2.0))
-        statistics = torch.rand(6, 6, device=DEVICE)
-        grad = torch.ones((), device=DEVICE)
-        torch.library.opcheck(_backward_op, (grad, student.detach(), teacher, labels, statistics, 1.5, 2.0))
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),

@@ -4,13 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from visionkernels.ops.restore_tokens import restore_tokens
-from visionkernels.testing.ops import check_backend
+from visionkernels.testing.ops import BACKENDS, DEVICE, check_backend, check_compiled, gradients, over_backends
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "triton"]
 CASES = {
     # batch, visible patches, patches, channels
     "quarter": (3, 4, 16, 12),
@@ -31,19 +28,15 @@ def make(case, dtype=torch.float32):
 
 
 class TestRestoreTokens:
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("backend", BACKENDS)
+    @over_backends(CASES, half=["quarter", "one-image"])
     def test_reference(self, backend, case, dtype):
-        if backend == "triton" and dtype == torch.float64:
-            pytest.skip("the kernels take at most float32")
         inputs, ids = make(case, dtype)
         function = partial(restore_tokens, ids_restore=ids)
         check_backend(partial(function, backend=backend), partial(function, backend="reference"), inputs)
 
     @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
     def test_official_order(self, backend):
-        """Is what masking by noise, mask tokens at the end and a gather by argsort of argsort give."""
+        """The result is that of masking by noise, mask tokens at the end and a gather by argsort of argsort."""
         (visible, mask_token, positions), _ = make("quarter")
         noise = torch.rand(3, 16, device=DEVICE)
         ids_shuffle = noise.argsort(1)
@@ -70,24 +63,19 @@ class TestRestoreTokens:
         """Tokens of longer sequences, transposed and expanded ones, expanded output gradients, int32."""
         inputs, ids = make("quarter")
         visible, mask_token, positions = inputs
-
-        def gradients(*inputs, grad=None):
-            leaves = [each.detach().requires_grad_() for each in inputs]
-            out = restore_tokens(*leaves, ids, backend=backend)
-            return out, torch.autograd.grad(out, leaves, torch.ones_like(out) if grad is None else grad)
-
-        expected = gradients(*inputs)
+        function = partial(restore_tokens, ids_restore=ids, backend=backend)
+        expected, out = gradients(function, inputs), function(*inputs)
         strided = (
             torch.cat([visible, visible], 1)[:, :5],
             torch.stack([mask_token, mask_token], 1)[:, 0],
             positions.mT.contiguous().mT,
         )
-        torch.testing.assert_close(gradients(*strided), expected)
+        torch.testing.assert_close(gradients(function, strided), expected)
+        torch.testing.assert_close(function(*strided), out)
         one = torch.ones(1, 1, 1, device=DEVICE).expand(3, 17, 12)
-        torch.testing.assert_close(gradients(*inputs, grad=one), expected)
-        torch.testing.assert_close(restore_tokens(*inputs, ids.int(), backend=backend), expected[0])
-        columns = ids.mT.contiguous().mT
-        torch.testing.assert_close(restore_tokens(*inputs, columns, backend=backend), expected[0])
+        torch.testing.assert_close(gradients(function, inputs, one), expected)
+        for other in (ids.int(), ids.mT.contiguous().mT):
+            torch.testing.assert_close(function(*inputs, ids_restore=other), out)
 
     @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
     def test_mixed_dtypes(self, backend):
@@ -104,7 +92,7 @@ class TestRestoreTokens:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_frozen(self, backend):
-        """Fixed positions get no gradient, nor does what is frozen."""
+        """Frozen inputs get no gradient, and the others the usual one."""
         inputs, ids = make("quarter")
         whole = [each.clone().requires_grad_() for each in inputs]
         restore_tokens(*whole, ids, backend="reference").square().sum().backward()
@@ -116,7 +104,7 @@ class TestRestoreTokens:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_many_half_gradients(self, backend):
-        """Of 510 masked patches a gradient of one each is summed exactly: not in bfloat16."""
+        """The gradients of 510 masked patches, one each, are summed exactly, which bfloat16 cannot."""
         visible = torch.zeros(2, 2, 4, dtype=torch.bfloat16, device=DEVICE)
         mask_token = torch.zeros(4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
         ids = torch.rand(2, 256, device=DEVICE).argsort(1)
@@ -126,13 +114,10 @@ class TestRestoreTokens:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_deterministic(self, backend):
-        (visible, mask_token, positions), ids = make("wide")
-        grads = []
-        for _ in range(2):
-            leaf = mask_token.detach().requires_grad_()
-            restore_tokens(visible, leaf, positions, ids, backend=backend).square().sum().backward()
-            grads.append(leaf.grad)
-        assert torch.equal(*grads)
+        inputs, ids = make("one-image")
+        function = partial(restore_tokens, ids_restore=ids, backend=backend)
+        for first, second in zip(gradients(function, inputs), gradients(function, inputs), strict=True):
+            assert torch.equal(first, second)
 
     @pytest.mark.parametrize("backend", ["reference", "eager"])
     def test_gradcheck(self, backend):
@@ -160,16 +145,7 @@ class TestRestoreTokens:
 
     def test_compile_export(self):
         inputs, ids = make("quarter")
-
-        class Restore(torch.nn.Module):
-            def forward(self, visible: Tensor, mask_token: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
-                return restore_tokens(visible, mask_token, positions, ids)
-
-        expected = restore_tokens(*inputs, ids)
-        compiled = torch.compile(Restore(), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs, ids), expected)
-        exported = torch.export.export(Restore(), (*inputs, ids))
-        torch.testing.assert_close(exported.module()(*inputs, ids), expected)
+        check_compiled(restore_tokens, [*inputs, ids])
 
     # opcheck itself reads .grad of tensors that are no leaves
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and reads what it uses off the binary.
+"""Compiles every Triton kernel ahead of time, without a GPU, and reads its resources off the binary.
 
-An op's `triton.py` names what to compile: `aot_cases(is_hip=...)` returns a list of AotCase. It also says how fast each
-configuration could be at best: `rooflines()` returns a list of Roofline, for one stated GPU. Triton must not be in
-interpreter mode, so that tests run this module as a program: `python -m visionkernels.testing.kernels`.
+An op's `triton.py` lists the cases to compile: `aot_cases(is_hip=...)` returns a list of AotCase. `rooflines()` returns
+the least time of typical calls on one stated GPU, a list of Roofline. Triton must not be in interpreter mode, so that
+tests run this module as a program: `python -m visionkernels.testing.kernels [--once]`.
 """
 
 import importlib
@@ -13,12 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "AotCase", "KernelReport", "Roofline", "compile_report", "roofline_report", "signature"]
+__all__ = ["TARGETS", "AotCase", "KernelReport", "Roofline", "compile_report", "roofline_report"]
 
 TARGETS = {
     # name: (backend, architecture, lanes of a warp, bytes of shared memory that a program may use)
@@ -30,18 +31,34 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AotCase:
-    """One kernel with the argument types and constants of one configuration."""
+    """One kernel with the argument types and constants of one configuration.
+
+    `types` must have all pointers, and may have arguments of other kernels. Of the numbers that it leaves out, those
+    with `scale` in their name are "fp32", the others "i32".
+    """
 
     kernel: Any
     config: str
-    signature: Mapping[str, str]
+    types: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """The type of each argument of the kernel, "constexpr" for constants."""
+
+        def type_of(name: str) -> str:
+            if name in self.constants:
+                return "constexpr"
+            number = "fp32" if "scale" in name else "i32"
+            return self.types[name] if name.endswith("_ptr") else self.types.get(name, number)
+
+        return {name: type_of(name) for name in self.kernel.arg_names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelReport:
-    """What one kernel needs on one target; `spills` counts bytes of stack on CUDA and spilt registers on AMD."""
+    """The resources of one kernel on one target; `spills` counts bytes of stack on CUDA, spilt registers on AMD."""
 
     op: str
     kernel: str
@@ -54,21 +71,31 @@ class KernelReport:
 
     @property
     def is_within_limits(self) -> bool:
-        """Whether nothing is spilt and shared memory suffices."""
+        """Whether no register is spilt and shared memory suffices."""
         return self.spills == 0 and self.shared_bytes <= self.limit_shared_bytes
 
 
-def compile_report() -> list[KernelReport]:
-    """Compile every case of every op for every target. Raises RuntimeError in interpreter mode."""
+def compile_report(*, once: bool = False) -> list[KernelReport]:
+    """Compile every case of every op for every target.
+
+    With `once`, each case is compiled for one target only, in turn, so that still every kernel meets every target.
+    Raises RuntimeError in interpreter mode.
+    """
     import triton
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it to compile kernels")
-    return [
-        _compile(op, case, target)
-        for target, (backend, *_) in TARGETS.items()
-        for op, case in _cases(is_hip=backend == "hip")
-    ]
+    reports = []
+    for turn, (target, (backend, *_)) in enumerate(TARGETS.items()):
+        cases = list(_cases(is_hip=backend == "hip"))
+        totals, seen = Counter(case.kernel for _, case in cases), Counter[Any]()
+        for op, case in cases:
+            place = seen[case.kernel]
+            seen[case.kernel] += 1
+            # shifted by one after each round, since cases often come in threes
+            if not once or (place + place // 3 - turn) % min(len(TARGETS), totals[case.kernel]) == 0:
+                reports.append(_compile(op, case, target))
+    return reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +112,7 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """What limits the call, "memory" or "compute"."""
+        """The limit of the call, "memory" or "compute"."""
         return "memory" if self.bytes_moved / 3.0e12 > self.operations / 790e12 else "compute"
 
     @property
@@ -97,20 +124,6 @@ class Roofline:
 def roofline_report() -> list[Roofline]:
     """Return the rooflines that each op's `triton.py` computes from the shapes of its models (`rooflines()`)."""
     return [line for _, module in _op_modules() for line in module.rooflines()]
-
-
-def signature(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, str]:
-    """Return a type for each argument of `kernel`: from `types` by name, else by form.
-
-    Constants are "constexpr", names with `scale` "fp32", other numbers "i32"; each pointer must be in `types`.
-    """
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        return types[name] if name in types or name.endswith("_ptr") else "fp32" if "scale" in name else "i32"
-
-    return {name: type_of(name) for name in kernel.arg_names}
 
 
 def _cases(*, is_hip: bool) -> Iterator[tuple[str, AotCase]]:
@@ -134,7 +147,7 @@ def _compile(op: str, case: AotCase, target: str) -> KernelReport:
     from triton.compiler import ASTSource
 
     backend, architecture, lanes, limit = TARGETS[target]
-    # as a launch specialises it: tensors are aligned, and so are the strides of maps with 16 n channels
+    # a launch specialises a kernel so: tensors are aligned, and so are the strides of maps with 16 n channels
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, (name, kind) in enumerate(case.signature.items())
@@ -174,4 +187,4 @@ def _amd_usage(assembly: Mapping[str, Any]) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    json.dump([asdict(row) for row in compile_report()], sys.stdout)
+    json.dump([asdict(row) for row in compile_report(once=sys.argv[1:] == ["--once"])], sys.stdout)

@@ -1,14 +1,27 @@
-"""The checks that every op's tests share: its backends against the float64 reference, by one table of tolerances."""
+"""What the tests of all ops share: backends are compared with the float64 reference, by one table of tolerances."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-__all__ = ["TOLERANCES", "check_backend", "poisoned_empty"]
+__all__ = [
+    "BACKENDS",
+    "DEVICE",
+    "TOLERANCES",
+    "check_backend",
+    "check_compiled",
+    "gradients",
+    "over_backends",
+    "poisoned_empty",
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["eager", "triton"]
 
 TOLERANCES = {
     # dtype: (rtol, atol) of single elements, (rtol, atol) after long sums
@@ -17,6 +30,27 @@ TOLERANCES = {
     torch.float16: ((2e-3, 1e-3), (2e-3, 1e-3)),
     torch.bfloat16: ((1.6e-2, 1e-2), (1.6e-2, 1e-2)),
 }
+
+
+def over_backends(
+    cases: Iterable[str], *, half: Collection[str], half_dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
+) -> pytest.MarkDecorator:
+    """Parametrise a test by `backend`, `case` and `dtype`.
+
+    Eager takes every case in every dtype; Triton takes float32, and `half_dtypes` for the cases in `half`.
+    """
+    triples = [("eager", case, dtype) for case in cases for dtype in TOLERANCES] + [
+        ("triton", case, dtype) for case in cases for dtype in (torch.float32, *(half_dtypes if case in half else ()))
+    ]
+    return pytest.mark.parametrize(("backend", "case", "dtype"), triples, ids=str)
+
+
+def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor | None = None) -> list[Tensor]:
+    """Return the gradients of the floating `inputs` for the output gradient `grad`, by default ones."""
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    out = function(*leaves)
+    floating = [leaf for leaf in leaves if leaf.is_floating_point()]
+    return list(torch.autograd.grad(out, floating, torch.ones_like(out) if grad is None else grad))
 
 
 def check_backend(
@@ -28,10 +62,10 @@ def check_backend(
 ) -> None:
     """Assert that `run(*inputs)` and its gradients equal those of `reference` on the same inputs in float64.
 
-    The inputs' own rounding is so taken out; the output gradients are fixed pseudo-random tensors. Inputs and outputs
-    that are not floating (indices, masks) are passed on and compared exactly; the others must have one dtype, that of
-    the first floating input. Those are compared by TOLERANCES, atol times the tensor's largest number where that is
-    above one: an element near zero that is a sum of large ones has the rounding of the large ones.
+    So the rounding of the inputs does not count. The output gradients are fixed pseudo-random tensors. Inputs that are
+    not floating (indices, masks) are passed on, such outputs compared exactly. All floating tensors must have the dtype
+    of the first, and are compared by TOLERANCES, with atol times the tensor's largest number where that is above one:
+    an element near zero that is a sum of large ones has the rounding of the large ones.
     """
     dtype = next(tensor.dtype for tensor in inputs if tensor.is_floating_point())
     results = [_differentiate(run, inputs, dtype, dtype), _differentiate(reference, inputs, torch.float64, dtype)]
@@ -49,6 +83,21 @@ def check_backend(
         )
 
 
+def check_compiled(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Assert that torch.compile and torch.export give the values of `function`, and torch.compile its gradients."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*inputs)
+
+    torch._dynamo.reset()  # else sizes that differ from an earlier test's are compiled as symbols, ten times slower
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Module(), tuple(inputs)).module()
+    for ours in (compiled, exported):
+        torch.testing.assert_close(ours(*inputs), function(*inputs))
+    torch.testing.assert_close(gradients(compiled, inputs), gradients(function, inputs))
+
+
 def _differentiate(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
@@ -60,10 +109,10 @@ def _differentiate(
     out = function(*leaves)
     outputs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(each.shape, generator=generator).to(rounded).to(each) for each in outputs]
-    differentiable = [i for i, each in enumerate(outputs) if each.requires_grad]
+    weights = [torch.randn(x.shape, generator=generator).to(rounded).to(x) for x in outputs]
+    differentiable = [i for i, x in enumerate(outputs) if x.requires_grad]
     torch.autograd.backward([outputs[i] for i in differentiable], [weights[i] for i in differentiable])
-    results = {f"output {i}": each.detach() for i, each in enumerate(outputs)}
+    results = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     for i, leaf in enumerate(leaves):
         if leaf.is_floating_point():
             assert leaf.grad is not None, f"input {i} has no gradient"
@@ -73,7 +122,7 @@ def _differentiate(
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN, so that a kernel that leaves a hole is found out."""
+    """Fill the tensors of torch.empty and its kin with NaN, so that a kernel that leaves a hole fails."""
     previous = torch.are_deterministic_algorithms_enabled()
     filled = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,12 +1,10 @@
-"""Channel-wise distillation of dense predictions: where in the map each channel lies (Shu et al., ICCV 2021)."""
-
-import math
+"""Channel-wise distillation of dense predictions (Shu et al., ICCV 2021)."""
 
 from jaxtyping import Float
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
-from visionkernels.ops.channel_wise_distillation import eager, reference
+from visionkernels.ops._checks import check_alike, check_floating, check_positive
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
 __all__ = ["channel_wise_distillation"]
 
@@ -33,31 +31,14 @@ def channel_wise_distillation(
     Raises TypeError for dtypes and devices, ValueError for shapes that differ, empty or without spatial axes, and a
     temperature that is not positive, RuntimeError for `backend="triton"` where it cannot run.
     """
-    _check(student, teacher, temperature)
-    arguments = (student, teacher.detach(), float(temperature))
-    with without_autocast(student):
-        match choose_backend("channel_wise_distillation", backend, student, teacher):
-            case "triton":
-                from visionkernels.ops.channel_wise_distillation import triton
-
-                return triton.channel_wise_distillation(*arguments)
-            case "reference":
-                return reference.channel_wise_distillation(*arguments)
-            case _:
-                return eager.channel_wise_distillation(*arguments)
-
-
-def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if not logits.is_floating_point():
-            raise TypeError(f"{name} is {logits.dtype}; channel_wise_distillation takes floating-point maps")
-    if teacher.device != student.device:
-        raise TypeError(f"teacher is on {teacher.device}; expected {student.device}, as student")
+    check_floating("channel_wise_distillation", "maps", student=student, teacher=teacher)
     if student.ndim < 3 or not student.numel():
         raise ValueError(
             f"student has shape {list(student.shape)}; expected [batch, channels, *spatial], at least one of each"
         )
-    if teacher.shape != student.shape:
-        raise ValueError(f"teacher has shape {list(teacher.shape)}; expected {list(student.shape)}, as student")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be a positive number")
+    check_alike(student=student, teacher=teacher)
+    check_positive(temperature=temperature)
+    chosen = choose_backend("channel_wise_distillation", backend, student, teacher)
+    with without_autocast(student):
+        loss = implementation(__name__, chosen).channel_wise_distillation
+        return loss(student, teacher.detach(), float(temperature))

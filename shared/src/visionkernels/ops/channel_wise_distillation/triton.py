@@ -2,7 +2,7 @@
 
 Forward carries, for each row, both maxima, sums of exponentials and the cross term along the positions. Few rows are
 split over programs, whose statistics are joined in a fixed order. Everything is relative to the maxima, so that an
-offset of a map costs no digits. Nothing multiplies matrices, so there is no flop formula.
+offset of a map costs no digits. No matrices are multiplied, so there is no flop formula.
 """
 
 # R rows (batch * channels), N positions, S splits of a row
@@ -21,7 +21,7 @@ __all__ = ["aot_cases", "channel_wise_distillation", "rooflines"]
 
 _BLOCK = 2048
 _PROGRAMS = 2048
-"""About as many as fill a GPU: rows are split until there are as many programs."""
+"""Programs that about fill a GPU: rows are split until there are so many."""
 
 
 def channel_wise_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -35,7 +35,7 @@ def _channel_wise_distillation_fwd_kernel(
     student_ptr, teacher_ptr, statistic_ptr,  # [R, N]; [R, N]; [5, R, S]
     N, SECTION, S, inverse_temperature, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of one section of a row: max x, log sum exp(x - max x) of both maps, and sum P_t log P_s."""
+    """Store max x and log sum exp(x - max x) of both maps, and sum P_t log P_s, for one section of a row."""
     row, split = (tl.program_id(0) // S).to(tl.int64), tl.program_id(0) % S
     last = tl.minimum((split + 1) * SECTION, N)
     # a finite floor instead of the NaN of infinities
@@ -93,7 +93,7 @@ def _forward_op(student: Tensor, teacher: Tensor, temperature: float) -> tuple[T
     s_top, s_log, t_top, t_log, cross = statistics
     joined = torch.stack([*_join(s_top, s_log), *_join(t_top, t_log)])
     whole_s_top, whole_s_log, whole_t_top, whole_t_log = joined[:, :, None]
-    # what each section has of the teacher's weight, times the cross entropy there
+    # each section's share of the teacher's weight, times the cross entropy there
     weight = (t_top - whole_t_top + t_log - whole_t_log).exp()
     entropies = (weight * (whole_s_top - s_top + whole_s_log - s_log - cross)).sum(-1)
     return entropies.mean() * temperature**2, joined
@@ -139,8 +139,8 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: both kernels, for maps of each dtype."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: both kernels, for maps of each dtype."""
+    from visionkernels.testing.kernels import AotCase
 
     cases = []
     for kind in ("fp32", "bf16", "fp16"):
@@ -148,8 +148,7 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
         types |= {"statistic_ptr": "*fp32", "grad_ptr": "*fp32", "inverse_temperature": "fp32"}
         constants = {"BLOCK_N": _BLOCK}
         for kernel in (_channel_wise_distillation_fwd_kernel, _channel_wise_distillation_bwd_kernel):
-            arguments = signature(kernel, constants, types)
-            cases.append(AotCase(kernel=kernel, config=kind, signature=arguments, constants=constants))
+            cases.append(AotCase(kernel=kernel, config=kind, types=types, constants=constants))
     return cases
 
 

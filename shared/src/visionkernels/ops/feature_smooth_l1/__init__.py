@@ -1,16 +1,14 @@
 """Smooth L1 loss to layer-normalised features of a teacher (G2SD, sec. 3)."""
 
-import math
-
 from jaxtyping import Float
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
-from visionkernels.ops.feature_smooth_l1 import eager, reference
+from visionkernels.ops._checks import check_alike, check_floating, check_positive
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
 __all__ = ["feature_smooth_l1"]
 
-_MAX_KERNEL_CHANNELS = 8192  # what the kernels' tiles hold in registers
+_MAX_KERNEL_CHANNELS = 8192  # of the longest row that fits into registers
 
 
 def feature_smooth_l1(
@@ -35,32 +33,15 @@ def feature_smooth_l1(
     Raises TypeError for dtypes and devices, ValueError for shapes that differ or are empty and a `beta` that is not
     positive, RuntimeError for `backend="triton"` where it cannot run.
     """
-    _check(prediction, hidden, beta)
-    arguments = (prediction, hidden.detach(), float(beta), float(eps))
+    check_floating("feature_smooth_l1", "features", prediction=prediction, hidden=hidden)
+    if not prediction.ndim or not prediction.numel():
+        raise ValueError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
+    check_alike(prediction=prediction, hidden=hidden)
+    check_positive(beta=beta)
     channels, unsupported = prediction.shape[-1], None
     if channels > _MAX_KERNEL_CHANNELS:
         unsupported = f"rows of {channels} channels exceed the kernels' {_MAX_KERNEL_CHANNELS}"
+    chosen = choose_backend("feature_smooth_l1", backend, prediction, hidden, unsupported=unsupported)
     with without_autocast(prediction):
-        match choose_backend("feature_smooth_l1", backend, prediction, hidden, unsupported=unsupported):
-            case "triton":
-                from visionkernels.ops.feature_smooth_l1 import triton
-
-                return triton.feature_smooth_l1(*arguments)
-            case "reference":
-                return reference.feature_smooth_l1(*arguments)
-            case _:
-                return eager.feature_smooth_l1(*arguments)
-
-
-def _check(prediction: Tensor, hidden: Tensor, beta: float) -> None:
-    for name, feature in (("prediction", prediction), ("hidden", hidden)):
-        if not feature.is_floating_point():
-            raise TypeError(f"{name} is {feature.dtype}; feature_smooth_l1 takes floating-point features")
-    if hidden.device != prediction.device:
-        raise TypeError(f"hidden is on {hidden.device}; expected {prediction.device}, as prediction")
-    if not prediction.ndim or not prediction.numel():
-        raise ValueError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
-    if hidden.shape != prediction.shape:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}; expected {list(prediction.shape)}, as prediction")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta} must be a positive number")
+        loss = implementation(__name__, chosen).feature_smooth_l1
+        return loss(prediction, hidden.detach(), float(beta), float(eps))

@@ -1,7 +1,7 @@
 """Smooth L1 loss to normalised features on GPUs: the target is made in registers, and again in backward.
 
-Programs own whole rows and leave one partial sum each, so that both passes are deterministic. Nothing multiplies
-matrices, so there is no flop formula.
+Programs own whole rows and leave one partial sum each, so that both passes are deterministic. No matrices are
+multiplied, so there is no flop formula.
 """
 
 # M rows, C channels
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["aot_cases", "feature_smooth_l1", "rooflines"]
 
 _TILE = 4096
-"""Elements of a tile, or one row if longer."""
+"""Elements of a tile; a longer row is a tile by itself."""
 _OPTIONS = {"num_warps": 8}
 
 
 def feature_smooth_l1(prediction: Tensor, hidden: Tensor, beta: float, eps: float) -> Tensor:
     """Return the loss; see the public function."""
-    return _forward_op(*(each.reshape(-1, each.shape[-1]) for each in (prediction, hidden)), beta, eps)
+    return _forward_op(*(x.reshape(-1, x.shape[-1]) for x in (prediction, hidden)), beta, eps)
 
 
 @triton.jit
@@ -119,20 +119,17 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: both kernels, for decoders' widths and the widest rows."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: both kernels, for decoders' widths and the widest rows."""
+    from visionkernels.testing.kernels import AotCase
 
     cases = []
     for channels, kind in ((512, "fp32"), (512, "bf16"), (64, "fp16"), (8192, "fp32"), (8192, "bf16")):
         blocks = _blocks(channels)
         types = dict.fromkeys(("prediction_ptr", "hidden_ptr", "dprediction_ptr"), f"*{kind}")
         types |= {"partial_ptr": "*fp32", "grad_ptr": "*fp32", "beta": "fp32", "eps": "fp32"}
+        config = f"C{channels}-{kind}"
         for kernel in (_feature_smooth_l1_fwd_kernel, _feature_smooth_l1_bwd_kernel):
-            arguments = signature(kernel, blocks, types)
-            config = f"C{channels}-{kind}"
-            cases.append(
-                AotCase(kernel=kernel, config=config, signature=arguments, constants=blocks, options=_OPTIONS)
-            )  # fmt: skip
+            cases.append(AotCase(kernel=kernel, config=config, types=types, constants=blocks, options=_OPTIONS))
     return cases
 
 

@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionkernels.ops._dispatch import Backend, choose_backend, is_autocast, without_autocast
-from visionkernels.ops.filtered_conv import eager, reference
-from visionkernels.ops.filtered_conv.geometry import Axis, patch_axis
+from visionkernels.ops._checks import check_floating
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, is_autocast, without_autocast
+from visionkernels.ops.filtered_conv import eager
+from visionkernels.ops.filtered_conv.geometry import ConvGeometry, patch_axis
 
 __all__ = [
     "Border",
@@ -48,7 +49,7 @@ def filtered_conv2d(
 
     The value is that of `torch.nn.functional.conv2d` with the same arguments. In backward the output gradient is
     replaced by its mean g over patches of `radius` x `radius` outputs (rows, columns), the last ones cut off by the
-    map's edge. With the sums X of the input over what a patch samples, and the sum T of the kernel's taps,
+    map's edge. With the sums X of the input over the pixels that a patch samples, and the sum T of the kernel's taps,
 
         d weight[o, c, u, v] = sum g[n, o, p, q] X[n, c, p, q]  for every tap u, v
         d x                  = the pixels of each patch get sum_o T[o, c] g[n, o, p, q]
@@ -64,10 +65,10 @@ def filtered_conv2d(
     eager's d weight is then a view that repeats one value for all taps, and no weight-sized tensor is touched in
     backward (not with "covered"). `straight_through` builds the same value and gradients from
     ordinary operations, for graphs that are exported with their backward (export inlines custom functions and would
-    record the exact backward); inside `torch.export` it is implied. Under autocast all is as for `conv2d`.
+    record the exact backward); inside `torch.export` it is implied. Autocast works as for `conv2d`.
 
-    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they run: they
-    are those of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
+    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they are those
+    of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
 
     Raises TypeError for dtypes and devices, ValueError for a wrong radius, border, stride, padding, dilation, groups or
     shape, and RuntimeError for a kernel larger than the padded input or `backend="triton"` where it cannot run.
@@ -82,15 +83,19 @@ def filtered_conv2d(
         )
     if is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if each is None else each.to(dtype) for each in (x, weight, bias))  # type: ignore[assignment]
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
     x, paddings = pad_unevenly(x, padding, weight.shape[-2:], strides, dilations)
-    axes = _axes(x.shape[-2:], weight.shape[-2:], strides, paddings, dilations, rows_columns)
-    tap_weight = _tap_weight(axes, weight) if border == "covered" else None
-    batched = x if x.ndim == 4 else x[None]
-    arguments = (batched, weight, bias, strides, paddings, dilations, groups, axes, tap_weight)
+    geometry = ConvGeometry.of(x.shape[-2:], weight.shape[-2:], strides, paddings, dilations, rows_columns, groups)
+    tap_weight = _tap_weight(geometry, weight) if border == "covered" else None
+    arguments = (x if x.ndim == 4 else x[None], weight, bias, geometry, tap_weight)
     with without_autocast(x):
-        out = _run(arguments, kernel, straight_through or _is_exporting(), backend)
+        if straight_through or _is_exporting():
+            out = eager.straight_through(*arguments)
+        elif (chosen := choose_backend("filtered_conv", backend, x)) == "eager":
+            out = eager.filtered_conv2d(*arguments, kernel=kernel)
+        else:
+            out = implementation(__name__, chosen).filtered_conv2d(*arguments)
     return out if x.ndim == 4 else out[0]
 
 
@@ -114,28 +119,22 @@ def saved_input(
     dilation: int | tuple[int, int] = 1,
     radius: Radius = 2,
 ) -> Float[Tensor, "batch channels rows columns"]:
-    """Sum the input over the pixels that each patch of outputs samples: what stands in the gradient of the weight.
+    """Sum the input over the pixels that each patch of outputs samples, for the gradient of the weight.
 
     Each output samples the mean of the box of pixels in the middle of its kernel's span, as wide as the stride. For
     stride 1 and "same" padding this is the plain sum over patches of the input. Raises as `filtered_conv2d` does.
     """
     _check_axes("x", x, "saved_input", "[batch, channels, height, width]")
     sizes = _pair(kernel_size, "kernel_size")
-    axes = _axes(
-        x.shape[-2:],
-        sizes,
-        _pair(stride, "stride"),
-        _pair(padding, "padding", 0),
-        _pair(dilation, "dilation"),
-        check_radius(radius),
-    )
+    strides, paddings, dilations = _pair(stride, "stride"), _pair(padding, "padding", 0), _pair(dilation, "dilation")
+    axes = ConvGeometry.of(x.shape[-2:], sizes, strides, paddings, dilations, check_radius(radius), 1).axes
     return eager.mean_over_cells(x, axes) * eager.area(axes, x)
 
 
 def kernel_sum(
     weight: Float[Tensor, "out_channels in_channels kernel_height kernel_width"],
 ) -> Float[Tensor, "out_channels in_channels"]:
-    """Sum a kernel over its taps: all that the filtered gradient of the input sees of it.
+    """Sum a kernel over its taps, for the gradient of the input.
 
     Raises TypeError for dtypes, ValueError for a wrong shape.
     """
@@ -182,21 +181,6 @@ def pad_unevenly(
     return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
 
 
-def _run(arguments: tuple, kernel: Tensor | None, straight_through: bool, backend: Backend) -> Tensor:
-    x = arguments[0]
-    if straight_through:
-        return eager.straight_through(*arguments)
-    match choose_backend("filtered_conv", backend, x):
-        case "triton":
-            from visionkernels.ops.filtered_conv import triton
-
-            return triton.filtered_conv2d(*arguments)
-        case "reference":
-            return reference.filtered_conv2d(*arguments)
-        case _:
-            return eager.filtered_conv2d(*(*arguments, kernel))
-
-
 def _is_exporting() -> bool:
     # new in torch 2.7
     is_exporting = getattr(torch.compiler, "is_exporting", None)
@@ -204,8 +188,7 @@ def _is_exporting() -> bool:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        _check_floating(name, tensor, "filtered_conv2d")
+    check_floating("filtered_conv2d", "tensors", x=x, weight=weight)
     if x.device != weight.device:
         raise TypeError(f"x is on {x.device} and weight on {weight.device}; they must be alike")
     if not is_autocast(x) and x.dtype != weight.dtype:
@@ -227,38 +210,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
 
 
 def _check_axes(name: str, tensor: Tensor, function: str, axes: str) -> None:
-    _check_floating(name, tensor, function)
+    check_floating(function, "tensors", **{name: tensor})
     if tensor.ndim != 4:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {function} takes {axes}")
-
-
-def _check_floating(name: str, tensor: Tensor, function: str) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}; {function} takes floating-point tensors")
 
 
 def _pair(value: object, name: str, least: int = 1) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
     if isinstance(pair, Sequence) and len(pair) == 2:
         first, second = pair
-        if all(isinstance(each, int) and not isinstance(each, bool) and each >= least for each in pair):
+        if all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in pair):
             return first, second
     raise ValueError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
 
 
-def _axes(
-    size: Sequence[int], kernel: Sequence[int], stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], radius: tuple[int, int],
-) -> tuple[Axis, Axis]:  # fmt: skip
-    rows, columns = (Axis(*values) for values in zip(size, kernel, stride, padding, dilation, radius, strict=True))
-    for name, axis in (("height", rows), ("width", columns)):
-        if axis.size + 2 * axis.padding < axis.span:
-            raise RuntimeError(
-                f"the kernel spans {axis.span} pixels of {name}; the padded input has {axis.size + 2 * axis.padding}"
-            )
-    return rows, columns
-
-
-def _tap_weight(axes: tuple[Axis, Axis], weight: Tensor) -> Tensor:
-    rows, columns = (torch.tensor(axis.coverage, dtype=weight.dtype, device=weight.device) for axis in axes)
+def _tap_weight(geometry: ConvGeometry, weight: Tensor) -> Tensor:
+    rows, columns = (torch.tensor(axis.coverage, dtype=weight.dtype, device=weight.device) for axis in geometry.axes)
     return rows[:, None] * columns

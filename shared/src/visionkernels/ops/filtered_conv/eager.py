@@ -15,26 +15,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-from visionkernels.ops.filtered_conv.geometry import Axis, Slice, cell_means, cell_sums, patch_axis
+from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry, Slice, cell_means, cell_sums
 
 __all__ = ["area", "filtered_conv2d", "kernel_sum", "mean_over_cells", "spread_over_cells", "straight_through"]
 
 _MAX_MATRIX_ELEMENTS = 10_000
-"""Of the matrix of both axes at once; above it, rows and then columns are faster (28 x 28 by 4: 1.7 times)."""
+"""Entries of the matrix of both axes at once; above it, rows and then columns are faster (28 x 28 by 4: 1.7 times)."""
 
 _MANY_SLICES = 6
-"""From so many pixels a cell on, one sum over them is faster than adding them one by one."""
-
-Axes = tuple[Axis, Axis]
+"""Pixels of a cell from which one sum over them is faster than adding them one by one."""
 
 
 def filtered_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], groups: int, axes: Axes, tap_weight: Tensor | None, kernel: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None,
+    *, kernel: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the convolution [N, Co, Ho, Wo]; see the public function."""
-    arguments = (x, weight, bias, stride, padding, dilation, groups, axes, tap_weight, kernel)
-    return _FilteredConv.apply(*arguments)  # type: ignore[no-any-return]
+    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight, kernel)  # type: ignore[no-any-return]
 
 
 class _FilteredConv(torch.autograd.Function):
@@ -42,63 +39,61 @@ class _FilteredConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-        dilation: tuple[int, int], groups: int, axes: Axes, tap_weight: Tensor | None, kernel: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None,
+        kernel: Tensor | None,
     ) -> Tensor:  # fmt: skip
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         # means and not sums: a sum of 49 values overflows float16, and loses the last bits of bfloat16
-        means = mean_over_cells(x, axes).to(x.dtype) if needs_weight else None
+        means = mean_over_cells(x, geometry.axes).to(x.dtype) if needs_weight else None
         ctx.save_for_backward(weight if needs_x and kernel is None else None, kernel if needs_x else None, means,
                               tap_weight)  # fmt: skip
-        ctx.axes, ctx.groups, ctx.weight_shape, ctx.dtype = axes, groups, weight.shape, x.dtype
+        ctx.geometry, ctx.weight_shape, ctx.dtype = geometry, weight.shape, x.dtype
         ctx.repeats_taps = kernel is None
-        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return geometry.convolve(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, kernel, input_means, tap_weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        axes, dtype = ctx.axes, ctx.dtype
-        grad_means = mean_over_cells(grad, _output_axes(axes))
+        axes, groups, dtype = ctx.geometry.axes, ctx.geometry.groups, ctx.dtype
+        grad_means = mean_over_cells(grad, ctx.geometry.patches)
         grad_x = grad_weight = grad_bias = None
         if needs_x:
             kernel = kernel_sum(weight, tap_weight) if kernel is None else kernel
-            mixed = _grad_of_means(grad_means, kernel.to(grad_means.dtype), ctx.groups)
+            mixed = _grad_of_means(grad_means, kernel.to(grad_means.dtype), groups)
             grad_x = spread_over_cells(mixed, axes).to(dtype)
         grad_sums = grad_means * area(axes, grad_means) if needs_weight or needs_bias else grad_means
         if needs_weight:
-            grad_kernel = _correlate(grad_sums, input_means.to(grad_sums.dtype), ctx.groups)
+            grad_kernel = _correlate(grad_sums, input_means.to(grad_sums.dtype), groups)
             if ctx.repeats_taps:
                 grad_weight = _broadcast_taps(grad_kernel, ctx.weight_shape, tap_weight).to(dtype)
             else:
                 grad_weight = grad_kernel.to(dtype)[:, :, None, None].expand(ctx.weight_shape)
         if needs_bias:
             grad_bias = grad_sums.sum((0, 2, 3)).to(dtype)
-        return grad_x, grad_weight, grad_bias, *[None] * 7
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def straight_through(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], groups: int, axes: Axes, tap_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Return the same, values and gradients, without a custom autograd function: for graphs that are exported.
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None
+) -> Tensor:
+    """Return the same values and gradients without a custom autograd function, for graphs that are exported.
 
     Export inlines the forward of a custom function and so records the exact backward. Here y = conv(x, weight, bias),
     all detached, plus z - z: the 1x1 convolution z of the cells' means with the summed kernel, spread over the outputs,
     and the bias have as ordinary gradients exactly the filtered ones.
     """
-    constant_bias = None if bias is None else bias.detach()
-    value = conv2d(x.detach(), weight.detach(), constant_bias, stride, padding, dilation, groups)
+    value = geometry.convolve(x.detach(), weight.detach(), None if bias is None else bias.detach())
     kernel = kernel_sum(weight, tap_weight)[:, :, None, None]
-    mixed = conv2d(mean_over_cells(x, axes).to(x.dtype), kernel.to(x.dtype), None, groups=groups)
-    surrogate = spread_over_cells(mixed, _output_axes(axes)).to(x.dtype)
+    mixed = conv2d(mean_over_cells(x, geometry.axes).to(x.dtype), kernel.to(x.dtype), None, groups=geometry.groups)
+    surrogate = spread_over_cells(mixed, geometry.patches).to(x.dtype)
     surrogate = surrogate if bias is None else surrogate + bias[:, None, None]
     return value + (surrogate - surrogate.detach())
 
 
 def mean_over_cells(x: Tensor, axes: Axes) -> Tensor:
-    """Average [N, C, H, W] over what each cell samples, [N, C, P, Q]; float32, or float64 for float64 input."""
+    """Average [N, C, H, W] over the pixels of each cell, [N, C, P, Q]; float32, or float64 for float64 input."""
     x = _widened(x)
     if _is_plain_contiguous(x):
         rows, columns = axes
@@ -181,8 +176,8 @@ def _sum_slices(x: Tensor, dim: int, axis: Axis) -> Tensor:
         return whole[0]
     if len(whole) > 1:
         total = whole[0] + whole[1]
-        for each in whole[2:]:
-            total += each
+        for pixels in whole[2:]:
+            total += pixels
     else:
         shape = [axis.cells if i == dim else size for i, size in enumerate(x.shape)]
         total = whole[0].clone() if whole else _empty_like(x, shape).zero_()
@@ -251,15 +246,9 @@ def _counts(axis: Axis) -> list[int]:
 
 
 def area(axes: Axes, x: Tensor) -> Tensor | int:
-    """Return how many outputs each cell holds: [P, Q], or one number where all hold as many."""
+    """Return the number of outputs of each cell, [P, Q], or one number where all have as many."""
     rows, columns = (_counts(axis) for axis in axes)
     if len({*rows}) == len({*columns}) == 1:
         return rows[0] * columns[0]
-    counts = (torch.tensor(each, dtype=x.dtype, device=x.device) for each in (rows, columns))
-    row_counts, column_counts = counts
+    row_counts, column_counts = (torch.tensor(counts, dtype=x.dtype, device=x.device) for counts in (rows, columns))
     return row_counts[:, None] * column_counts
-
-
-def _output_axes(axes: Axes) -> Axes:
-    rows, columns = axes
-    return patch_axis(rows.outputs, rows.radius), patch_axis(columns.outputs, columns.radius)

@@ -1,4 +1,4 @@
-"""Which pixels the cells of a filtered convolution cover; all of it is separable, so it is stated for one axis.
+"""The pixels that the cells of a filtered convolution cover, for one axis, since all is separable, and for both.
 
 A cell is a run of `radius` outputs. Along the input it samples, for each of its outputs, the box of pixels in the
 middle of the kernel's span, as wide as the stride.
@@ -6,15 +6,17 @@ middle of the kernel's span, as wide as the stride.
 
 # i output, h input pixel, q cell, u tap of the kernel
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
+from torch.nn.functional import conv2d
 
-__all__ = ["Axis", "Slice", "cell_means", "cell_sums", "patch_axis"]
+__all__ = ["Axes", "Axis", "ConvGeometry", "Slice", "cell_means", "cell_sums", "patch_axis"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Axis:
 
     @property
     def box(self) -> int:
-        """Input pixels that stand for one output: all between two outputs, but none that no tap could read."""
+        """Input pixels that stand for one output: all between two outputs, without those that no tap can read."""
         return min(self.stride, self.span)
 
     @property
@@ -66,7 +68,7 @@ class Axis:
         return is_whole and self.box == self.stride and self.offset == 0
 
     def slices(self) -> Iterator["Slice"]:
-        """Yield strided runs of pixels that together are all sampled pixels, each once, sorted to their cells."""
+        """Yield strided runs of pixels: together all that are sampled, once, in the order of their cells."""
         step = self.radius * self.stride
         for place in range(min(self.radius, self.outputs)):
             for pixel in range(self.box):
@@ -85,6 +87,49 @@ class Slice(NamedTuple):
     start: int
     stop: int
     step: int
+
+
+Axes = tuple[Axis, Axis]  # rows, columns
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The sizes of one filtered convolution."""
+
+    rows: Axis
+    columns: Axis
+    groups: int
+
+    @classmethod
+    def of(
+        cls, size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+        dilation: Sequence[int], radius: Sequence[int], groups: int,
+    ) -> "ConvGeometry":  # fmt: skip
+        """Return the geometry for an input's `size`, all pairs (rows, columns).
+
+        Raises RuntimeError, as torch does, for a kernel that spans more than the padded input.
+        """
+        rows, columns = (Axis(*sizes) for sizes in zip(size, kernel, stride, padding, dilation, radius, strict=True))
+        for name, axis in (("height", rows), ("width", columns)):
+            padded = axis.size + 2 * axis.padding
+            if padded < axis.span:
+                raise RuntimeError(f"the kernel spans {axis.span} pixels of {name}; the padded input has {padded}")
+        return cls(rows, columns, groups)
+
+    @property
+    def axes(self) -> Axes:
+        return self.rows, self.columns
+
+    @property
+    def patches(self) -> Axes:
+        """The axes of the output, whose cells are patches of it."""
+        return patch_axis(self.rows.outputs, self.rows.radius), patch_axis(self.columns.outputs, self.columns.radius)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the exact convolution [N, Co, Ho, Wo]."""
+        places = ((axis.stride, axis.padding, axis.dilation) for axis in self.axes)
+        stride, padding, dilation = zip(*places, strict=True)
+        return conv2d(x, weight, bias, stride, padding, dilation, self.groups)
 
 
 def patch_axis(size: int, radius: int) -> Axis:

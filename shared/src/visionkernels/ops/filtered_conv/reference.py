@@ -9,33 +9,31 @@ by its sum over the pixels that a patch samples, and the kernel by the sum of it
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import conv2d
 
-from visionkernels.ops.filtered_conv.geometry import Axis
+from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry
 
 __all__ = ["cell_matrix", "filtered_conv2d", "kernel_sum", "patch_mean", "sampling_matrix", "saved_input"]
 
 
 def filtered_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], groups: int, axes: tuple[Axis, Axis], tap_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None
+) -> Tensor:
     """Return the convolution [N, Co, Ho, Wo]; see the public function."""
-    return _FilteredConv.apply(x, weight, bias, stride, padding, dilation, groups, axes, tap_weight)  # type: ignore[no-any-return]
+    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight)  # type: ignore[no-any-return]
 
 
 class _FilteredConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups, axes, tap_weight):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, geometry, tap_weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, tap_weight)
-        ctx.groups, ctx.axes, ctx.has_bias = groups, axes, bias is not None
-        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+        ctx.geometry, ctx.has_bias = geometry, bias is not None
+        return geometry.convolve(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, tap_weight = ctx.saved_tensors
-        axes, groups = ctx.axes, ctx.groups
+        axes, groups = ctx.geometry.axes, ctx.geometry.groups
         cells = [cell_matrix(axis).to(grad) for axis in axes]  # C
         samples = [sampling_matrix(axis).to(grad) for axis in axes]  # S
         mean = patch_mean(grad, axes).unflatten(1, (groups, -1))
@@ -45,18 +43,18 @@ class _FilteredConv(torch.autograd.Function):
         inputs = saved_input(x, axes).unflatten(1, (groups, -1))
         taps = torch.ones_like(weight[0, 0]) if tap_weight is None else tap_weight
         grad_weight = torch.einsum("ngopq,ngcpq,uv->gocuv", mean, inputs, taps).flatten(0, 1)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.has_bias else None, *[None] * 6
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.has_bias else None, None, None
 
 
-def patch_mean(grad: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
+def patch_mean(grad: Tensor, axes: Axes) -> Tensor:
     """Average [N, C, Ho, Wo] over the outputs of each cell: [N, C, P, Q]."""
     rows, columns = (cell_matrix(axis).to(grad) for axis in axes)
     sums = torch.einsum("pi,qj,ncij->ncpq", rows, columns, grad)
     return sums / (rows.sum(1)[:, None] * columns.sum(1))
 
 
-def saved_input(x: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
-    """Sum [N, C, H, W] over the outputs of each cell, of each the mean of its box: [N, C, P, Q]."""
+def saved_input(x: Tensor, axes: Axes) -> Tensor:
+    """Average [N, C, H, W] over the box of each output, and sum over the outputs of each cell: [N, C, P, Q]."""
     rows, columns = (cell_matrix(axis).to(x) @ sampling_matrix(axis).to(x) for axis in axes)
     return torch.einsum("ph,qw,nchw->ncpq", rows, columns, x)
 

@@ -2,7 +2,7 @@
 
 The forward convolution is cuDNN's or MIOpen's. The kernels average maps over cells into rows of channels, and fuse what
 a library product cannot: spreading each product over the pixels of its cell (dX), and weighting rows by their cell's
-area and repeating each product for every tap (dW). Sums have a fixed order: backward is deterministic.
+area and repeating each product for every tap (dW). Sums have a fixed order, so backward is deterministic.
 """
 
 # N batch, G groups, CO CI channels of a group, P Q rows and columns of cells, M = N * P * Q
@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import conv2d
 from torch.utils.flop_counter import register_flop_formula
 
-from visionkernels.ops.filtered_conv.geometry import Axis, patch_axis
+from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry
 
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase, Roofline
@@ -26,20 +25,18 @@ __all__ = ["aot_cases", "filtered_conv2d", "rooflines"]
 # tiles that compile without spills for every target; to be tuned where there is a GPU
 _BLOCKS = {"BLOCK_M": 64, "BLOCK_O": 32, "BLOCK_C": 32}
 _CELL_BLOCKS = {"BLOCK_Q": 8, "BLOCK_C": 32}
-
-
 _IS_HIP = torch.version.hip is not None
 
 
 def filtered_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], groups: int, axes: tuple[Axis, Axis], tap_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None
+) -> Tensor:
     """Return the convolution [N, Co, Ho, Wo]; see the public function."""
     taps = weight.new_ones(weight.shape[2:]) if tap_weight is None else tap_weight
-    radii = [axis.radius for axis in axes]
+    names = ("stride", "padding", "dilation", "radius")
+    numbers = [getattr(axis, name) for name in names for axis in geometry.axes]
     keeps_means = weight.requires_grad and torch.is_grad_enabled()
-    out, _ = _forward_op(x, weight, bias, taps, [*stride, *padding, *dilation, *radii, groups], keeps_means)
+    out, _ = _forward_op(x, weight, bias, taps, [*numbers, geometry.groups], keeps_means)
     return out
 
 
@@ -47,7 +44,7 @@ def filtered_conv2d(
 def _sampled(
     cell, place, OUT, SIZE, RADIUS: tl.constexpr, STRIDE: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Return the pixel at `place` of what a cell samples along one axis, and whether there is one."""
+    """Return the pixel at `place` among those that a cell samples along one axis, and whether there is one."""
     output = cell * RADIUS + place // BOX
     pixel = output * STRIDE + OFFSET + place % BOX
     return pixel, (output < OUT) & (pixel >= 0) & (pixel < SIZE)
@@ -192,25 +189,23 @@ def _options(dtype: torch.dtype, *, is_hip: bool = _IS_HIP) -> dict[str, Any]:
     return {"num_warps": 4, "num_stages": stages} | ({} if is_hip else {"maxnreg": 255})
 
 
-def _constants(axis: Axis, letter: str) -> dict[str, int]:
-    sizes = {"RADIUS": axis.radius, "STRIDE": axis.stride, "BOX": axis.box, "OFFSET": axis.offset}
-    return {f"{name}_{letter}": value for name, value in sizes.items()}
+def _constants(axes: Axes) -> dict[str, int]:
+    return {
+        f"{name}_{letter}": value
+        for letter, axis in zip("HW", axes, strict=True)
+        for name, value in (
+            ("RADIUS", axis.radius), ("STRIDE", axis.stride), ("BOX", axis.box), ("OFFSET", axis.offset)
+        )
+    }  # fmt: skip
 
 
-class _Geometry:
-    """The axes that a forward and a backward call share, from the numbers that an op may carry."""
-
-    def __init__(self, size: Any, kernel: Any, numbers: list[int]) -> None:
-        self.stride, self.padding, self.dilation, radius = (numbers[i : i + 2] for i in (0, 2, 4, 6))
-        self.groups = numbers[8]
-        places = zip(size, kernel, self.stride, self.padding, self.dilation, radius, strict=True)
-        self.axes = tuple(Axis(*place) for place in places)
-        rows, columns = self.axes
-        self.cells, self.outputs = (rows.cells, columns.cells), (rows.outputs, columns.outputs)
-        self.constants = _constants(rows, "H") | _constants(columns, "W")
+def _geometry(size: Any, kernel: Any, numbers: list[int]) -> ConvGeometry:
+    """Return the geometry from the `numbers` that a registered op takes in its stead."""
+    stride, padding, dilation, radius = (numbers[i : i + 2] for i in (0, 2, 4, 6))
+    return ConvGeometry.of(size, kernel, stride, padding, dilation, radius, numbers[8])
 
 
-def _means(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+def _means(x: Tensor, axes: Axes) -> Tensor:
     """Average [N, C, H, W] over cells: rows of channels [N, P, Q, C], in the dtype of `x`."""
     rows, columns = axes
     batch, channels, height, width = x.shape
@@ -223,7 +218,7 @@ def _means(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     if means.numel():
         _cell_means_kernel[grid](
             x, means, *x.stride(), channels, height, width, rows.cells, columns.cells, rows.outputs, columns.outputs,
-            **_constants(rows, "H"), **_constants(columns, "W"), **_CELL_BLOCKS,
+            **_constants(axes), **_CELL_BLOCKS,
         )  # fmt: skip
     return means
 
@@ -232,8 +227,8 @@ def _means(x: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, numbers: list[int], keeps_means: bool
 ) -> tuple[Tensor, Tensor]:
-    geometry = _Geometry(x.shape[2:], weight.shape[2:], numbers)
-    out = conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    geometry = _geometry(x.shape[2:], weight.shape[2:], numbers)
+    out = geometry.convolve(x, weight, bias)
     return out, _means(x, geometry.axes) if keeps_means else x.new_empty(0)
 
 
@@ -242,11 +237,11 @@ def _backward_op(
     grad: Tensor, weight: Tensor, means: Tensor, taps: Tensor, size: list[int], layout: list[int],
     numbers: list[int], needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    geometry = _Geometry(size[2:], weight.shape[2:], numbers)
+    geometry = _geometry(size[2:], weight.shape[2:], numbers)
     needs_x, needs_weight, needs_bias = needs
     rows, columns = geometry.axes
     grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(grad.dtype) if needs_bias else grad.new_empty(0)
-    grad_means = _means(grad, (patch_axis(rows.outputs, rows.radius), patch_axis(columns.outputs, columns.radius)))
+    grad_means = _means(grad, geometry.patches)
     samples = [sum(part.end - part.begin for part in axis.slices()) for axis in geometry.axes]
     grad_x = torch.empty_strided(size if needs_x else [0] * 4, layout, dtype=grad.dtype, device=grad.device)
     if samples != size[2:] or not grad.numel():
@@ -261,16 +256,16 @@ def _backward_op(
         _depthwise_backward(grad_means, kernel, means, grad_x, grad_weight, taps, geometry, needs)
         return grad_x, grad_weight, grad_bias
     count, per_output, per_input = grad_means[..., 0].numel(), len(weight) // geometry.groups, weight.shape[1]
-    shared = (*geometry.cells, *geometry.outputs)
+    shared, constants = (*grad_means.shape[1:3], rows.outputs, columns.outputs), _constants(geometry.axes)
     tiles = {name: triton.cdiv(value, _BLOCKS[name]) for name, value in
              {"BLOCK_M": count, "BLOCK_O": per_output, "BLOCK_C": per_input}.items()}  # fmt: skip
     if needs_x:
         _filtered_conv_bwd_dx_kernel[(tiles["BLOCK_M"], tiles["BLOCK_C"], geometry.groups)](
             grad_means, kernel, grad_x, *grad_x.stride(), count, geometry.groups, per_output, per_input, *size[2:],
-            *shared, **geometry.constants, **_BLOCKS, **_options(grad.dtype),
+            *shared, **constants, **_BLOCKS, **_options(grad.dtype),
         )  # fmt: skip
     if needs_weight:
-        radii = {name: geometry.constants[name] for name in ("RADIUS_H", "RADIUS_W")}
+        radii = {name: constants[name] for name in ("RADIUS_H", "RADIUS_W")}
         _filtered_conv_bwd_dw_kernel[(tiles["BLOCK_O"], tiles["BLOCK_C"], geometry.groups)](
             grad_means, means, taps.contiguous(), grad_weight, count, geometry.groups, per_output, per_input,
             *shared, **radii, TAPS=taps.numel(), **_BLOCKS, **_options(grad.dtype),
@@ -280,7 +275,7 @@ def _backward_op(
 
 def _depthwise_backward(
     grad_means: Tensor, kernel: Tensor, means: Tensor, grad_x: Tensor, grad_weight: Tensor, taps: Tensor,
-    geometry: _Geometry, needs: list[bool],
+    geometry: ConvGeometry, needs: list[bool],
 ) -> None:  # fmt: skip
     needs_x, needs_weight, _ = needs
     batch, cell_rows, cell_columns, channels = grad_means.shape
@@ -289,7 +284,7 @@ def _depthwise_backward(
     grid = (batch * cell_rows, triton.cdiv(channels, _CELL_BLOCKS["BLOCK_C"]))
     _filtered_conv_bwd_depthwise_kernel[grid](
         grad_means, kernel, means, grad_x, partial, *grad_x.stride(), channels, rows.size, columns.size,
-        cell_rows, cell_columns, *geometry.outputs, **geometry.constants,
+        cell_rows, cell_columns, rows.outputs, columns.outputs, **_constants(geometry.axes),
         NEEDS_DX=needs_x, NEEDS_DW=needs_weight, **_CELL_BLOCKS,
     )  # fmt: skip
     if needs_weight:
@@ -300,9 +295,10 @@ def _depthwise_backward(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, numbers: list[int], keeps_means: bool
 ) -> tuple[Tensor, Tensor]:
-    geometry = _Geometry(x.shape[2:], weight.shape[2:], numbers)
-    out = conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return out, x.new_empty(len(x), *geometry.cells, x.shape[1]) if keeps_means else x.new_empty(0)
+    geometry = _geometry(x.shape[2:], weight.shape[2:], numbers)
+    out = geometry.convolve(x, weight, bias)
+    cells = [axis.cells for axis in geometry.axes]
+    return out, x.new_empty(len(x), *cells, x.shape[1]) if keeps_means else x.new_empty(0)
 
 
 @_backward_op.register_fake
@@ -330,7 +326,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_means: Tensor) -> tuple[Any, ...]:
     weight, means, taps = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = _backward_op(grad, weight, means, taps, ctx.size, ctx.layout, ctx.numbers, needs)
-    return *(each if need else None for each, need in zip(grads, needs, strict=True)), None, None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -346,13 +342,13 @@ def _forward_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> i
 def _backward_flops(
     grad: Any, weight: Any, means: Any, taps: Any, size: Any, layout: Any, numbers: Any, needs: Any, *_: Any, **__: Any
 ) -> int:
-    cells = _Geometry(size[2:], weight[2:], numbers).cells
+    cells = [axis.cells for axis in _geometry(size[2:], weight[2:], numbers).axes]
     return int(2 * (needs[0] + needs[1]) * grad[0] * cells[0] * cells[1] * weight[0] * weight[1])
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: each kernel, for strides 1 and 2 and two dtypes."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: each kernel, for strides 1 and 2 and two dtypes."""
+    from visionkernels.testing.kernels import AotCase
 
     tiles = {
         _cell_means_kernel: _CELL_BLOCKS,
@@ -365,16 +361,13 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     for stride, radius, dtype in ((1, 2, torch.float32), (2, 4, torch.bfloat16), (1, 7, torch.float16)):
         kind = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         axis = Axis(56, kernel=3, stride=stride, padding=1, dilation=1, radius=radius)
-        geometry = _constants(axis, "H") | _constants(axis, "W")
+        geometry = _constants((axis, axis))
         for kernel, blocks in tiles.items():
             constants = {name: value for name, value in (geometry | blocks).items() if name in kernel.arg_names}
             types = dict.fromkeys(pointers, f"*{kind}") | {"partial_ptr": "*fp32"}
-            arguments = signature(kernel, constants, types)
             config = f"s{stride}-r{radius}-{kind}"
             options = _options(dtype, is_hip=is_hip) if blocks.keys() >= _BLOCKS.keys() else {}
-            cases.append(
-                AotCase(kernel=kernel, config=config, signature=arguments, constants=constants, options=options)
-            )
+            cases.append(AotCase(kernel=kernel, config=config, types=types, constants=constants, options=options))
     return cases
 
 

@@ -1,13 +1,17 @@
 """Normalised knowledge distillation of class logits (NKD; Yang et al., ICCV 2023)."""
 
-import math
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
-from visionkernels.ops.nkd_loss import eager, reference
+from visionkernels.ops._checks import (
+    check_alike,
+    check_devices,
+    check_floating,
+    check_index,
+    check_positive,
+    check_range,
+)
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
 __all__ = ["nkd_loss"]
 
@@ -38,49 +42,17 @@ def nkd_loss(
     a temperature that is not positive and a label outside [0, classes) (on a GPU: a device-side assertion),
     RuntimeError for `backend="triton"` where it cannot run.
     """
-    _check_logits(student_logits, teacher_logits)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be a positive number")
-    _check_labels(labels, student_logits)
-    arguments = (student_logits, teacher_logits.detach(), labels, float(alpha), float(temperature))
+    check_floating("nkd_loss", "logits", student_logits=student_logits, teacher_logits=teacher_logits)
+    if student_logits.ndim != 2 or student_logits.shape[0] < 1 or student_logits.shape[1] < 2:
+        raise ValueError(f"student_logits has shape {list(student_logits.shape)}; expected [batch >= 1, classes >= 2]")
+    check_alike(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_positive(temperature=temperature)
+    check_index("labels", labels, hint=" (the argmax of soft labels)")
+    check_devices(student_logits=student_logits, labels=labels)
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [{len(student_logits)}]")
+    check_range("labels", labels, student_logits.shape[1])
+    chosen = choose_backend("nkd_loss", backend, student_logits, teacher_logits)
     with without_autocast(student_logits):
-        match choose_backend("nkd_loss", backend, student_logits, teacher_logits):
-            case "triton":
-                from visionkernels.ops.nkd_loss import triton
-
-                return triton.nkd_loss(*arguments)
-            case "reference":
-                return reference.nkd_loss(*arguments)
-            case _:
-                return eager.nkd_loss(*arguments)
-
-
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not logits.is_floating_point():
-            raise TypeError(f"{name} is {logits.dtype}; nkd_loss takes floating-point logits")
-    if teacher_logits.device != student_logits.device:
-        raise TypeError(f"teacher_logits is on {teacher_logits.device}; expected {student_logits.device}, as student")
-    shape = list(student_logits.shape)
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
-        raise ValueError(f"student_logits has shape {shape}; expected [batch >= 1, classes >= 2]")
-    if list(teacher_logits.shape) != shape:
-        raise ValueError(f"teacher_logits has shape {list(teacher_logits.shape)}; expected {shape}, as student_logits")
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    batch, classes = logits.shape
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels is {labels.dtype}; expected int64 or int32 (the argmax of soft labels)")
-    if labels.device != logits.device:
-        raise TypeError(f"labels is on {labels.device}; expected {logits.device}, as student_logits")
-    if labels.shape != (batch,):
-        raise ValueError(f"labels has shape {list(labels.shape)}; expected [{batch}]")
-    if torch.compiler.is_compiling() or labels.is_meta:
-        return
-    if not labels.is_cpu:
-        torch._assert_async(((labels >= 0) & (labels < classes)).all())
-        return
-    low, high = (int(extreme) for extreme in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels spans [{low}, {high}]; allowed is [0, {classes - 1}]")
+        loss = implementation(__name__, chosen).nkd_loss
+        return loss(student_logits, teacher_logits.detach(), labels, float(alpha), float(temperature))

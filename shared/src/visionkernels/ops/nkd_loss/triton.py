@@ -1,7 +1,7 @@
 """NKD on GPUs: a program walks over the classes of one sample, and leaves out the label.
 
-Saved for backward are six numbers of each sample. Everything is relative to the largest logit but the label's, so that
-an offset costs no digits. Nothing multiplies matrices, so there is no flop formula.
+Six numbers of each sample are saved for backward. Everything is relative to the largest logit but the label's, so that
+an offset costs no digits. No matrices are multiplied, so there is no flop formula.
 """
 
 # B batch, K classes
@@ -165,8 +165,8 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: both kernels, for logits of each dtype."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: both kernels, for logits of each dtype."""
+    from visionkernels.testing.kernels import AotCase
 
     cases = []
     for kind in ("fp32", "bf16", "fp16"):
@@ -174,8 +174,7 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
         types |= dict.fromkeys(("loss_ptr", "statistic_ptr", "grad_ptr"), "*fp32") | {"inverse_temperature": "fp32"}
         constants = {"BLOCK_K": _BLOCK}
         for kernel in (_nkd_loss_fwd_kernel, _nkd_loss_bwd_kernel):
-            arguments = signature(kernel, constants, types)
-            cases.append(AotCase(kernel=kernel, config=kind, signature=arguments, constants=constants))
+            cases.append(AotCase(kernel=kernel, config=kind, types=types, constants=constants))
     return cases
 
 

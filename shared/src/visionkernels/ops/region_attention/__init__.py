@@ -1,16 +1,16 @@
 """Attention of each region's tokens to the tokens of the regions it was routed to (BiFormer, sec. 3.2)."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend
+from visionkernels.ops._checks import check_floating, check_index, check_range
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation
 from visionkernels.ops.region_attention import eager, reference
-from visionkernels.ops.region_attention.partition import Grid, region_view
+from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, region_view
 
 __all__ = ["Grid", "region_attention", "region_attention_packed", "region_attention_weights", "region_view"]
 
-_MAX_KERNEL_HEAD = 128  # what the kernels' tiles hold in registers
+_MAX_KERNEL_HEAD = 128  # channels of the largest tile that fits into registers
 
 
 def region_attention(
@@ -38,22 +38,17 @@ def region_attention(
     without any valid key gets zeros. `slot_weight` multiplies the keys and the values of a slot (soft routing).
     Softmax and accumulation are float32 (float64 for float64 input); the output has the dtype of `value`.
 
-    Beyond inputs and outputs, memory is the stated workspace of the eager path (`eager.WORKSPACE_ELEMENTS`, or one
-    region if larger; with `slot_weight` and under torch.compile a gathered copy), and one float per query and head
-    for Triton. `region_index` is not differentiable, and there is no second derivative. Triton, and eager on a CPU,
-    are deterministic in backward.
+    Beside inputs and outputs, the eager path needs a workspace of `eager.WORKSPACE_ELEMENTS`, or of one region if that
+    is larger (with `slot_weight` and under torch.compile a gathered copy); Triton needs one float per query and head.
+    `region_index` is not differentiable, and there is no second derivative. Triton, and eager on a CPU,
+    have a deterministic backward.
 
     Raises TypeError for dtypes, ValueError for shapes that disagree, maps that their grid does not divide, and an
     index outside [0, key regions) (on a GPU: a device-side assertion, since reading it back would synchronise),
     RuntimeError for `backend="triton"` where it cannot run.
     """
-    key_grid = key_grid or query_grid
-    _check_maps(query, key, num_heads, query_grid, key_grid)
-    _check_value(query, key, value, num_heads)
-    _check_index(region_index, query.shape[0], query_grid, key_grid)
-    return _attend(
-        query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight, backend
-    )
+    geometry = _checked_geometry(query, key, num_heads, query_grid, key_grid, scale, valid_size)
+    return _attend(query, key, value, region_index, geometry, slot_weight, backend)
 
 
 def region_attention_packed(
@@ -71,7 +66,7 @@ def region_attention_packed(
     """Run `region_attention` on query, key and value side by side in the channels of one map, as a fused Linear does.
 
     `value_size` counts the channels of the value; query and key share the others. The gradient of `qkv` is written in
-    one piece, without the concatenation that three views cost. All else as for `region_attention`.
+    one piece, without the concatenation that three views cost. Everything else is as for `region_attention`.
     """
     if qkv.ndim != 4 or not 0 < value_size < qkv.shape[-1] or (qkv.shape[-1] - value_size) % 2:
         raise ValueError(
@@ -79,10 +74,8 @@ def region_attention_packed(
         )
     query_size = (qkv.shape[-1] - value_size) // 2
     query, key, value = qkv.split([query_size, query_size, value_size], -1)
-    _check_maps(query, key, num_heads, grid, grid)
-    _check_value(query, key, value, num_heads)
-    _check_index(region_index, query.shape[0], grid, grid)
-    return _attend(query, key, value, region_index, num_heads, grid, grid, scale, valid_size, slot_weight, backend, qkv)
+    geometry = _checked_geometry(query, key, num_heads, grid, grid, scale, valid_size)
+    return _attend(query, key, value, region_index, geometry, slot_weight, backend, packed=qkv)
 
 
 def region_attention_weights(
@@ -99,46 +92,38 @@ def region_attention_weights(
 ) -> Float[Tensor, "batch regions heads tokens keys"]:
     """Return the softmax weights of `region_attention`, for inspection: float32, or float64 for float64 input.
 
-    The last axis runs over the slots in the order of `region_index`, and row by row inside each region. It is
-    computed by the definition, with a gathered copy of the keys. Errors as for `region_attention`.
+    The last axis runs over the slots in the order of `region_index`, and row by row inside each region. The weights
+    are computed by the definition, with a gathered copy of the keys. Raises as `region_attention` does.
     """
-    key_grid = key_grid or query_grid
-    _check_maps(query, key, num_heads, query_grid, key_grid)
-    _check_index(region_index, query.shape[0], query_grid, key_grid)
-    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
-    return reference.region_attention_weights(
-        query, key, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight
-    )
+    geometry = _checked_geometry(query, key, num_heads, query_grid, key_grid, scale, valid_size)
+    _check_routes(region_index, slot_weight, query, geometry)
+    return reference.region_attention_weights(query, key, region_index, geometry, slot_weight)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float | None, valid_size: tuple[int, int] | None, slot_weight: Tensor | None, backend: Backend,
-    packed: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry,
+    slot_weight: Tensor | None, backend: Backend, *, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if slot_weight is not None and slot_weight.shape != region_index.shape:
-        raise ValueError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
-    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
-    arguments = (query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size)
+    _check_value(query, key, value, geometry.num_heads)
+    _check_routes(region_index, slot_weight, query, geometry)
     unsupported = "slot_weight has no kernel" if slot_weight is not None else None
-    head_size = max(query.shape[-1], value.shape[-1]) // num_heads
+    head_size = max(query.shape[-1], value.shape[-1]) // geometry.num_heads
     if head_size > _MAX_KERNEL_HEAD:
         unsupported = f"a head of {head_size} channels exceeds the kernels' {_MAX_KERNEL_HEAD}"
-    match choose_backend("region_attention", backend, query, unsupported=unsupported):
-        case "triton":
-            from visionkernels.ops.region_attention import triton
-
-            return triton.region_attention(*arguments)
-        case "reference":
-            return reference.region_attention(*arguments, slot_weight)
-        case _:
-            return eager.region_attention(*arguments, slot_weight, packed)
+    chosen = choose_backend("region_attention", backend, query, unsupported=unsupported)
+    arguments = (query, key, value, region_index, geometry, slot_weight)
+    if chosen == "eager":
+        return eager.region_attention(*arguments, packed=packed)
+    return implementation(__name__, chosen).region_attention(*arguments)
 
 
-def _check_maps(query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid) -> None:
+def _checked_geometry(
+    query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid | None, scale: float | None,
+    valid_size: tuple[int, int] | None,
+) -> RegionGeometry:  # fmt: skip
+    key_grid = key_grid or query_grid
+    check_floating("region_attention", "maps", query=query, key=key)
     for name, feature, grid in (("query", query, query_grid), ("key", key, key_grid)):
-        if not feature.is_floating_point():
-            raise TypeError(f"{name} is {feature.dtype}; region_attention takes floating-point maps")
         if feature.ndim != 4:
             raise ValueError(f"{name} has shape {_shape(feature)}; expected [batch, height, width, channels]")
         for axis, size, parts in (("height", feature.shape[1], grid[0]), ("width", feature.shape[2], grid[1])):
@@ -151,6 +136,8 @@ def _check_maps(query: Tensor, key: Tensor, num_heads: int, query_grid: Grid, ke
         )
     if num_heads < 1 or query.shape[-1] % num_heads:
         raise ValueError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")
+    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    return RegionGeometry(num_heads, query_grid, key_grid, scale, valid_size)
 
 
 def _check_value(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> None:
@@ -163,20 +150,14 @@ def _check_value(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> N
         raise ValueError(f"num_heads={num_heads} does not divide the {value.shape[-1]} channels of value")
 
 
-def _check_index(region_index: Tensor, batch: int, query_grid: Grid, key_grid: Grid) -> None:
-    if region_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"region_index is {region_index.dtype}; expected int64 or int32")
-    regions, key_regions = query_grid[0] * query_grid[1], key_grid[0] * key_grid[1]
+def _check_routes(region_index: Tensor, slot_weight: Tensor | None, query: Tensor, geometry: RegionGeometry) -> None:
+    check_index("region_index", region_index)
+    batch, regions = len(query), geometry.query_grid[0] * geometry.query_grid[1]
     if region_index.ndim != 3 or region_index.shape[:2] != (batch, regions) or not region_index.shape[2]:
         raise ValueError(f"region_index has shape {_shape(region_index)}; expected [{batch}, {regions}, topk >= 1]")
-    if torch.compiler.is_compiling() or region_index.is_meta or not region_index.numel():
-        return
-    if not region_index.is_cpu:
-        torch._assert_async(((region_index >= 0) & (region_index < key_regions)).all())
-        return
-    low, high = (int(extreme) for extreme in region_index.aminmax())
-    if low < 0 or high >= key_regions:
-        raise ValueError(f"region_index spans [{low}, {high}]; allowed is [0, {key_regions - 1}]")
+    check_range("region_index", region_index, geometry.key_regions)
+    if slot_weight is not None and slot_weight.shape != region_index.shape:
+        raise ValueError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

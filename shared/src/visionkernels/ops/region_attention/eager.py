@@ -1,6 +1,6 @@
 """Region attention in plain ATen, fast on a CPU and lean everywhere: no gathered copy outlives a chunk of regions.
 
-Three forms compute the same. `_dense` masks ordinary attention: the fastest while the map is small and the routed
+Three forms give the same values. `_dense` masks ordinary attention: the fastest while the map is small and the routed
 regions are a good part of it. `_ChunkedAttention` walks over chunks of query regions with buffers that stay in cache,
 and recomputes them in backward. `_gathered` is the definition on fused attention, for graphs (compile, export), whose
 compiler plans its own memory, and for weighted slots.
@@ -17,57 +17,50 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from visionkernels.ops.region_attention.partition import Grid, from_regions, region_view, to_regions
-from visionkernels.ops.region_attention.reference import valid_tokens
+from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, from_regions, region_view, to_regions
 
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
 
 WORKSPACE_ELEMENTS = 3 << 18
-"""Elements of all buffers of a chunk: 3 MiB of float32, about the cache of a core. One region is the least."""
+"""Elements of all buffers of a chunk of one or more regions: 3 MiB of float32, about the cache of a core."""
 
 
 def region_attention(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float, valid_size: tuple[int, int] | None, slot_weight: Tensor | None, packed: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry,
+    slot_weight: Tensor | None, *, packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the attended map [B, H, W, C]; see the public function.
 
     `packed`, where given, holds query, key and value side by side: its gradient is then written in one piece.
     """
     if slot_weight is not None or torch.compiler.is_compiling():
-        return _gathered(
-            query, key, value, region_index, num_heads, query_grid, key_grid, scale, valid_size, slot_weight
-        )
-    if valid_size is None and _prefers_dense(query, key, region_index, key_grid):
-        return _dense(query, key, value, region_index, num_heads, query_grid, key_grid, scale)
-    geometry = _Geometry(num_heads, query_grid, key_grid, scale, valid_size, value.shape[-1])
+        return _gathered(query, key, value, region_index, geometry, slot_weight)
+    if geometry.valid_size is None and _prefers_dense(query, key, region_index, geometry):
+        return _dense(query, key, value, region_index, geometry)
     # keys and values travel side by side: one gather, one sum of gradients
     maps = (query, torch.cat([key, value], -1)) if packed is None else (packed,)
-    return _ChunkedAttention.apply(geometry, region_index, *maps)  # type: ignore[no-any-return]
+    return _ChunkedAttention.apply(geometry, query.shape[-1], region_index, *maps)  # type: ignore[no-any-return]
 
 
-def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, key_grid: Grid) -> bool:
+def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, geometry: RegionGeometry) -> bool:
     """Choose by measurement: masked dense attention wins up to 4 times the routed work, while its mask stays small."""
     mask_elements = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] * key.shape[2]
     is_small = mask_elements <= max(WORKSPACE_ELEMENTS, query.numel())
-    tokens = key.shape[1] * key.shape[2] / (key_grid[0] * key_grid[1])
-    return is_small and key_grid[0] * key_grid[1] <= (1 + 12 / tokens) * region_index.shape[-1]
+    tokens = key.shape[1] * key.shape[2] / geometry.key_regions
+    return is_small and geometry.key_regions <= (1 + 12 / tokens) * region_index.shape[-1]
 
 
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    query_region = _region_of_pixel(query, query_grid)
-    key_region = _region_of_pixel(key, key_grid)
-    times_routed = query.new_zeros(*region_index.shape[:2], key_grid[0] * key_grid[1])
+def _dense(query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> Tensor:
+    query_region = _region_of_pixel(query, geometry.query_grid)
+    key_region = _region_of_pixel(key, geometry.key_grid)
+    times_routed = query.new_zeros(*region_index.shape[:2], geometry.key_regions)
     times_routed.scatter_add_(2, region_index.long(), query.new_ones(()).expand(region_index.shape))
-    # a region named n times has n equal keys each: exp(logit + log n); one not named has log 0, no weight
+    # a region named n times has n equal keys each: exp(logit + log n); one that is not named has log 0, no weight
     bias = times_routed.log()[:, query_region][:, :, key_region].unsqueeze(1)
     queries, keys, values = (
-        x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+        x.flatten(1, 2).unflatten(-1, (geometry.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
     )
-    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+    attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=geometry.scale)
     return attended.transpose(1, 2).flatten(2).unflatten(1, (query.shape[1], query.shape[2]))
 
 
@@ -78,55 +71,43 @@ def _region_of_pixel(feature: Tensor, grid: Grid) -> Tensor:
 
 
 def _gathered(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float, valid_size: tuple[int, int] | None, slot_weight: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry,
+    slot_weight: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch, regions = region_index.shape[:2]
-    first_region = torch.arange(batch, device=query.device)[:, None, None] * (key_grid[0] * key_grid[1])
+    first_region = torch.arange(batch, device=query.device)[:, None, None] * geometry.key_regions
     flat_index = (region_index + first_region).flatten()
 
-    def gather(source: Tensor) -> Tensor:  # [B * G, M, K, D]
-        rows = to_regions(source, key_grid).flatten(0, 1).index_select(0, flat_index)
+    def by_head(rows: Tensor) -> Tensor:  # [B * G, M, K, D]
+        return rows.unflatten(-1, (geometry.num_heads, -1)).transpose(1, 2)
+
+    def gather(source: Tensor) -> Tensor:
+        rows = to_regions(source, geometry.key_grid).flatten(0, 1).index_select(0, flat_index)
         if slot_weight is not None:
             rows = rows * slot_weight.to(rows.dtype).reshape(-1, 1, 1)
-        return rows.unflatten(0, (batch * regions, -1)).flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return by_head(rows.unflatten(0, (batch * regions, -1)).flatten(1, 2))
 
-    queries = to_regions(query, query_grid).flatten(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    mask = None
-    if valid_size is not None:
-        mask = valid_tokens(key, key_grid, valid_size)[region_index].flatten(2).flatten(0, 1)[:, None, None]
-    attended = scaled_dot_product_attention(queries, gather(key), gather(value), attn_mask=mask, scale=scale)
+    queries = by_head(to_regions(query, geometry.query_grid).flatten(0, 1))
+    valid = geometry.valid_tokens(key)
+    mask = None if valid is None else valid[region_index].flatten(2).flatten(0, 1)[:, None, None]
+    attended = scaled_dot_product_attention(queries, gather(key), gather(value), attn_mask=mask, scale=geometry.scale)
     attended = attended.transpose(1, 2).flatten(2).unflatten(0, (batch, regions))
-    return from_regions(attended, query_grid, (query.shape[1], query.shape[2]))
+    return from_regions(attended, geometry.query_grid, (query.shape[1], query.shape[2]))
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """What the chunked form needs beside its tensors."""
-
-    num_heads: int
-    query_grid: Grid
-    key_grid: Grid
-    scale: float
-    valid_size: tuple[int, int] | None
-    value_size: int  # channels
-
-    def unpack(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the query map and the key-value map, of these two or of one that holds both side by side."""
-        if len(maps) == 2:
-            return maps
-        query_size = (maps[0].shape[-1] - self.value_size) // 2
-        return maps[0].tensor_split([query_size], -1)
+def _split(maps: Sequence[Tensor], query_size: int) -> Sequence[Tensor]:
+    """Return the query map and the key-value map, of these two or of one that holds both side by side."""
+    return maps if len(maps) == 2 else maps[0].tensor_split([query_size], -1)
 
 
 class _ChunkedAttention(torch.autograd.Function):
     """Keeps only its inputs, and recomputes the weights in backward. Half precision is widened chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, geometry: _Geometry, region_index: Tensor, *maps: Tensor) -> Tensor:
+    def forward(ctx: Any, geometry: RegionGeometry, query_size: int, region_index: Tensor, *maps: Tensor) -> Tensor:
         ctx.save_for_backward(region_index, *maps)
-        ctx.geometry = geometry
-        query, key_value = geometry.unpack(maps)
+        ctx.geometry, ctx.query_size = geometry, query_size
+        query, key_value = _split(maps, query_size)
         return _forward(query, key_value, region_index, geometry)
 
     @staticmethod
@@ -134,15 +115,14 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         region_index, *maps = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
-        query, key_value = ctx.geometry.unpack(maps)
-        grad_query, grad_key_value = ctx.geometry.unpack(grads)
+        (query, key_value), (grad_query, grad_key_value) = (_split(x, ctx.query_size) for x in (maps, grads))
         _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry)
-        return None, None, *grads
+        return None, None, None, *grads
 
 
-def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry) -> Tensor:
+def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> Tensor:
     walk = _Walk(query, key_value, region_index, geometry, is_backward=False)
-    out = query.new_empty(*query.shape[:3], geometry.value_size)
+    out = query.new_empty(*query.shape[:3], walk.value_size)
     out_regions, query_regions, key_rows = walk.query_regions(out), walk.query_regions(query), walk.key_rows(key_value)
     for chunk in walk:
         queries = walk.load_regions("query", query_regions, chunk, geometry.scale)
@@ -156,7 +136,7 @@ def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _
 
 def _backward(
     grad_out: Tensor, query: Tensor, key_value: Tensor, grad_query: Tensor, grad_key_value: Tensor,
-    region_index: Tensor, geometry: _Geometry,
+    region_index: Tensor, geometry: RegionGeometry,
 ) -> None:  # fmt: skip
     walk = _Walk(query, key_value, region_index, geometry, is_backward=True)
     grad_regions, query_regions = walk.query_regions(grad_out), walk.query_regions(query)
@@ -200,7 +180,7 @@ class _Walk:
     """The chunks of query regions, and the buffers that they share."""
 
     def __init__(
-        self, query: Tensor, key_value: Tensor, region_index: Tensor, geometry: _Geometry, *, is_backward: bool
+        self, query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry, *, is_backward: bool
     ) -> None:
         batch, regions, slots = region_index.shape
         self.geometry, self.dtype = geometry, torch.promote_types(query.dtype, torch.float32)
@@ -208,12 +188,13 @@ class _Walk:
         self.key_height = key_value.shape[1] // geometry.key_grid[0]
         self.key_width = key_value.shape[2] // geometry.key_grid[1]
         self.num_keys = slots * self.key_height * self.key_width
-        self.heads = _heads(query.shape[-1], geometry)
+        self.value_size = key_value.shape[-1] - query.shape[-1]
+        self.heads = _heads(query.shape[-1], self.value_size, geometry.num_heads)
         # queries, keys and values, logits and weights; backward: gradients of the output, logits, keys and values
         per_region = self.num_tokens * (query.shape[-1] + 2 * self.num_keys) + self.num_keys * key_value.shape[-1]
         if is_backward:
             head_size = key_value.shape[-1] // geometry.num_heads
-            per_region += self.num_tokens * (geometry.value_size + self.num_keys) + self.num_keys * head_size
+            per_region += self.num_tokens * (self.value_size + self.num_keys) + self.num_keys * head_size
         self.capacity = max(1, WORKSPACE_ELEMENTS // per_region)
         columns = geometry.query_grid[1]
         self.grid = (batch * geometry.query_grid[0], columns)
@@ -231,10 +212,8 @@ class _Walk:
         first_row = (image * rows + region_index // columns) * (self.key_height * columns) + region_index % columns
         row_in_region = torch.arange(self.key_height, device=key.device) * columns
         self.key_row = first_row.view(*self.grid, slots, 1) + row_in_region
-        self.is_valid = None
-        if self.geometry.valid_size is not None:
-            valid = valid_tokens(key, self.geometry.key_grid, self.geometry.valid_size)
-            self.is_valid = valid[region_index].flatten(2).view(*self.grid, 1, self.num_keys)
+        valid = self.geometry.valid_tokens(key)
+        self.is_valid = None if valid is None else valid[region_index].flatten(2).view(*self.grid, 1, self.num_keys)
 
     def __iter__(self) -> Iterator[_Chunk]:
         for top in range(0, self.grid[0], self.rows_per_chunk):
@@ -307,7 +286,7 @@ class _Walk:
 
     def zeros_by_region(self, head: slice) -> Tensor:
         """Return zeros [B * L, T', D], to which chunks add whole regions: far faster than row by row of the map."""
-        regions = len(self.prototype) * self.geometry.key_grid[0] * self.geometry.key_grid[1]
+        regions = len(self.prototype) * self.geometry.key_regions
         shape = (regions, self.key_height * self.key_width, head.stop - head.start)
         return torch.zeros(shape, dtype=self.dtype, device=self.prototype.device)
 
@@ -318,14 +297,14 @@ class _Walk:
         regions.index_add_(0, chunk.key_regions, product.view(-1, *regions.shape[1:]))
 
 
-def _heads(query_size: int, geometry: _Geometry) -> list[tuple[int, slice, slice]]:
+def _heads(query_size: int, value_size: int, num_heads: int) -> list[tuple[int, slice, slice]]:
     """Return each head's number, its channels in query and key, and those of its value in the key-value map."""
-    size, value_size = query_size // geometry.num_heads, geometry.value_size // geometry.num_heads
+    size, width = query_size // num_heads, value_size // num_heads
     return [
         (
             head,
             slice(head * size, (head + 1) * size),
-            slice(query_size + head * value_size, query_size + (head + 1) * value_size),
+            slice(query_size + head * width, query_size + (head + 1) * width),
         )
-        for head in range(geometry.num_heads)
+        for head in range(num_heads)
     ]

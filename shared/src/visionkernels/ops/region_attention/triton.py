@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionkernels.ops.region_attention.partition import Grid
+from visionkernels.ops.region_attention.geometry import RegionGeometry
 
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase, Roofline
@@ -28,13 +28,13 @@ _IS_HIP = torch.version.hip is not None
 
 
 def region_attention(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, num_heads: int, query_grid: Grid, key_grid: Grid,
-    scale: float, valid_size: tuple[int, int] | None,
+    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry,
+    slot_weight: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the attended map [B, H, W, C]; see the public function."""
-    valid_height, valid_width = valid_size or (key.shape[1], key.shape[2])
-    sizes = [num_heads, *query_grid, *key_grid, valid_height, valid_width]
-    out, _ = _forward_op(query, key, value, region_index.to(torch.int32), sizes, scale)
+    """Return the attended map [B, H, W, C]; see the public function. `slot_weight` has no kernel and must be None."""
+    valid_size = geometry.valid_size or key.shape[1:3]
+    sizes = [geometry.num_heads, *geometry.query_grid, *geometry.key_grid, *valid_size]
+    out, _ = _forward_op(query, key, value, region_index.to(torch.int32), sizes, geometry.scale)
     return out
 
 
@@ -173,7 +173,7 @@ def _region_attention_bwd_dq_kernel(
 @triton.jit
 def _region_attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,  # grad, dk, dv contiguous maps
-    order_ptr, first_ptr,  # [B * G * S] routes sorted by key region; [B * L + 1] where each key region's begin
+    order_ptr, first_ptr,  # [B * G * S] routes sorted by key region; [B * L + 1] their first by key region
     stride_qb, stride_qy, stride_qx, stride_kb, stride_ky, stride_kx, stride_vb, stride_vy, stride_vx,
     HEIGHT, WIDTH, KEY_HEIGHT, KEY_WIDTH, VALID_HEIGHT, VALID_WIDTH, scale_log2, scale,
     G: tl.constexpr, L: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
@@ -277,7 +277,7 @@ def _backward_op(
 
 
 def _inverse_routes(index: Tensor, key_regions: int) -> tuple[Tensor, Tensor]:
-    """Sort the routes [B, G, S] by key region: their order, and where each key region's begin, over all images."""
+    """Return the order of the routes [B, G, S] by image and key region, and the place where each region's begin."""
     first_region = torch.arange(len(index), device=index.device)[:, None, None] * key_regions
     target = (index + first_region).flatten()
     order = torch.argsort(target, stable=True)
@@ -300,7 +300,7 @@ class _Launch:
         strides = [stride for x in self.maps for stride in x.stride()[:3]]
         self.numbers = (*strides, height, width, key_height, key_width, *valid_size, scale * _LOG2E)
         head_size, value_size = query.shape[-1] // num_heads, value.shape[-1] // num_heads
-        # what a model fixes is constant; what the image's size decides is not, or each size would compile anew
+        # sizes that a model fixes are constants; those that depend on the image are not, or each would compile anew
         self.constants = {
             "G": rows * columns, "L": key_rows * key_columns, "S": index.shape[2], "M": num_heads,
             "COLUMNS": columns, "KEY_COLUMNS": key_columns, **_blocks(head_size, value_size),
@@ -379,8 +379,8 @@ def _backward_flops(
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: each kernel, for the head sizes and dtypes that models use."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: each kernel, for the head sizes and dtypes that models use."""
+    from visionkernels.testing.kernels import AotCase
 
     kernels = (_region_attention_fwd_kernel, _region_attention_bwd_dq_kernel, _region_attention_bwd_dkv_kernel)
     numbers = {"index_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "order_ptr": "*i32", "first_ptr": "*i32"}
@@ -390,13 +390,10 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
         kind = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
         grid = {"G": 49, "L": 49, "S": 4, "M": 4, "COLUMNS": 7, "KEY_COLUMNS": 7}
         constants = grid | _blocks(head_size, head_size, is_hip=is_hip)
+        types, options = numbers | dict.fromkeys(maps, kind), _options(dtype, is_hip=is_hip)
+        config = f"D{head_size}-{kind.removeprefix('*')}"
         for kernel in kernels:
-            arguments = signature(kernel, constants, numbers | dict.fromkeys(maps, kind))
-            config = f"D{head_size}-{kind.removeprefix('*')}"
-            options = _options(dtype, is_hip=is_hip)
-            cases.append(
-                AotCase(kernel=kernel, config=config, signature=arguments, constants=constants, options=options)
-            )
+            cases.append(AotCase(kernel=kernel, config=config, types=types, constants=constants, options=options))
     return cases
 
 

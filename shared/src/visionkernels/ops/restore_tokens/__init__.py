@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
-from visionkernels.ops.restore_tokens import eager, reference
+from visionkernels.ops._checks import check_devices, check_floating, check_index, check_range, is_readable
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
 __all__ = ["restore_tokens"]
 
@@ -37,25 +37,14 @@ def restore_tokens(
     """
     _check_tokens(visible, mask_token, positions)
     _check_ids(ids_restore, visible, len(positions) - 1)
-    arguments = (visible, mask_token, positions, ids_restore)
+    chosen = choose_backend("restore_tokens", backend, visible, mask_token, positions)
     with without_autocast(visible):
-        match choose_backend("restore_tokens", backend, visible, mask_token, positions):
-            case "triton":
-                from visionkernels.ops.restore_tokens import triton
-
-                return triton.restore_tokens(*arguments)
-            case "reference":
-                return reference.restore_tokens(*arguments)
-            case _:
-                return eager.restore_tokens(*arguments)
+        return implementation(__name__, chosen).restore_tokens(visible, mask_token, positions, ids_restore)
 
 
 def _check_tokens(visible: Tensor, mask_token: Tensor, positions: Tensor) -> None:
-    for name, each in (("visible", visible), ("mask_token", mask_token), ("positions", positions)):
-        if not each.is_floating_point():
-            raise TypeError(f"{name} is {each.dtype}; restore_tokens takes floating-point tokens")
-        if each.device != visible.device:
-            raise TypeError(f"{name} is on {each.device}; expected {visible.device}, as visible")
+    check_floating("restore_tokens", "tokens", visible=visible, mask_token=mask_token, positions=positions)
+    check_devices(visible=visible, mask_token=mask_token, positions=positions)
     if visible.ndim != 3 or not visible.shape[2]:
         raise ValueError(f"visible has shape {list(visible.shape)}; expected [batch, 1 + visible patches, channels]")
     channels = visible.shape[2]
@@ -71,25 +60,14 @@ def _check_tokens(visible: Tensor, mask_token: Tensor, positions: Tensor) -> Non
 
 
 def _check_ids(ids_restore: Tensor, visible: Tensor, patches: int) -> None:
-    if ids_restore.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids_restore is {ids_restore.dtype}; expected int64 or int32")
-    if ids_restore.device != visible.device:
-        raise TypeError(f"ids_restore is on {ids_restore.device}; expected {visible.device}, as visible")
+    check_index("ids_restore", ids_restore)
+    check_devices(visible=visible, ids_restore=ids_restore)
     if ids_restore.shape != (len(visible), patches):
         raise ValueError(f"ids_restore has shape {list(ids_restore.shape)}; expected [{len(visible)}, {patches}]")
-    if torch.compiler.is_compiling() or ids_restore.is_meta or not ids_restore.numel():
-        return
-    if ids_restore.is_cpu:
-        low, high = (int(extreme) for extreme in ids_restore.aminmax())
-        if low < 0 or high >= patches:
-            raise ValueError(f"ids_restore spans [{low}, {high}]; allowed is [0, {patches - 1}]")
-        if not _names_all(ids_restore):
+    check_range("ids_restore", ids_restore, patches)
+    if is_readable(ids_restore):
+        is_named = torch.zeros_like(ids_restore, dtype=torch.bool).scatter_(1, ids_restore.long(), True).all()
+        if not ids_restore.is_cpu:
+            torch._assert_async(is_named)
+        elif not is_named:
             raise ValueError(f"ids_restore has a row that names a patch twice; expected permutations of {patches}")
-    else:
-        torch._assert_async(((ids_restore >= 0) & (ids_restore < patches)).all())
-        torch._assert_async(_names_all(ids_restore))
-
-
-def _names_all(ids_restore: Tensor) -> Tensor:
-    named = torch.zeros_like(ids_restore, dtype=torch.bool)
-    return named.scatter_(1, ids_restore.long(), True).all()

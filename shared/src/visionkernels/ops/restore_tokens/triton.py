@@ -1,7 +1,7 @@
-"""The decoder's input on GPUs: one kernel each way.
+"""The decoder's input on GPUs: one kernel forward, one backward.
 
 Backward scatters: a permutation sends each visible token's gradient to one place, so nothing is added atomically. The
-mask token's gradient is summed by tiles of patches, in a fixed order. There is no product, and no flop formula.
+mask token's gradient is summed by tiles of patches, in a fixed order. Without products there is no flop formula.
 """
 
 # B batch, K visible patches, L patches, D channels
@@ -141,8 +141,8 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: both kernels, for each dtype and for the mixture under autocast."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: both kernels, for each dtype and for the mixture under autocast."""
+    from visionkernels.testing.kernels import AotCase
 
     cases = []
     for token, other in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
@@ -150,9 +150,7 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
         types |= dict.fromkeys(("mask_token_ptr", "position_ptr", "out_ptr", "grad_ptr"), f"*{other}")
         types |= {"partial_ptr": "*fp32"}
         for kernel in (_restore_tokens_fwd_kernel, _restore_tokens_bwd_kernel):
-            arguments = signature(kernel, _BLOCKS, types)
-            config = f"{token}-{other}"
-            cases.append(AotCase(kernel=kernel, config=config, signature=arguments, constants=_BLOCKS))
+            cases.append(AotCase(kernel=kernel, config=f"{token}-{other}", types=types, constants=_BLOCKS))
     return cases
 
 

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from visionkernels.ops._dispatch import Backend, choose_backend, without_autocast
-from visionkernels.ops.siren_mlp import eager, reference
-from visionkernels.ops.siren_mlp.exactness import Exactness, column_sums, exactness
+from visionkernels.ops._checks import check_floating, check_range
+from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
+from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic, LayerArithmetic, column_sums
 
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
-_MAX_KERNEL_WIDTH = 64  # what the kernels' tiles hold in registers
+_MAX_KERNEL_WIDTH = 64  # inputs or outputs of the largest tile that fits into registers
 _TURN = 4096
 
 
@@ -31,8 +31,8 @@ def siren_mlp(
         z_0[n] = x @ W_0[n] + b_0[n],   z_l[n] = sin(z_{l-1}[parents[l][n]]) @ W_l[n] + b_l[n],   out = z_last.
 
     There is no frequency: multiply it into the weights and biases. `parents[l]` says which outputs of the layer before
-    the nodes of layer l take; None: each node the one of its own number, or all the single one. `parents=None` stands
-    for None at every layer. Indices may repeat, be in any order, and lie on the CPU.
+    the nodes of layer l take; with None, each node takes the output of its own number, or all nodes take the only one.
+    `parents=None` stands for None at every layer. Indices may repeat, be in any order, and lie on the CPU.
 
     Computes in float32 (float64 for float64 input), under autocast too, since a phase of some turns has no digits left
     in half precision; the output has the dtype of `coordinates`. Gradients of all weights and of the coordinates are
@@ -42,23 +42,14 @@ def siren_mlp(
     Raises TypeError for dtypes and devices, ValueError for shapes that disagree and an index outside the nodes of the
     layer before (on a GPU: a device-side assertion), RuntimeError for `backend="triton"` where it cannot run.
     """
-    if not coordinates.is_floating_point():
-        raise TypeError(f"coordinates is {coordinates.dtype}; siren_mlp takes floating-point coordinates")
+    check_floating("siren_mlp", "coordinates", coordinates=coordinates)
     if coordinates.ndim != 2 or not coordinates.shape[1]:
         raise ValueError(f"coordinates has shape {list(coordinates.shape)}; expected [points, axes >= 1]")
     _check_weights(weights, coordinates)
     parents = _check_parents(parents, weights, 1, "coordinates")
-    unsupported = _too_wide(weights)
+    chosen = choose_backend("siren_mlp", backend, coordinates, unsupported=_too_wide(weights))
     with without_autocast(coordinates):
-        match choose_backend("siren_mlp", backend, coordinates, unsupported=unsupported):
-            case "triton":
-                from visionkernels.ops.siren_mlp import triton
-
-                return triton.siren_mlp(coordinates, weights, parents)
-            case "reference":
-                return reference.siren_mlp(coordinates, weights, parents)
-            case _:
-                return eager.siren_mlp(coordinates, weights, parents)
+        return implementation(__name__, chosen).siren_mlp(coordinates, weights, parents)
 
 
 def integer_siren_mlp(
@@ -84,11 +75,11 @@ def integer_siren_mlp(
 
     Products are taken in floating point where every partial sum is exact: float32 while the sums of |W|, |b| over the
     rows, times 2**bits, stay below 2**24, else float64 (Triton: two float32 products of half the bits each). These
-    sums are read back from a GPU once a call. Nothing here has a gradient.
+    sums are read back from a GPU once a call. The function has no gradient.
 
     Raises TypeError for dtypes and devices, ValueError for shapes that disagree, indices out of range, `bits` outside
-    [1, 23], multipliers outside [1, 2**31), shifts outside [0, 62], weights and table that are no integers or too large
-    (sums of 2**53, products of 2**63), RuntimeError for `backend="triton"` where it cannot run.
+    [1, 23], multipliers outside [1, 2**31), shifts outside [0, 62], weights and a table that are no integers or too
+    large (sums of 2**53, products of 2**63), RuntimeError for `backend="triton"` where it cannot run.
     """
     if inputs.dtype != torch.int32:
         raise TypeError(f"inputs is {inputs.dtype}; integer_siren_mlp takes int32 phases")
@@ -101,22 +92,13 @@ def integer_siren_mlp(
         is_allowed = all(isinstance(number, Integral) and low <= number <= high for number in numbers)
         if len(numbers) != len(weights) or not is_allowed:
             raise ValueError(f"{name}={list(numbers)} must be {len(weights)} integers in [{low}, {high}]")
-    multipliers, shifts = [int(number) for number in multipliers], [int(number) for number in shifts]
-    layers = _exactness(weights, multipliers, shifts, table, bits)
-    weights = [layer.detach() for layer in weights]
-    arguments = (inputs, weights, multipliers, shifts, parents, table, bits)
+    arithmetic = _arithmetic(weights, multipliers, shifts, table, bits)
     unsupported = _too_wide(weights)
-    if not all(layer.is_exact_in_halves for layer in layers):
+    if not all(layer.is_exact_in_halves for layer in arithmetic.layers):
         unsupported = "the sums of its weights exceed what two float32 products hold (or torch.compile hides them)"
-    match choose_backend("integer_siren_mlp", backend, table, unsupported=unsupported):
-        case "triton":
-            from visionkernels.ops.siren_mlp import triton
-
-            return triton.integer_siren_mlp(*arguments, layers)
-        case "reference":
-            return reference.integer_siren_mlp(*arguments)
-        case _:
-            return eager.integer_siren_mlp(*arguments, layers)
+    chosen = choose_backend("integer_siren_mlp", backend, table, unsupported=unsupported)
+    weights = [layer.detach() for layer in weights]
+    return implementation(__name__, chosen).integer_siren_mlp(inputs, weights, parents, table, arithmetic)
 
 
 def _check_weights(weights: Sequence[Tensor], inputs: Tensor, *, dtype: torch.dtype | None = None) -> None:
@@ -139,7 +121,7 @@ def _check_weights(weights: Sequence[Tensor], inputs: Tensor, *, dtype: torch.dt
 def _check_parents(
     parents: Sequence[Tensor | None] | None, weights: Sequence[Tensor], sources: int, source: str
 ) -> Sequence[Tensor | None]:
-    """Return one entry a layer; `sources` counts what the first layer can take, `source` names it."""
+    """Return one entry a layer; the first layer takes from `source`, which has `sources` entries."""
     if parents is None:
         parents = [None] * len(weights)
     if len(parents) != len(weights):
@@ -165,14 +147,7 @@ def _check_index(taken: Tensor, name: str, nodes: int, sources: int, device: tor
         raise TypeError(f"{name} is on {taken.device}; expected {device} or the CPU")
     if taken.shape != (nodes,):
         raise ValueError(f"{name} has shape {list(taken.shape)}; expected [{nodes}], one for each node")
-    if torch.compiler.is_compiling() or taken.is_meta:
-        return
-    if not taken.is_cpu:
-        torch._assert_async(((taken >= 0) & (taken < sources)).all())
-        return
-    low, high = (int(extreme) for extreme in taken.aminmax())
-    if low < 0 or high >= sources:
-        raise ValueError(f"{name} spans [{low}, {high}]; allowed is [0, {sources - 1}]")
+    check_range(name, taken, sources)
 
 
 def _check_table(table: Tensor, inputs: Tensor, bits: int) -> None:
@@ -184,11 +159,12 @@ def _check_table(table: Tensor, inputs: Tensor, bits: int) -> None:
         raise ValueError(f"table has shape {list(table.shape)}; expected [{_TURN}], one sine for each phase")
 
 
-def _exactness(
+def _arithmetic(
     weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int], table: Tensor, bits: int
-) -> list[Exactness]:
+) -> IntegerArithmetic:
+    scales = [(int(multiplier), int(shift)) for multiplier, shift in zip(multipliers, shifts, strict=True)]
     if torch.compiler.is_compiling() or table.is_meta:
-        return [Exactness.unknown() for _ in weights]
+        return IntegerArithmetic(bits, tuple(LayerArithmetic(*scale) for scale in scales))
     largest, sums, remainders = column_sums(table, weights)
     for number, remainder in enumerate(remainders):
         if remainder != 0:  # NaN too
@@ -196,7 +172,8 @@ def _exactness(
             raise ValueError(f"{name} holds a number that is {remainder:g} off an integer; round it")
     if largest > 1 << bits:
         raise ValueError(f"table reaches {largest:g}; with bits={bits}, allowed is {1 << bits}")
-    return [exactness(*each, bits) for each in zip(sums, multipliers, shifts, strict=True)]
+    layers = (LayerArithmetic.of(total, *scale, bits) for total, scale in zip(sums, scales, strict=True))
+    return IntegerArithmetic(bits, tuple(layers))
 
 
 def _too_wide(weights: Sequence[Tensor]) -> str | None:

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionkernels.ops.siren_mlp.exactness import Exactness
+from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic, LayerArithmetic
 
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
 _ROWS = 16384
-"""Nodes times points of a pass on a CPU."""
+"""Nodes times points of one pass on a CPU."""
 _MIN_POINTS = 64
-"""Of a pass, however many nodes there are."""
+"""Least points of a pass, however many nodes there are."""
 
 
 def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None]) -> Tensor:
-    """Return what the last layer's nodes compute [N, P, M]; see the public function."""
+    """Return the outputs of the last layer's nodes [N, P, M]; see the public function."""
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
     layers = [layer.to(dtype).mT for layer in weights]  # [N, M, K + 1]
     passes = _passes(coordinates.to(dtype).mT[None], weights)
@@ -32,18 +32,17 @@ def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[
 
 
 def integer_siren_mlp(
-    inputs: Tensor, weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int],
-    parents: Sequence[Tensor | None], table: Tensor, bits: int, exactness: Sequence[Exactness],
+    inputs: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    arithmetic: IntegerArithmetic,
 ) -> Tensor:  # fmt: skip
     """Return the integers of the last layer's nodes [N, P, M] as int64; see the public function."""
     layers = []
-    for layer, exact in zip(weights, exactness, strict=True):
-        scaled = torch.cat([layer[:, :-1], layer[:, -1:] * 2.0**bits], 1).mT
-        layers.append(scaled if exact.is_exact_in_float32 else scaled.double())
-    rounding = list(zip(multipliers, shifts, exactness, strict=True))
+    for layer, scale in zip(weights, arithmetic.layers, strict=True):
+        shifted = torch.cat([layer[:, :-1], layer[:, -1:] * 2.0**arithmetic.bits], 1).mT
+        layers.append(shifted if scale.is_exact_in_float32 else shifted.double())
     with torch.no_grad():
         passes = _passes(inputs.mT, weights)
-        parts = [_evaluate_integers(points, layers, rounding, parents, table) for points in passes]
+        parts = [_evaluate_integers(points, layers, parents, table, arithmetic.layers) for points in passes]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mT
 
 
@@ -64,16 +63,16 @@ def _evaluate(hidden: Tensor, layers: Sequence[Tensor], parents: Sequence[Tensor
 
 
 def _evaluate_integers(
-    phases: Tensor, layers: Sequence[Tensor], rounding: Sequence[tuple[int, int, Exactness]],
-    parents: Sequence[Tensor | None], table: Tensor,
+    phases: Tensor, layers: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    scales: Sequence[LayerArithmetic],
 ) -> Tensor:  # fmt: skip
-    for number, (layer, (multiplier, shift, exact), taken) in enumerate(zip(layers, rounding, parents, strict=True)):
+    for number, (layer, taken, scale) in enumerate(zip(layers, parents, scales, strict=True)):
         # the phases of the caller are not overwritten
         index = phases.bitwise_and_(len(table) - 1) if number else phases.bitwise_and(len(table) - 1)
         hidden = table.index_select(0, index.reshape(-1)).view(index.shape)
         sums = _linear(_take(hidden, taken).to(layer.dtype), layer)
-        phases = sums.to(torch.int32 if exact.product_fits_int32 else torch.int64)
-        phases = phases.mul_(multiplier).add_(1 << shift >> 1).bitwise_right_shift_(shift)
+        phases = sums.to(torch.int32 if scale.product_fits_int32 else torch.int64)
+        phases = phases.mul_(scale.multiplier).add_(1 << scale.shift >> 1).bitwise_right_shift_(scale.shift)
     return phases.to(torch.int64)
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic
+
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
 
 def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None]) -> Tensor:
-    """Return what the last layer's nodes compute [N, P, M]; see the public function."""
+    """Return the outputs of the last layer's nodes [N, P, M]; see the public function."""
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
     inputs = [coordinates.to(dtype)]  # of each node [P, K]
     for layer, taken in zip(weights, parents, strict=True):
@@ -23,18 +25,18 @@ def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[
 
 
 def integer_siren_mlp(
-    inputs: Tensor, weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int],
-    parents: Sequence[Tensor | None], table: Tensor, bits: int,
+    inputs: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    arithmetic: IntegerArithmetic,
 ) -> Tensor:  # fmt: skip
     """Return the integers of the last layer's nodes [N, P, M] as int64; see the public function."""
     sines = table.cpu().numpy().astype(np.int64)
     phases = list(inputs.cpu().numpy().astype(np.int64))
-    for layer, multiplier, shift, taken in zip(weights, multipliers, shifts, parents, strict=True):
+    for layer, scale, taken in zip(weights, arithmetic.layers, parents, strict=True):
         sources = _sources(len(phases), len(layer), taken)
         nodes = layer.cpu().numpy().astype(np.int64)
         hidden = [sines[phases[i] % len(sines)] for i in sources]
-        sums = [h @ node[:-1] + (node[-1] << bits) for h, node in zip(hidden, nodes, strict=True)]
-        phases = [(each * multiplier + (1 << shift >> 1)) >> shift for each in sums]
+        sums = [h @ node[:-1] + (node[-1] << arithmetic.bits) for h, node in zip(hidden, nodes, strict=True)]
+        phases = [(total * scale.multiplier + (1 << scale.shift >> 1)) >> scale.shift for total in sums]
     return torch.from_numpy(np.stack(phases)).to(inputs.device)
 
 

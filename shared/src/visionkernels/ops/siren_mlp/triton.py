@@ -6,7 +6,7 @@ those inside a run again, and sums the gradients of weights over points in a fix
 
 # N nodes, P points, K inputs and M outputs of a layer, S weights of a node's run
 
-# in kernels tuples grow from loop to loop, and Triton has no starred ones
+# tuples grow inside kernels, where Triton knows no starred expressions
 # mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionkernels.ops.siren_mlp.exactness import HALF_BITS, Exactness
+from visionkernels.ops.siren_mlp.arithmetic import HALF_BITS, IntegerArithmetic
 
 if TYPE_CHECKING:
     from visionkernels.testing.kernels import AotCase, Roofline
@@ -31,14 +31,14 @@ _IS_HIP = torch.version.hip is not None
 _BLOCK_P, _BWD_BLOCK_P = 32, 16
 _SUM_BLOCK = 256
 _RUN_SIZE = 13
-"""Tiles of 16 x 16 weights, and two a layer, that a run may hold in registers; a layer beyond it is a run by itself."""
+"""Tiles of 16 x 16 weights, and two a layer, that fit into registers in one run; a larger layer is a run by itself."""
 _SLOTS = 1024
-"""Partial sums of weight gradients for all nodes together; each is over every so many-th tile of points."""
+"""Partial sums of weight gradients for all nodes together; those of a node take tiles of points in turn."""
 _ONE_PRODUCT_INT32, _ONE_PRODUCT, _TWO_PRODUCTS = 0, 1, 2
 
 
 def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None]) -> Tensor:
-    """Return what the last layer's nodes compute [N, P, M]; see the public function."""
+    """Return the outputs of the last layer's nodes [N, P, M]; see the public function."""
     phases = coordinates.float()[None]
     for first, last in _runs(weights, parents):
         packed = _pack(weights[first:last])
@@ -48,23 +48,23 @@ def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[
 
 
 def integer_siren_mlp(
-    inputs: Tensor, weights: Sequence[Tensor], multipliers: Sequence[int], shifts: Sequence[int],
-    parents: Sequence[Tensor | None], table: Tensor, bits: int, exactness: Sequence[Exactness],
+    inputs: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None], table: Tensor,
+    arithmetic: IntegerArithmetic,
 ) -> Tensor:  # fmt: skip
     """Return the integers of the last layer's nodes [N, P, M] as int64; see the public function."""
     phases = inputs
-    scales = torch.tensor([multipliers, shifts], device=inputs.device).mT.contiguous()
+    scales = torch.tensor([(layer.multiplier, layer.shift) for layer in arithmetic.layers], device=inputs.device)
     modes = [
-        _ONE_PRODUCT_INT32 if each.product_fits_int32 and each.is_exact_in_float32
-        else _ONE_PRODUCT if each.is_exact_in_float32 else _TWO_PRODUCTS
-        for each in exactness
+        _ONE_PRODUCT_INT32 if layer.product_fits_int32 and layer.is_exact_in_float32
+        else _ONE_PRODUCT if layer.is_exact_in_float32 else _TWO_PRODUCTS
+        for layer in arithmetic.layers
     ]  # fmt: skip
     for first, last in _runs(weights, parents):
         packed = _pack(weights[first:last]).detach()
         sources = _sources(len(phases), len(packed), parents[first], phases.device)
         phases = _integer_op(
             phases, packed, scales[first:last], table.contiguous(), sources, _widths(weights[first:last]),
-            modes[first:last], bits, last == len(weights),
+            modes[first:last], arithmetic.bits, last == len(weights),
         )  # fmt: skip
     return phases
 
@@ -439,8 +439,8 @@ def _products(widths: list[int]) -> int:
 
 
 def aot_cases(*, is_hip: bool) -> "list[AotCase]":
-    """Return what the ahead-of-time check compiles: each kernel for a trunk's, a leaf's and the widest runs."""
-    from visionkernels.testing.kernels import AotCase, signature
+    """Return the cases of the ahead-of-time check: each kernel for a trunk's, a leaf's and the widest runs."""
+    from visionkernels.testing.kernels import AotCase
 
     pointers = ("x_ptr", "weight_ptr", "grad_ptr", "dx_ptr", "partial_ptr", "table_ptr", "out_ptr")
     types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("source_ptr", "order_ptr", "first_ptr"), "*i64")
@@ -449,12 +449,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     def add(kernel: Any, widths: tuple[int, ...], constants: dict[str, Any], config: str = "", **changes: str) -> None:
         tile = _tile(widths, is_backward=kernel is _siren_mlp_bwd_kernel, is_hip=is_hip)
         constants = _constants(widths) | constants | {"BLOCK_P": tile.pop("BLOCK_P")}
-        cases.append(
-            AotCase(
-                kernel=kernel, config="-".join(map(str, widths)) + config, constants=constants, options=tile,
-                signature=signature(kernel, constants, types | changes),
-            )
-        )  # fmt: skip
+        name = "-".join(map(str, widths)) + config
+        cases.append(AotCase(kernel=kernel, config=name, types=types | changes, constants=constants, options=tile))
 
     # of all runs that _RUN_SIZE allows none spills; these are a trunk's, a leaf's and the ones closest to it
     for widths in ((3, 36), (28, 20, 14, 1), (64, 64), (32, 32, 32), (32, 16, 16, 64)):
@@ -468,8 +464,7 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
             changes = {"x_ptr": "*i32", "scale_ptr": "*i64", "out_ptr": "*i64"}
             add(_integer_siren_mlp_kernel, widths, constants, f"-mode{mode}", **changes)
     constants = {"BLOCK_E": _SUM_BLOCK}
-    arguments = signature(_siren_mlp_sum_kernel, constants, types)
-    cases.append(AotCase(kernel=_siren_mlp_sum_kernel, config="sum", signature=arguments, constants=constants))
+    cases.append(AotCase(kernel=_siren_mlp_sum_kernel, config="sum", types=types, constants=constants))
     return cases
 
 
