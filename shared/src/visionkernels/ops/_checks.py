@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from visionkernels.checks import InputError
+
 
 def check_floating(op: str, kind: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all tensors are floating; `kind` names what `op` takes ("logits")."""
@@ -28,14 +30,14 @@ def check_alike(**tensors: Tensor) -> None:
     for name in others:
         if tensors[name].shape != tensors[first].shape:
             ours, expected = list(tensors[name].shape), list(tensors[first].shape)
-            raise ValueError(f"{name} has shape {ours}; expected {expected}, as {first}")
+            raise InputError(f"{name} has shape {ours}; expected {expected}, as {first}")
 
 
 def check_positive(**numbers: float) -> None:
     """Raise ValueError unless all numbers are positive and finite."""
     for name, number in numbers.items():
         if not 0 < number < math.inf:
-            raise ValueError(f"{name}={number} must be a positive number")
+            raise InputError(f"{name}={number} must be a positive number")
 
 
 def check_index(name: str, index: Tensor, *, hint: str = "") -> None:
@@ -54,7 +56,7 @@ def check_range(name: str, index: Tensor, size: int) -> None:
         return
     low, high = (int(extreme) for extreme in index.aminmax())
     if low < 0 or high >= size:
-        raise ValueError(f"{name} spans [{low}, {high}]; allowed is [0, {size - 1}]")
+        raise InputError(f"{name} spans [{low}, {high}]; allowed is [0, {size - 1}]")
 
 
 def is_readable(tensor: Tensor) -> bool:

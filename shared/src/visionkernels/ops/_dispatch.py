@@ -17,6 +17,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from visionkernels.checks import InputError
+
 __all__ = ["Backend", "choose_backend", "implementation", "is_autocast", "use_backend", "without_autocast"]
 
 Backend = Literal["auto", "triton", "eager", "reference"]
@@ -95,7 +97,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 def _known(backend: str, source: str) -> Backend:
     if backend not in get_args(Backend):
-        raise ValueError(f"{source}={backend!r} is not a backend; use one of {', '.join(get_args(Backend))}")
+        raise InputError(f"{source}={backend!r} is not a backend; use one of {', '.join(get_args(Backend))}")
     return backend  # type: ignore[return-value]
 
 

@@ -15,11 +15,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "AotCase", "KernelReport", "Roofline", "compile_report", "roofline_report"]
+from visionkernels.ops._cases import AotCase, Roofline
+
+__all__ = ["TARGETS", "KernelReport", "compile_report", "roofline_report"]
 
 TARGETS = {
     # name: (backend, architecture, lanes of a warp, bytes of shared memory that a program may use)
@@ -27,33 +29,6 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32, 227 << 10),
     "gfx942": ("hip", "gfx942", 64, 64 << 10),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AotCase:
-    """One kernel with the argument types and constants of one configuration.
-
-    `types` must have all pointers, and may have arguments of other kernels. Of the numbers that it leaves out, those
-    with `scale` in their name are "fp32", the others "i32".
-    """
-
-    kernel: Any
-    config: str
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def signature(self) -> dict[str, str]:
-        """The type of each argument of the kernel, "constexpr" for constants."""
-
-        def type_of(name: str) -> str:
-            if name in self.constants:
-                return "constexpr"
-            number = "fp32" if "scale" in name else "i32"
-            return self.types[name] if name.endswith("_ptr") else self.types.get(name, number)
-
-        return {name: type_of(name) for name in self.kernel.arg_names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,29 +71,6 @@ def compile_report(*, once: bool = False) -> list[KernelReport]:
             if not once or (place + place // 3 - turn) % min(len(TARGETS), totals[case.kernel]) == 0:
                 reports.append(_compile(op, case, target))
     return reports
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roofline:
-    """The least that one call computes and moves, and the time that takes on an H100 (SXM, bfloat16).
-
-    3.0 TB/s is the measured speed of a copy, 790 TFLOP/s that of large dense products; nothing is faster than both.
-    """
-
-    op: str
-    config: str
-    operations: float
-    bytes_moved: float
-
-    @property
-    def bound(self) -> str:
-        """The limit of the call, "memory" or "compute"."""
-        return "memory" if self.bytes_moved / 3.0e12 > self.operations / 790e12 else "compute"
-
-    @property
-    def microseconds(self) -> float:
-        """The least time."""
-        return 1e6 * max(self.bytes_moved / 3.0e12, self.operations / 790e12)
 
 
 def roofline_report() -> list[Roofline]:

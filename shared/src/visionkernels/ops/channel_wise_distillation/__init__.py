@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_alike, check_floating, check_positive
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
@@ -33,7 +34,7 @@ def channel_wise_distillation(
     """
     check_floating("channel_wise_distillation", "maps", student=student, teacher=teacher)
     if student.ndim < 3 or not student.numel():
-        raise ValueError(
+        raise InputError(
             f"student has shape {list(student.shape)}; expected [batch, channels, *spatial], at least one of each"
         )
     check_alike(student=student, teacher=teacher)

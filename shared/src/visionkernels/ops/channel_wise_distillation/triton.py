@@ -7,15 +7,14 @@ offset of a map costs no digits. No matrices are multiplied, so there is no flop
 
 # R rows (batch * channels), N positions, S splits of a row
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
+from visionkernels.ops._cases import AotCase, Roofline
 
 __all__ = ["aot_cases", "channel_wise_distillation", "rooflines"]
 
@@ -138,10 +137,8 @@ def _backward(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Any, ..
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: both kernels, for maps of each dtype."""
-    from visionkernels.testing.kernels import AotCase
-
     cases = []
     for kind in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("student_ptr", "teacher_ptr", "dstudent_ptr"), f"*{kind}")
@@ -152,10 +149,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work for ADE20K's 150 classes at 512 pixels, logits at stride 4, batch 16, bfloat16."""
-    from visionkernels.testing.kernels import Roofline
-
     size = 16 * 150 * 128 * 128
     # an exponential counts as one operation
     return [

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_alike, check_floating, check_positive
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
@@ -35,7 +36,7 @@ def feature_smooth_l1(
     """
     check_floating("feature_smooth_l1", "features", prediction=prediction, hidden=hidden)
     if not prediction.ndim or not prediction.numel():
-        raise ValueError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
+        raise InputError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
     check_alike(prediction=prediction, hidden=hidden)
     check_positive(beta=beta)
     channels, unsupported = prediction.shape[-1], None

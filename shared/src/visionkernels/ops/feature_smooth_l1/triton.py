@@ -6,15 +6,14 @@ multiplied, so there is no flop formula.
 
 # M rows, C channels
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
+from visionkernels.ops._cases import AotCase, Roofline
 
 __all__ = ["aot_cases", "feature_smooth_l1", "rooflines"]
 
@@ -118,10 +117,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: both kernels, for decoders' widths and the widest rows."""
-    from visionkernels.testing.kernels import AotCase
-
     cases = []
     for channels, kind in ((512, "fp32"), (512, "bf16"), (64, "fp16"), (8192, "fp32"), (8192, "bf16")):
         blocks = _blocks(channels)
@@ -133,10 +130,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work for G2SD's 197 tokens of 512 channels, batch 256, bfloat16."""
-    from visionkernels.testing.kernels import Roofline
-
     size = 256 * 197 * 512
     return [
         Roofline(op="feature_smooth_l1", config="G2SD forward", operations=12 * size, bytes_moved=4 * size),

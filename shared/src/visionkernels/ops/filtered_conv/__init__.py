@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_floating
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, is_autocast, without_autocast
 from visionkernels.ops.filtered_conv import eager
@@ -77,7 +78,7 @@ def filtered_conv2d(
     _check(x, weight, bias, groups)
     check_border(border)
     if kernel is not None and (border != "plain" or kernel.shape != weight.shape[:2]):
-        raise ValueError(
+        raise InputError(
             f"kernel has shape {list(kernel.shape)} with border={border!r}; expected {list(weight.shape[:2])} and "
             "border='plain'"
         )
@@ -155,13 +156,13 @@ def check_radius(radius: object) -> tuple[int, int]:
         rows, columns = pair
         if all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
             return rows, columns
-    raise ValueError(f"radius={radius!r} must be a positive integer or pair (rows, columns) of them")
+    raise InputError(f"radius={radius!r} must be a positive integer or pair (rows, columns) of them")
 
 
 def check_border(border: object) -> None:
     """Raise ValueError unless `border` is one of `Border`."""
     if border not in get_args(Border):
-        raise ValueError(f"border={border!r} must be 'plain' or 'covered'")
+        raise InputError(f"border={border!r} must be 'plain' or 'covered'")
 
 
 def pad_unevenly(
@@ -174,7 +175,7 @@ def pad_unevenly(
     if padding == "valid":
         return x, (0, 0)
     if padding != "same" or stride != (1, 1):
-        raise ValueError(f"padding={padding!r} with stride={stride} must be numbers, 'valid', or 'same' with stride 1")
+        raise InputError(f"padding={padding!r} with stride={stride} must be numbers, 'valid', or 'same' with stride 1")
     rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
     if rows % 2 == columns % 2 == 0:
         return x, (rows // 2, columns // 2)
@@ -194,25 +195,25 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     if not is_autocast(x) and x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} and weight is {weight.dtype}; they must be alike")
     if x.ndim not in (3, 4) or weight.ndim != 4:
-        raise ValueError(
+        raise InputError(
             f"x has shape {list(x.shape)} and weight {list(weight.shape)}; expected [batch, channels, height, width] "
             "or [channels, height, width], and [out_channels, in_channels / groups, height, width]"
         )
     if not isinstance(groups, int):
-        raise ValueError(f"groups={groups!r} must be a positive integer")
+        raise InputError(f"groups={groups!r} must be a positive integer")
     if groups < 1 or len(weight) % groups or x.shape[-3] != groups * weight.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"x has {x.shape[-3]} channels; weight {list(weight.shape)} with groups={groups} takes "
             f"{groups * weight.shape[1]}, and groups must divide the {len(weight)} outputs"
         )
     if bias is not None and bias.shape != (len(weight),):
-        raise ValueError(f"bias has shape {list(bias.shape)}; expected [{len(weight)}], one for each output channel")
+        raise InputError(f"bias has shape {list(bias.shape)}; expected [{len(weight)}], one for each output channel")
 
 
 def _check_axes(name: str, tensor: Tensor, function: str, axes: str) -> None:
     check_floating(function, "tensors", **{name: tensor})
     if tensor.ndim != 4:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; {function} takes {axes}")
+        raise InputError(f"{name} has shape {list(tensor.shape)}; {function} takes {axes}")
 
 
 def _pair(value: object, name: str, least: int = 1) -> tuple[int, int]:
@@ -221,7 +222,7 @@ def _pair(value: object, name: str, least: int = 1) -> tuple[int, int]:
         first, second = pair
         if all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in pair):
             return first, second
-    raise ValueError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
+    raise InputError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
 
 
 def _tap_weight(geometry: ConvGeometry, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ area and repeating each product for every tap (dW). Sums have a fixed order, so 
 
 # N batch, G groups, CO CI channels of a group, P Q rows and columns of cells, M = N * P * Q
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visionkernels.ops._cases import AotCase, Roofline
 from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry
-
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
 
 __all__ = ["aot_cases", "filtered_conv2d", "rooflines"]
 
@@ -346,10 +344,8 @@ def _backward_flops(
     return int(2 * (needs[0] + needs[1]) * grad[0] * cells[0] * cells[1] * weight[0] * weight[1])
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: each kernel, for strides 1 and 2 and two dtypes."""
-    from visionkernels.testing.kernels import AotCase
-
     tiles = {
         _cell_means_kernel: _CELL_BLOCKS,
         _filtered_conv_bwd_dx_kernel: _BLOCKS,
@@ -371,10 +367,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work of the backward pass of ResNet's 3x3 layers, batch 128 at 224 pixels, bfloat16."""
-    from visionkernels.testing.kernels import Roofline
-
     lines = []
     for name, size, channels in (("stage 2", 28, 128), ("stage 3", 14, 256), ("stage 4", 7, 512)):
         for radius in (2, 4):

@@ -3,6 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import (
     check_alike,
     check_devices,
@@ -44,13 +45,13 @@ def nkd_loss(
     """
     check_floating("nkd_loss", "logits", student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.ndim != 2 or student_logits.shape[0] < 1 or student_logits.shape[1] < 2:
-        raise ValueError(f"student_logits has shape {list(student_logits.shape)}; expected [batch >= 1, classes >= 2]")
+        raise InputError(f"student_logits has shape {list(student_logits.shape)}; expected [batch >= 1, classes >= 2]")
     check_alike(student_logits=student_logits, teacher_logits=teacher_logits)
     check_positive(temperature=temperature)
     check_index("labels", labels, hint=" (the argmax of soft labels)")
     check_devices(student_logits=student_logits, labels=labels)
     if labels.shape != student_logits.shape[:1]:
-        raise ValueError(f"labels has shape {list(labels.shape)}; expected [{len(student_logits)}]")
+        raise InputError(f"labels has shape {list(labels.shape)}; expected [{len(student_logits)}]")
     check_range("labels", labels, student_logits.shape[1])
     chosen = choose_backend("nkd_loss", backend, student_logits, teacher_logits)
     with without_autocast(student_logits):

@@ -6,15 +6,14 @@ an offset costs no digits. No matrices are multiplied, so there is no flop formu
 
 # B batch, K classes
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
+from visionkernels.ops._cases import AotCase, Roofline
 
 __all__ = ["aot_cases", "nkd_loss", "rooflines"]
 
@@ -164,10 +163,8 @@ def _backward(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Any, ..
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: both kernels, for logits of each dtype."""
-    from visionkernels.testing.kernels import AotCase
-
     cases = []
     for kind in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("student_ptr", "teacher_ptr", "dstudent_ptr"), f"*{kind}") | {"label_ptr": "*i64"}
@@ -178,10 +175,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work for ImageNet's 1000 classes, batch 1024, bfloat16."""
-    from visionkernels.testing.kernels import Roofline
-
     size = 1024 * 1000
     # an exponential counts as one operation
     return [

@@ -3,6 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_floating, check_index, check_range
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation
 from visionkernels.ops.region_attention import eager, reference
@@ -69,7 +70,7 @@ def region_attention_packed(
     one piece, without the concatenation that three views cost. Everything else is as for `region_attention`.
     """
     if qkv.ndim != 4 or not 0 < value_size < qkv.shape[-1] or (qkv.shape[-1] - value_size) % 2:
-        raise ValueError(
+        raise InputError(
             f"qkv has shape {_shape(qkv)}; expected [batch, height, width, 2 * qk + value_size={value_size}]"
         )
     query_size = (qkv.shape[-1] - value_size) // 2
@@ -125,39 +126,39 @@ def _checked_geometry(
     check_floating("region_attention", "maps", query=query, key=key)
     for name, feature, grid in (("query", query, query_grid), ("key", key, key_grid)):
         if feature.ndim != 4:
-            raise ValueError(f"{name} has shape {_shape(feature)}; expected [batch, height, width, channels]")
+            raise InputError(f"{name} has shape {_shape(feature)}; expected [batch, height, width, channels]")
         for axis, size, parts in (("height", feature.shape[1], grid[0]), ("width", feature.shape[2], grid[1])):
             if parts < 1 or size < parts or size % parts:
-                raise ValueError(f"{name} {axis} {size} does not divide into {parts} regions; pad it to a multiple")
+                raise InputError(f"{name} {axis} {size} does not divide into {parts} regions; pad it to a multiple")
     if query.dtype != key.dtype or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
+        raise InputError(
             f"query {_shape(query)} {query.dtype} and key {_shape(key)} {key.dtype} must agree in batch, channels "
             "and dtype"
         )
     if num_heads < 1 or query.shape[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")
+        raise InputError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")
     scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     return RegionGeometry(num_heads, query_grid, key_grid, scale, valid_size)
 
 
 def _check_value(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> None:
     if value.dtype != query.dtype or value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
+        raise InputError(
             f"value {_shape(value)} {value.dtype} must have the batch, height, width and dtype of key, "
             f"{_shape(key)} {key.dtype}"
         )
     if value.shape[-1] % num_heads or not value.shape[-1]:
-        raise ValueError(f"num_heads={num_heads} does not divide the {value.shape[-1]} channels of value")
+        raise InputError(f"num_heads={num_heads} does not divide the {value.shape[-1]} channels of value")
 
 
 def _check_routes(region_index: Tensor, slot_weight: Tensor | None, query: Tensor, geometry: RegionGeometry) -> None:
     check_index("region_index", region_index)
     batch, regions = len(query), geometry.query_grid[0] * geometry.query_grid[1]
     if region_index.ndim != 3 or region_index.shape[:2] != (batch, regions) or not region_index.shape[2]:
-        raise ValueError(f"region_index has shape {_shape(region_index)}; expected [{batch}, {regions}, topk >= 1]")
+        raise InputError(f"region_index has shape {_shape(region_index)}; expected [{batch}, {regions}, topk >= 1]")
     check_range("region_index", region_index, geometry.key_regions)
     if slot_weight is not None and slot_weight.shape != region_index.shape:
-        raise ValueError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
+        raise InputError(f"slot_weight has shape {_shape(slot_weight)}; region_index has {_shape(region_index)}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

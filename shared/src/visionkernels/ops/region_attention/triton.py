@@ -7,7 +7,7 @@ atomically: backward is deterministic. Formulas and the inverse routing list: RE
 
 # B batch, G query regions, L key regions, T tokens of a region, S slots (topk), M heads, D head size
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visionkernels.ops._cases import AotCase, Roofline
 from visionkernels.ops.region_attention.geometry import RegionGeometry
-
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
 
 __all__ = ["aot_cases", "region_attention", "rooflines"]
 
@@ -378,10 +376,8 @@ def _backward_flops(
     return int(2 * batch * height * width * keys * (3 * channels + 2 * value[3]))
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: each kernel, for the head sizes and dtypes that models use."""
-    from visionkernels.testing.kernels import AotCase
-
     kernels = (_region_attention_fwd_kernel, _region_attention_bwd_dq_kernel, _region_attention_bwd_dkv_kernel)
     numbers = {"index_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "order_ptr": "*i32", "first_ptr": "*i32"}
     maps = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
@@ -397,10 +393,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work of forward and backward in the stages of BiFormer-S, batch 64 at 224 pixels and COCO."""
-    from visionkernels.testing.kernels import Roofline
-
     stages = {
         "224 stage 1": (64, 56 * 56, 49, 1, 64),
         "224 stage 2": (64, 28 * 28, 49, 4, 128),

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_devices, check_floating, check_index, check_range, is_readable
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
@@ -46,15 +47,15 @@ def _check_tokens(visible: Tensor, mask_token: Tensor, positions: Tensor) -> Non
     check_floating("restore_tokens", "tokens", visible=visible, mask_token=mask_token, positions=positions)
     check_devices(visible=visible, mask_token=mask_token, positions=positions)
     if visible.ndim != 3 or not visible.shape[2]:
-        raise ValueError(f"visible has shape {list(visible.shape)}; expected [batch, 1 + visible patches, channels]")
+        raise InputError(f"visible has shape {list(visible.shape)}; expected [batch, 1 + visible patches, channels]")
     channels = visible.shape[2]
     if mask_token.shape != (channels,):
-        raise ValueError(f"mask_token has shape {list(mask_token.shape)}; expected [{channels}], the channels")
+        raise InputError(f"mask_token has shape {list(mask_token.shape)}; expected [{channels}], the channels")
     if positions.ndim != 2 or positions.shape[1] != channels:
-        raise ValueError(f"positions has shape {list(positions.shape)}; expected [1 + patches, {channels}]")
+        raise InputError(f"positions has shape {list(positions.shape)}; expected [1 + patches, {channels}]")
     patches, kept = len(positions) - 1, visible.shape[1] - 1
     if not 1 <= kept <= patches:
-        raise ValueError(
+        raise InputError(
             f"visible has {kept} patches after the class token, and positions {patches}; expected 1 to {patches}"
         )
 
@@ -63,11 +64,11 @@ def _check_ids(ids_restore: Tensor, visible: Tensor, patches: int) -> None:
     check_index("ids_restore", ids_restore)
     check_devices(visible=visible, ids_restore=ids_restore)
     if ids_restore.shape != (len(visible), patches):
-        raise ValueError(f"ids_restore has shape {list(ids_restore.shape)}; expected [{len(visible)}, {patches}]")
+        raise InputError(f"ids_restore has shape {list(ids_restore.shape)}; expected [{len(visible)}, {patches}]")
     check_range("ids_restore", ids_restore, patches)
     if is_readable(ids_restore):
         is_named = torch.zeros_like(ids_restore, dtype=torch.bool).scatter_(1, ids_restore.long(), True).all()
         if not ids_restore.is_cpu:
             torch._assert_async(is_named)
         elif not is_named:
-            raise ValueError(f"ids_restore has a row that names a patch twice; expected permutations of {patches}")
+            raise InputError(f"ids_restore has a row that names a patch twice; expected permutations of {patches}")

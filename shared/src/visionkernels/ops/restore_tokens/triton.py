@@ -6,15 +6,14 @@ mask token's gradient is summed by tiles of patches, in a fixed order. Without p
 
 # B batch, K visible patches, L patches, D channels
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
+from visionkernels.ops._cases import AotCase, Roofline
 
 __all__ = ["aot_cases", "restore_tokens", "rooflines"]
 
@@ -140,10 +139,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: both kernels, for each dtype and for the mixture under autocast."""
-    from visionkernels.testing.kernels import AotCase
-
     cases = []
     for token, other in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
         types = dict.fromkeys(("visible_ptr", "dvisible_ptr"), f"*{token}") | {"ids_ptr": "*i64"}
@@ -154,10 +151,8 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work for ViT-S's decoder, 49 of 196 patches and 256 channels, batch 256, bfloat16."""
-    from visionkernels.testing.kernels import Roofline
-
     visible, out, ids = 2 * 256 * 50 * 256, 2 * 256 * 197 * 256, 8 * 256 * 196
     moved, operations = visible + out + ids, out / 2
     return [

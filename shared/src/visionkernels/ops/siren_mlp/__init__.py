@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from visionkernels.checks import InputError
 from visionkernels.ops._checks import check_floating, check_range
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic, LayerArithmetic, column_sums
@@ -44,7 +45,7 @@ def siren_mlp(
     """
     check_floating("siren_mlp", "coordinates", coordinates=coordinates)
     if coordinates.ndim != 2 or not coordinates.shape[1]:
-        raise ValueError(f"coordinates has shape {list(coordinates.shape)}; expected [points, axes >= 1]")
+        raise InputError(f"coordinates has shape {list(coordinates.shape)}; expected [points, axes >= 1]")
     _check_weights(weights, coordinates)
     parents = _check_parents(parents, weights, 1, "coordinates")
     chosen = choose_backend("siren_mlp", backend, coordinates, unsupported=_too_wide(weights))
@@ -84,14 +85,14 @@ def integer_siren_mlp(
     if inputs.dtype != torch.int32:
         raise TypeError(f"inputs is {inputs.dtype}; integer_siren_mlp takes int32 phases")
     if inputs.ndim != 3 or not inputs.shape[0] or not inputs.shape[2]:
-        raise ValueError(f"inputs has shape {list(inputs.shape)}; expected [nodes >= 1, points, inputs >= 1]")
+        raise InputError(f"inputs has shape {list(inputs.shape)}; expected [nodes >= 1, points, inputs >= 1]")
     _check_table(table, inputs, bits)
     _check_weights(weights, inputs, dtype=torch.float32)
     parents = _check_parents(parents, weights, len(inputs), "inputs")
     for name, numbers, low, high in (("multipliers", multipliers, 1, (1 << 31) - 1), ("shifts", shifts, 0, 62)):
         is_allowed = all(isinstance(number, Integral) and low <= number <= high for number in numbers)
         if len(numbers) != len(weights) or not is_allowed:
-            raise ValueError(f"{name}={list(numbers)} must be {len(weights)} integers in [{low}, {high}]")
+            raise InputError(f"{name}={list(numbers)} must be {len(weights)} integers in [{low}, {high}]")
     arithmetic = _arithmetic(weights, multipliers, shifts, table, bits)
     unsupported = _too_wide(weights)
     if not all(layer.is_exact_in_halves for layer in arithmetic.layers):
@@ -103,7 +104,7 @@ def integer_siren_mlp(
 
 def _check_weights(weights: Sequence[Tensor], inputs: Tensor, *, dtype: torch.dtype | None = None) -> None:
     if not weights:
-        raise ValueError("weights is empty; expected one tensor for each layer")
+        raise InputError("weights is empty; expected one tensor for each layer")
     dtype, width = dtype or inputs.dtype, inputs.shape[-1]
     for number, layer in enumerate(weights):
         if layer.dtype != dtype or layer.device != inputs.device:
@@ -111,7 +112,7 @@ def _check_weights(weights: Sequence[Tensor], inputs: Tensor, *, dtype: torch.dt
                 f"weights[{number}] is {layer.dtype} on {layer.device}; expected {dtype} on {inputs.device}"
             )
         if layer.ndim != 3 or layer.shape[1] != width + 1 or not layer.shape[0] or not layer.shape[2]:
-            raise ValueError(
+            raise InputError(
                 f"weights[{number}] has shape {list(layer.shape)}; expected [nodes >= 1, {width + 1}, outputs >= 1], "
                 f"for {width} inputs and a bias"
             )
@@ -125,12 +126,12 @@ def _check_parents(
     if parents is None:
         parents = [None] * len(weights)
     if len(parents) != len(weights):
-        raise ValueError(f"parents has {len(parents)} entries; weights has {len(weights)} layers")
+        raise InputError(f"parents has {len(parents)} entries; weights has {len(weights)} layers")
     for number, (taken, layer) in enumerate(zip(parents, weights, strict=True)):
         nodes = len(layer)
         if taken is None:
             if sources not in (1, nodes):
-                raise ValueError(
+                raise InputError(
                     f"weights[{number}] has {nodes} nodes and {source} {sources}; name in parents[{number}] "
                     "which ones they take"
                 )
@@ -146,17 +147,17 @@ def _check_index(taken: Tensor, name: str, nodes: int, sources: int, device: tor
     if taken.device != device and not taken.is_cpu:
         raise TypeError(f"{name} is on {taken.device}; expected {device} or the CPU")
     if taken.shape != (nodes,):
-        raise ValueError(f"{name} has shape {list(taken.shape)}; expected [{nodes}], one for each node")
+        raise InputError(f"{name} has shape {list(taken.shape)}; expected [{nodes}], one for each node")
     check_range(name, taken, sources)
 
 
 def _check_table(table: Tensor, inputs: Tensor, bits: int) -> None:
     if not 1 <= bits <= 23:
-        raise ValueError(f"bits={bits} must be in [1, 23]")
+        raise InputError(f"bits={bits} must be in [1, 23]")
     if table.dtype != torch.float32 or table.device != inputs.device:
         raise TypeError(f"table is {table.dtype} on {table.device}; expected torch.float32 on {inputs.device}")
     if table.shape != (_TURN,):
-        raise ValueError(f"table has shape {list(table.shape)}; expected [{_TURN}], one sine for each phase")
+        raise InputError(f"table has shape {list(table.shape)}; expected [{_TURN}], one sine for each phase")
 
 
 def _arithmetic(
@@ -169,9 +170,9 @@ def _arithmetic(
     for number, remainder in enumerate(remainders):
         if remainder != 0:  # NaN too
             name = "table" if number == 0 else f"weights[{number - 1}]"
-            raise ValueError(f"{name} holds a number that is {remainder:g} off an integer; round it")
+            raise InputError(f"{name} holds a number that is {remainder:g} off an integer; round it")
     if largest > 1 << bits:
-        raise ValueError(f"table reaches {largest:g}; with bits={bits}, allowed is {1 << bits}")
+        raise InputError(f"table reaches {largest:g}; with bits={bits}, allowed is {1 << bits}")
     layers = (LayerArithmetic.of(total, *scale, bits) for total, scale in zip(sums, scales, strict=True))
     return IntegerArithmetic(bits, tuple(layers))
 

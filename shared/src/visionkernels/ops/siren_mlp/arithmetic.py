@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visionkernels.checks import InputError
+
 __all__ = ["HALF_BITS", "IntegerArithmetic", "LayerArithmetic", "column_sums"]
 
 HALF_BITS = 5
@@ -31,11 +33,11 @@ class LayerArithmetic:
         Raises ValueError where float64 or int64 would overflow.
         """
         if not math.isfinite(column_sum) or column_sum * 2.0**bits >= 2**53:
-            raise ValueError(f"weights sum up to {column_sum:g} in a column; with bits={bits}, allowed is below 2**53")
+            raise InputError(f"weights sum up to {column_sum:g} in a column; with bits={bits}, allowed is below 2**53")
         total = int(column_sum)
         largest = (total << bits) * multiplier + (1 << shift)
         if largest >= 1 << 63:
-            raise ValueError(
+            raise InputError(
                 f"multipliers: {multiplier} times sums of {total << bits} with shifts of {shift} exceeds 2**63; "
                 "lower them"
             )

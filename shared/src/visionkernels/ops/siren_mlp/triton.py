@@ -12,7 +12,7 @@ those inside a run again, and sums the gradients of weights over points in a fix
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -20,10 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visionkernels.ops._cases import AotCase, Roofline
 from visionkernels.ops.siren_mlp.arithmetic import HALF_BITS, IntegerArithmetic
-
-if TYPE_CHECKING:
-    from visionkernels.testing.kernels import AotCase, Roofline
 
 __all__ = ["aot_cases", "integer_siren_mlp", "rooflines", "siren_mlp"]
 
@@ -438,10 +436,8 @@ def _products(widths: list[int]) -> int:
     return sum(k * m for k, m in pairwise(widths))
 
 
-def aot_cases(*, is_hip: bool) -> "list[AotCase]":
+def aot_cases(*, is_hip: bool) -> list[AotCase]:
     """Return the cases of the ahead-of-time check: each kernel for a trunk's, a leaf's and the widest runs."""
-    from visionkernels.testing.kernels import AotCase
-
     pointers = ("x_ptr", "weight_ptr", "grad_ptr", "dx_ptr", "partial_ptr", "table_ptr", "out_ptr")
     types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("source_ptr", "order_ptr", "first_ptr"), "*i64")
     cases = []
@@ -468,13 +464,11 @@ def aot_cases(*, is_hip: bool) -> "list[AotCase]":
     return cases
 
 
-def rooflines() -> "list[Roofline]":
+def rooflines() -> list[Roofline]:
     """Return the least work of a tree of 3-36-36-28 and 64 leaves of 28-20-14-1.
 
     The kernels' products are float32 multiply-adds, which an H100 does at 67 TFLOP/s, so they cannot come near.
     """
-    from visionkernels.testing.kernels import Roofline
-
     lines = []
     for name, points, passes in (("forward 32768 points", 32768, 1), ("training 4096 points", 4096, 4)):
         operations = 2 * points * (_products([3, 36, 36, 28]) + 64 * _products([28, 20, 14, 1])) * passes
