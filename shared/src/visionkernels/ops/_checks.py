@@ -1,19 +1,9 @@
-"""Checks of arguments that several ops make: one sentence with the argument, what came and what is allowed."""
+"""Checks of arguments that several ops make; messages name the argument, its value and the allowed ones."""
 
 import math
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "check_alike",
-    "check_devices",
-    "check_floating",
-    "check_index",
-    "check_positive",
-    "check_range",
-    "is_readable",
-]
 
 
 def check_floating(op: str, kind: str, **tensors: Tensor) -> None:
@@ -37,8 +27,8 @@ def check_alike(**tensors: Tensor) -> None:
     first, *others = tensors
     for name in others:
         if tensors[name].shape != tensors[first].shape:
-            shapes = [list(tensors[each].shape) for each in (name, first)]
-            raise ValueError(f"{name} has shape {shapes[0]}; expected {shapes[1]}, as {first}")
+            ours, expected = list(tensors[name].shape), list(tensors[first].shape)
+            raise ValueError(f"{name} has shape {ours}; expected {expected}, as {first}")
 
 
 def check_positive(**numbers: float) -> None:
@@ -68,5 +58,5 @@ def check_range(name: str, index: Tensor, size: int) -> None:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether there are values to look at: not while compiling, on the meta device, and for empty tensors."""
+    """Whether values can be checked: not while compiling, on the meta device, and in empty tensors."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or not tensor.numel())

@@ -1,7 +1,7 @@
 """The one rule by which every op chooses among its reference, eager and Triton implementations.
 
 `use_backend(...)` outranks the `backend` argument, which outranks the environment variable VISIONKERNELS_BACKEND.
-What is left at "auto" runs Triton for GPU tensors where Triton imports and knows the dtype, else eager.
+"auto" takes Triton for GPU tensors where Triton imports and knows the dtype, else eager.
 """
 
 import importlib
@@ -34,7 +34,7 @@ _logged: set[tuple[str, str]] = set()
 def use_backend(backend: Backend) -> Iterator[None]:
     """Run every op inside the block with `backend`, whatever its argument says; blocks nest.
 
-    The choice is one for the process, not one a thread. Raises ValueError for an unknown name.
+    The choice holds for all threads of the process. Raises ValueError for an unknown name.
     """
     global _override
     previous, _override = _override, _known(backend, "backend")
@@ -47,8 +47,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def choose_backend(op: str, backend: Backend, *tensors: Tensor, unsupported: str | None = None) -> Backend:
     """Return "triton", "eager" or "reference" for `op` on `tensors`, one or more on one device.
 
-    `unsupported` says, where it is so, why Triton cannot run this call ("slot_weight has no kernel"): "auto" then
-    takes eager and an explicit "triton" raises. Raises ValueError for an unknown name, RuntimeError for a backend
+    `unsupported` is the reason why Triton cannot run this call, if there is one ("slot_weight has no kernel"): "auto"
+    then takes eager, and an explicit "triton" raises. Raises ValueError for an unknown name, RuntimeError for a backend
     that cannot run here.
     """
     wanted = _override or (_known(backend, "backend") if backend != "auto" else None)
@@ -88,8 +88,8 @@ def is_autocast(tensor: Tensor) -> bool:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Return a context in which operations on the tensor's device keep the precision of what they are given."""
-    # where it is off it may not exist, as on meta, and compiled code would enter it for nothing
+    """Return a context in which operations on the tensor's device keep the precision of their inputs."""
+    # where autocast is off, the device may not have it, as meta; compiled code would enter a context for nothing
     return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 
 

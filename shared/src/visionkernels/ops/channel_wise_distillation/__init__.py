@@ -1,4 +1,4 @@
-"""Channel-wise distillation of dense predictions: where in the map each channel lies (Shu et al., ICCV 2021)."""
+"""Channel-wise distillation of dense predictions (Shu et al., ICCV 2021)."""
 
 from jaxtyping import Float
 from torch import Tensor

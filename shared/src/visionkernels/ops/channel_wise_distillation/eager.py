@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["channel_wise_distillation"]
 
 _CHUNK_ELEMENTS = 65536
-"""Of the rows of a pass, or one row if longer: four float32 buffers of it stay in a core's cache."""
+"""Elements of the rows of a pass, one or more: four float32 buffers of this size stay in a core's cache."""
 
 
 def channel_wise_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -31,7 +31,7 @@ def channel_wise_distillation(student: Tensor, teacher: Tensor, temperature: flo
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        students, teachers = (each.flatten(2).flatten(0, 1).contiguous() for each in (student, teacher))  # [R, N]
+        students, teachers = (x.flatten(2).flatten(0, 1).contiguous() for x in (student, teacher))  # [R, N]
         rows, positions = students.shape
         chunk = max(1, _CHUNK_ELEMENTS // positions)
         shifted, p_teacher = students.new_empty(2, min(chunk, rows), positions, dtype=dtype)

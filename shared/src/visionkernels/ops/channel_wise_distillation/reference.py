@@ -1,4 +1,4 @@
-"""Channel-wise distillation by its definition: a softmax over positions each, and their cross entropy."""
+"""Channel-wise distillation by its definition: the cross entropy of two softmaxes over positions."""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from visionkernels.ops._dispatch import Backend, choose_backend, implementation,
 
 __all__ = ["feature_smooth_l1"]
 
-_MAX_KERNEL_CHANNELS = 8192  # what the kernels' tiles hold in registers
+_MAX_KERNEL_CHANNELS = 8192  # of the longest row that fits into registers
 
 
 def feature_smooth_l1(

@@ -49,7 +49,7 @@ def filtered_conv2d(
 
     The value is that of `torch.nn.functional.conv2d` with the same arguments. In backward the output gradient is
     replaced by its mean g over patches of `radius` x `radius` outputs (rows, columns), the last ones cut off by the
-    map's edge. With the sums X of the input over what a patch samples, and the sum T of the kernel's taps,
+    map's edge. With the sums X of the input over the pixels that a patch samples, and the sum T of the kernel's taps,
 
         d weight[o, c, u, v] = sum g[n, o, p, q] X[n, c, p, q]  for every tap u, v
         d x                  = the pixels of each patch get sum_o T[o, c] g[n, o, p, q]
@@ -65,10 +65,10 @@ def filtered_conv2d(
     eager's d weight is then a view that repeats one value for all taps, and no weight-sized tensor is touched in
     backward (not with "covered"). `straight_through` builds the same value and gradients from
     ordinary operations, for graphs that are exported with their backward (export inlines custom functions and would
-    record the exact backward); inside `torch.export` it is implied. Under autocast all is as for `conv2d`.
+    record the exact backward); inside `torch.export` it is implied. Autocast works as for `conv2d`.
 
-    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they run: they
-    are those of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
+    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they are those
+    of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
 
     Raises TypeError for dtypes and devices, ValueError for a wrong radius, border, stride, padding, dilation, groups or
     shape, and RuntimeError for a kernel larger than the padded input or `backend="triton"` where it cannot run.
@@ -83,7 +83,7 @@ def filtered_conv2d(
         )
     if is_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if each is None else each.to(dtype) for each in (x, weight, bias))  # type: ignore[assignment]
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
     x, paddings = pad_unevenly(x, padding, weight.shape[-2:], strides, dilations)
     geometry = ConvGeometry.of(x.shape[-2:], weight.shape[-2:], strides, paddings, dilations, rows_columns, groups)
@@ -119,7 +119,7 @@ def saved_input(
     dilation: int | tuple[int, int] = 1,
     radius: Radius = 2,
 ) -> Float[Tensor, "batch channels rows columns"]:
-    """Sum the input over the pixels that each patch of outputs samples: what stands in the gradient of the weight.
+    """Sum the input over the pixels that each patch of outputs samples, for the gradient of the weight.
 
     Each output samples the mean of the box of pixels in the middle of its kernel's span, as wide as the stride. For
     stride 1 and "same" padding this is the plain sum over patches of the input. Raises as `filtered_conv2d` does.
@@ -134,7 +134,7 @@ def saved_input(
 def kernel_sum(
     weight: Float[Tensor, "out_channels in_channels kernel_height kernel_width"],
 ) -> Float[Tensor, "out_channels in_channels"]:
-    """Sum a kernel over its taps: all that the filtered gradient of the input sees of it.
+    """Sum a kernel over its taps, for the gradient of the input.
 
     Raises TypeError for dtypes, ValueError for a wrong shape.
     """
@@ -219,7 +219,7 @@ def _pair(value: object, name: str, least: int = 1) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
     if isinstance(pair, Sequence) and len(pair) == 2:
         first, second = pair
-        if all(isinstance(each, int) and not isinstance(each, bool) and each >= least for each in pair):
+        if all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in pair):
             return first, second
     raise ValueError(f"{name}={value!r} must be an integer of at least {least}, or a pair of them")
 

@@ -20,10 +20,10 @@ from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry, S
 __all__ = ["area", "filtered_conv2d", "kernel_sum", "mean_over_cells", "spread_over_cells", "straight_through"]
 
 _MAX_MATRIX_ELEMENTS = 10_000
-"""Of the matrix of both axes at once; above it, rows and then columns are faster (28 x 28 by 4: 1.7 times)."""
+"""Entries of the matrix of both axes at once; above it, rows and then columns are faster (28 x 28 by 4: 1.7 times)."""
 
 _MANY_SLICES = 6
-"""From so many pixels a cell on, one sum over them is faster than adding them one by one."""
+"""Pixels of a cell from which one sum over them is faster than adding them one by one."""
 
 
 def filtered_conv2d(
@@ -78,7 +78,7 @@ class _FilteredConv(torch.autograd.Function):
 def straight_through(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None
 ) -> Tensor:
-    """Return the same, values and gradients, without a custom autograd function: for graphs that are exported.
+    """Return the same values and gradients without a custom autograd function, for graphs that are exported.
 
     Export inlines the forward of a custom function and so records the exact backward. Here y = conv(x, weight, bias),
     all detached, plus z - z: the 1x1 convolution z of the cells' means with the summed kernel, spread over the outputs,
@@ -93,7 +93,7 @@ def straight_through(
 
 
 def mean_over_cells(x: Tensor, axes: Axes) -> Tensor:
-    """Average [N, C, H, W] over what each cell samples, [N, C, P, Q]; float32, or float64 for float64 input."""
+    """Average [N, C, H, W] over the pixels of each cell, [N, C, P, Q]; float32, or float64 for float64 input."""
     x = _widened(x)
     if _is_plain_contiguous(x):
         rows, columns = axes
@@ -176,8 +176,8 @@ def _sum_slices(x: Tensor, dim: int, axis: Axis) -> Tensor:
         return whole[0]
     if len(whole) > 1:
         total = whole[0] + whole[1]
-        for each in whole[2:]:
-            total += each
+        for pixels in whole[2:]:
+            total += pixels
     else:
         shape = [axis.cells if i == dim else size for i, size in enumerate(x.shape)]
         total = whole[0].clone() if whole else _empty_like(x, shape).zero_()
@@ -246,10 +246,9 @@ def _counts(axis: Axis) -> list[int]:
 
 
 def area(axes: Axes, x: Tensor) -> Tensor | int:
-    """Return how many outputs each cell holds: [P, Q], or one number where all hold as many."""
+    """Return the number of outputs of each cell, [P, Q], or one number where all have as many."""
     rows, columns = (_counts(axis) for axis in axes)
     if len({*rows}) == len({*columns}) == 1:
         return rows[0] * columns[0]
-    counts = (torch.tensor(each, dtype=x.dtype, device=x.device) for each in (rows, columns))
-    row_counts, column_counts = counts
+    row_counts, column_counts = (torch.tensor(counts, dtype=x.dtype, device=x.device) for counts in (rows, columns))
     return row_counts[:, None] * column_counts

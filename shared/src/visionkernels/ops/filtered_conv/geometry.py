@@ -1,4 +1,4 @@
-"""Which pixels the cells of a filtered convolution cover: separable, so stated for one axis; and the two together.
+"""The pixels that the cells of a filtered convolution cover, for one axis, since all is separable, and for both.
 
 A cell is a run of `radius` outputs. Along the input it samples, for each of its outputs, the box of pixels in the
 middle of the kernel's span, as wide as the stride.
@@ -45,7 +45,7 @@ class Axis:
 
     @property
     def box(self) -> int:
-        """Input pixels that stand for one output: all between two outputs, but none that no tap could read."""
+        """Input pixels that stand for one output: all between two outputs, without those that no tap can read."""
         return min(self.stride, self.span)
 
     @property
@@ -68,7 +68,7 @@ class Axis:
         return is_whole and self.box == self.stride and self.offset == 0
 
     def slices(self) -> Iterator["Slice"]:
-        """Yield strided runs of pixels that together are all sampled pixels, each once, sorted to their cells."""
+        """Yield strided runs of pixels: together all that are sampled, once, in the order of their cells."""
         step = self.radius * self.stride
         for place in range(min(self.radius, self.outputs)):
             for pixel in range(self.box):
@@ -109,7 +109,7 @@ class ConvGeometry:
 
         Raises RuntimeError, as torch does, for a kernel that spans more than the padded input.
         """
-        rows, columns = (Axis(*each) for each in zip(size, kernel, stride, padding, dilation, radius, strict=True))
+        rows, columns = (Axis(*sizes) for sizes in zip(size, kernel, stride, padding, dilation, radius, strict=True))
         for name, axis in (("height", rows), ("width", columns)):
             padded = axis.size + 2 * axis.padding
             if padded < axis.span:

@@ -54,7 +54,7 @@ def patch_mean(grad: Tensor, axes: Axes) -> Tensor:
 
 
 def saved_input(x: Tensor, axes: Axes) -> Tensor:
-    """Sum [N, C, H, W] over the outputs of each cell, of each the mean of its box: [N, C, P, Q]."""
+    """Average [N, C, H, W] over the box of each output, and sum over the outputs of each cell: [N, C, P, Q]."""
     rows, columns = (cell_matrix(axis).to(x) @ sampling_matrix(axis).to(x) for axis in axes)
     return torch.einsum("ph,qw,nchw->ncpq", rows, columns, x)
 

@@ -10,7 +10,7 @@ from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, re
 
 __all__ = ["Grid", "region_attention", "region_attention_packed", "region_attention_weights", "region_view"]
 
-_MAX_KERNEL_HEAD = 128  # what the kernels' tiles hold in registers
+_MAX_KERNEL_HEAD = 128  # channels of the largest tile that fits into registers
 
 
 def region_attention(
@@ -38,10 +38,10 @@ def region_attention(
     without any valid key gets zeros. `slot_weight` multiplies the keys and the values of a slot (soft routing).
     Softmax and accumulation are float32 (float64 for float64 input); the output has the dtype of `value`.
 
-    Beyond inputs and outputs, memory is the stated workspace of the eager path (`eager.WORKSPACE_ELEMENTS`, or one
-    region if larger; with `slot_weight` and under torch.compile a gathered copy), and one float per query and head
-    for Triton. `region_index` is not differentiable, and there is no second derivative. Triton, and eager on a CPU,
-    are deterministic in backward.
+    Beside inputs and outputs, the eager path needs a workspace of `eager.WORKSPACE_ELEMENTS`, or of one region if that
+    is larger (with `slot_weight` and under torch.compile a gathered copy); Triton needs one float per query and head.
+    `region_index` is not differentiable, and there is no second derivative. Backward is deterministic for Triton, and
+    for eager on a CPU.
 
     Raises TypeError for dtypes, ValueError for shapes that disagree, maps that their grid does not divide, and an
     index outside [0, key regions) (on a GPU: a device-side assertion, since reading it back would synchronise),
@@ -66,7 +66,7 @@ def region_attention_packed(
     """Run `region_attention` on query, key and value side by side in the channels of one map, as a fused Linear does.
 
     `value_size` counts the channels of the value; query and key share the others. The gradient of `qkv` is written in
-    one piece, without the concatenation that three views cost. All else as for `region_attention`.
+    one piece, without the concatenation that three views cost. Everything else is as for `region_attention`.
     """
     if qkv.ndim != 4 or not 0 < value_size < qkv.shape[-1] or (qkv.shape[-1] - value_size) % 2:
         raise ValueError(
@@ -92,8 +92,8 @@ def region_attention_weights(
 ) -> Float[Tensor, "batch regions heads tokens keys"]:
     """Return the softmax weights of `region_attention`, for inspection: float32, or float64 for float64 input.
 
-    The last axis runs over the slots in the order of `region_index`, and row by row inside each region. It is
-    computed by the definition, with a gathered copy of the keys. Errors as for `region_attention`.
+    The last axis runs over the slots in the order of `region_index`, and row by row inside each region. The weights
+    are computed by the definition, with a gathered copy of the keys. Raises as `region_attention` does.
     """
     geometry = _checked_geometry(query, key, num_heads, query_grid, key_grid, scale, valid_size)
     _check_routes(region_index, slot_weight, query, geometry)

@@ -1,6 +1,6 @@
 """Region attention in plain ATen, fast on a CPU and lean everywhere: no gathered copy outlives a chunk of regions.
 
-Three forms compute the same. `_dense` masks ordinary attention: the fastest while the map is small and the routed
+Three forms give the same values. `_dense` masks ordinary attention: the fastest while the map is small and the routed
 regions are a good part of it. `_ChunkedAttention` walks over chunks of query regions with buffers that stay in cache,
 and recomputes them in backward. `_gathered` is the definition on fused attention, for graphs (compile, export), whose
 compiler plans its own memory, and for weighted slots.
@@ -22,7 +22,7 @@ from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, fr
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
 
 WORKSPACE_ELEMENTS = 3 << 18
-"""Elements of all buffers of a chunk: 3 MiB of float32, about the cache of a core. One region is the least."""
+"""Elements of all buffers of a chunk of one or more regions: 3 MiB of float32, about the cache of a core."""
 
 
 def region_attention(
@@ -55,7 +55,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geom
     key_region = _region_of_pixel(key, geometry.key_grid)
     times_routed = query.new_zeros(*region_index.shape[:2], geometry.key_regions)
     times_routed.scatter_add_(2, region_index.long(), query.new_ones(()).expand(region_index.shape))
-    # a region named n times has n equal keys each: exp(logit + log n); one not named has log 0, no weight
+    # a region named n times has n equal keys each: exp(logit + log n); one that is not named has log 0, no weight
     bias = times_routed.log()[:, query_region][:, :, key_region].unsqueeze(1)
     queries, keys, values = (
         x.flatten(1, 2).unflatten(-1, (geometry.num_heads, -1)).transpose(1, 2) for x in (query, key, value)

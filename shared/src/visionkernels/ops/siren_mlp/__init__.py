@@ -13,7 +13,7 @@ from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic, LayerArith
 
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
-_MAX_KERNEL_WIDTH = 64  # what the kernels' tiles hold in registers
+_MAX_KERNEL_WIDTH = 64  # inputs or outputs of the largest tile that fits into registers
 _TURN = 4096
 
 
@@ -31,8 +31,8 @@ def siren_mlp(
         z_0[n] = x @ W_0[n] + b_0[n],   z_l[n] = sin(z_{l-1}[parents[l][n]]) @ W_l[n] + b_l[n],   out = z_last.
 
     There is no frequency: multiply it into the weights and biases. `parents[l]` says which outputs of the layer before
-    the nodes of layer l take; None: each node the one of its own number, or all the single one. `parents=None` stands
-    for None at every layer. Indices may repeat, be in any order, and lie on the CPU.
+    the nodes of layer l take; with None, each node takes the output of its own number, or all nodes take the only one.
+    `parents=None` stands for None at every layer. Indices may repeat, be in any order, and lie on the CPU.
 
     Computes in float32 (float64 for float64 input), under autocast too, since a phase of some turns has no digits left
     in half precision; the output has the dtype of `coordinates`. Gradients of all weights and of the coordinates are
@@ -75,11 +75,11 @@ def integer_siren_mlp(
 
     Products are taken in floating point where every partial sum is exact: float32 while the sums of |W|, |b| over the
     rows, times 2**bits, stay below 2**24, else float64 (Triton: two float32 products of half the bits each). These
-    sums are read back from a GPU once a call. Nothing here has a gradient.
+    sums are read back from a GPU once a call. The function has no gradient.
 
     Raises TypeError for dtypes and devices, ValueError for shapes that disagree, indices out of range, `bits` outside
-    [1, 23], multipliers outside [1, 2**31), shifts outside [0, 62], weights and table that are no integers or too large
-    (sums of 2**53, products of 2**63), RuntimeError for `backend="triton"` where it cannot run.
+    [1, 23], multipliers outside [1, 2**31), shifts outside [0, 62], weights and a table that are no integers or too
+    large (sums of 2**53, products of 2**63), RuntimeError for `backend="triton"` where it cannot run.
     """
     if inputs.dtype != torch.int32:
         raise TypeError(f"inputs is {inputs.dtype}; integer_siren_mlp takes int32 phases")
@@ -121,7 +121,7 @@ def _check_weights(weights: Sequence[Tensor], inputs: Tensor, *, dtype: torch.dt
 def _check_parents(
     parents: Sequence[Tensor | None] | None, weights: Sequence[Tensor], sources: int, source: str
 ) -> Sequence[Tensor | None]:
-    """Return one entry a layer; `sources` counts what the first layer can take, `source` names it."""
+    """Return one entry a layer; the first layer takes from `source`, which has `sources` entries."""
     if parents is None:
         parents = [None] * len(weights)
     if len(parents) != len(weights):

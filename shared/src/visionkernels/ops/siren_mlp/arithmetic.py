@@ -1,4 +1,4 @@
-"""The integer arithmetic of a layer, and in which precision its sums are exact."""
+"""The integer arithmetic of a layer, and the precision in which its sums are exact."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 __all__ = ["HALF_BITS", "IntegerArithmetic", "LayerArithmetic", "column_sums"]
 
 HALF_BITS = 5
-"""Of a sine that Triton multiplies in two parts, the bits of the lower one."""
+"""Bits of the lower part of a sine, which Triton multiplies in two parts."""
 
 
 @dataclass(frozen=True)
 class LayerArithmetic:
-    """How a layer's sums s become phases, (s multiplier + half) >> shift, and what they fit into."""
+    """A layer's sums s become the phases (s multiplier + half) >> shift; flags say which formats hold them."""
 
     multiplier: int
     shift: int
@@ -26,7 +26,7 @@ class LayerArithmetic:
 
     @classmethod
     def of(cls, column_sum: float, multiplier: int, shift: int, bits: int) -> "LayerArithmetic":
-        """Judge by the largest sum of |W| and |b| over a column.
+        """Return the arithmetic of a layer by its largest sum of |W| and |b| over a column.
 
         Raises ValueError where float64 or int64 would overflow.
         """
@@ -45,18 +45,18 @@ class LayerArithmetic:
 
 @dataclass(frozen=True)
 class IntegerArithmetic:
-    """The arithmetic of a tree in integers: sines of `bits` bits, and each layer's."""
+    """The arithmetic of a tree in integers: the bits of its sines, and its layers."""
 
     bits: int
     layers: tuple[LayerArithmetic, ...]
 
 
 def column_sums(table: Tensor, weights: Sequence[Tensor]) -> tuple[float, list[float], list[float]]:
-    """Return the largest of `table`, each layer's largest sum of |W| and |b|, and how far each is from integers.
+    """Return the table's largest number, each layer's largest sum of |W| and |b|, and their distances from integers.
 
-    The last list begins with the table. All numbers are read back from the device at once.
+    The distances begin with the table's. All numbers are read back from the device at once.
     """
     sums = [layer.abs().sum(1, dtype=torch.float64).max() for layer in weights]
-    remainders = [(each - each.round()).abs().max().double() for each in (table, *weights)]
-    numbers = torch.stack([table.abs().max().double(), *sums, *remainders]).tolist()
-    return numbers[0], numbers[1 : len(sums) + 1], numbers[len(sums) + 1 :]
+    remainders = [(numbers - numbers.round()).abs().max().double() for numbers in (table, *weights)]
+    largest, *rest = torch.stack([table.abs().max().double(), *sums, *remainders]).tolist()
+    return largest, rest[: len(sums)], rest[len(sums) :]

@@ -16,13 +16,13 @@ from visionkernels.ops.siren_mlp.arithmetic import IntegerArithmetic, LayerArith
 __all__ = ["integer_siren_mlp", "siren_mlp"]
 
 _ROWS = 16384
-"""Nodes times points of a pass on a CPU."""
+"""Nodes times points of one pass on a CPU."""
 _MIN_POINTS = 64
-"""Of a pass, however many nodes there are."""
+"""Least points of a pass, however many nodes there are."""
 
 
 def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None]) -> Tensor:
-    """Return what the last layer's nodes compute [N, P, M]; see the public function."""
+    """Return the outputs of the last layer's nodes [N, P, M]; see the public function."""
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
     layers = [layer.to(dtype).mT for layer in weights]  # [N, M, K + 1]
     passes = _passes(coordinates.to(dtype).mT[None], weights)

@@ -14,7 +14,7 @@ __all__ = ["integer_siren_mlp", "siren_mlp"]
 
 
 def siren_mlp(coordinates: Tensor, weights: Sequence[Tensor], parents: Sequence[Tensor | None]) -> Tensor:
-    """Return what the last layer's nodes compute [N, P, M]; see the public function."""
+    """Return the outputs of the last layer's nodes [N, P, M]; see the public function."""
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
     inputs = [coordinates.to(dtype)]  # of each node [P, K]
     for layer, taken in zip(weights, parents, strict=True):
@@ -36,7 +36,7 @@ def integer_siren_mlp(
         nodes = layer.cpu().numpy().astype(np.int64)
         hidden = [sines[phases[i] % len(sines)] for i in sources]
         sums = [h @ node[:-1] + (node[-1] << arithmetic.bits) for h, node in zip(hidden, nodes, strict=True)]
-        phases = [(each * scale.multiplier + (1 << scale.shift >> 1)) >> scale.shift for each in sums]
+        phases = [(total * scale.multiplier + (1 << scale.shift >> 1)) >> scale.shift for total in sums]
     return torch.from_numpy(np.stack(phases)).to(inputs.device)
 
 
