@@ -41,8 +41,8 @@ def region_attention(
 
     Beside inputs and outputs, the eager path needs a workspace of `eager.WORKSPACE_ELEMENTS`, or of one region if that
     is larger (with `slot_weight` and under torch.compile a gathered copy); Triton needs one float per query and head.
-    `region_index` is not differentiable, and there is no second derivative. Triton, and eager on a CPU,
-    have a deterministic backward.
+    `region_index` is not differentiable, and there is no second derivative. Backward is deterministic for Triton, and
+    for eager on a CPU.
 
     Raises TypeError for dtypes, ValueError for shapes that disagree, maps that their grid does not divide, and an
     index outside [0, key regions) (on a GPU: a device-side assertion, since reading it back would synchronise),
