@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tinc
+from tinc import rivals
 from tinc.cli import main
 
 Wavy = Callable[..., np.ndarray]
@@ -223,6 +225,16 @@ class TestEval:
         assert "--checkpoint" in fails(capsys, "eval", volume)
         np.save(volume.with_name("other.npy"), np.zeros((3, 4, 5), dtype=np.uint16))
         assert "has shape (8, 12, 20)" in fails(capsys, "eval", volume.with_name("other.npy"), compressed)
+
+
+class TestBench:
+    def test_unreachable_ratio_is_null_in_json(
+        self, volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # zfp alone: training trees would take seconds
+        monkeypatch.setattr(rivals, "compare", partial(rivals.compare, layers=()))
+        assert main(["bench", str(volume), "--ratios", "2000", "--against", "zfp", "--json", "-"]) == 0
+        assert '"psnr": null' in capsys.readouterr().out
 
 
 class TestProcess:

@@ -1,15 +1,16 @@
 """Output files that appear whole or not at all: written under a temporary name in the same folder, then renamed."""
 
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CorruptFileError", "refuse_existing", "replace_file", "sync", "write_json"]
+__all__ = ["CorruptFileError", "finite_or_none", "refuse_existing", "replace_file", "sync", "write_json"]
 
 
 class CorruptFileError(ValueError):
@@ -91,3 +92,15 @@ def write_json(path: str | Path, value: Any, *, overwrite: bool = False) -> None
         return
     with replace_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return `value` with None for every float that is NaN or infinite, since JSON has no word for these.
+
+    Mappings become dicts, and lists and tuples become lists, at any depth; other values are returned as they are.
+    """
+    if isinstance(value, Mapping):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

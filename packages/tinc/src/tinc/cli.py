@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from visionkernels.cli import ReportOptions, print_metrics, report_bench, report_fit, run
-from visionkernels.files import refuse_existing, write_json
+from visionkernels.files import finite_or_none, refuse_existing, write_json
 
 __all__ = ["main"]
 
@@ -301,8 +301,7 @@ def evaluate(
             found[f"{name}_{cut:g}"] = measure(reference, decoded, threshold=cut)
     print_metrics(found)
     if json is not None:
-        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        write_json(json, {"original": str(original), **finite}, overwrite=overwrite)
+        write_json(json, finite_or_none({"original": str(original), **found}), overwrite=overwrite)
 
 
 def train(
@@ -426,7 +425,7 @@ def bench(
         rows.append(row)
     print(rivalry_table(rows))
     if json is not None:
-        write_json(json, rows, overwrite=overwrite)
+        write_json(json, finite_or_none(rows), overwrite=overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

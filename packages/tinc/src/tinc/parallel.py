@@ -15,7 +15,7 @@ from tinc.compression import compress
 from tinc.volumes import move_folder, read_volume, refuse_folder, zarr_attributes
 from visionkernels import sweeps
 from visionkernels.extras import require
-from visionkernels.files import replace_file
+from visionkernels.files import finite_or_none, replace_file
 
 if TYPE_CHECKING:
     from tinc.chunks import ChunkOptions
@@ -320,5 +320,5 @@ class _VolumeWriter:
         psnr = _total_psnr([_summary(file.nbytes, native, file.decode())], native.dtype)
         return {
             "path": path, "out": str(out), "raw_bytes": native.nbytes, "bytes": file.nbytes, "ratio": file.ratio,
-            "psnr": None if math.isinf(psnr) else psnr, "note": volume.note,
+            "psnr": finite_or_none(psnr), "note": volume.note,
         }  # fmt: skip
