@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tinc
-import tinc.compression
-import tinc.design
-import tinc.jobs
+from tinc import container
+from tinc.encoding import tree_layer
+from tinc.residual import blocks
 from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 from visionkernels.testing.golden import load_module
 
@@ -37,8 +37,8 @@ def wavy() -> Wavy:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train trees for 12 steps instead of thousands."""
-    monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 12)
-    monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "best", 16)
+    monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 12)
+    monkeypatch.setitem(tree_layer.TRAINING_STEPS, "best", 16)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def examples(wavy: Wavy) -> dict[str, tinc.TincFile]:
     signed[0, 0, :4] = 0, -0.0, 1e-45, -1e-45
     ranks = (draw.integers(0, 4, (6, 7, 8)) * 9001).astype(np.uint16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 12)
+        patch.setitem(tree_layer.TRAINING_STEPS, "balanced", 12)
         files = {f"residual-{dtype}": make(wavy((5, 11, 9), dtype), preset="fast", bpv=1.5)
                  for dtype in ("uint8", "uint16", "int16", "float32")}  # fmt: skip
         files |= {
@@ -75,9 +75,9 @@ def examples(wavy: Wavy) -> dict[str, tinc.TincFile]:
             "palette-tree": make(ranks, lossless=True, layers="both"),
             "constant": make(np.full((3, 4), 9, dtype=np.int16), psnr=30),
         }
-        patch.setattr(tinc.jobs, "TILE_CHECKS_FROM", 0)
+        patch.setattr(container, "TILE_CHECKS_FROM", 0)
         files["checksums"] = make(masked, preset="fast", bytes=280)
-        patch.setattr(tinc.design, "TILE_VOXELS", 128)
+        patch.setattr(blocks, "TILE_VOXELS", 128)
         files["tiles"] = make(masked, preset="fast", bytes=400)
     assert set(files) == set(EXAMPLES)
     return files

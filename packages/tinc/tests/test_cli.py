@@ -16,6 +16,7 @@ import pytest
 import tinc
 from tinc import rivals
 from tinc.cli import main
+from tinc.encoding import tree_layer
 
 Wavy = Callable[..., np.ndarray]
 
@@ -252,7 +253,7 @@ class TestProcess:
     @pytest.mark.parametrize("layers", ["tree", "both"])
     def test_signal(self, volume: Path, layers: str, monkeypatch: pytest.MonkeyPatch, few_steps: None) -> None:
         """SIGINT in the middle of a step of the training ends it, and the file is written."""
-        from tinc.fitting import _Fit
+        from tinc.tree.fitting import _Fit
 
         step, count = _Fit.step, 0
 
@@ -264,7 +265,7 @@ class TestProcess:
             return step(self, *rest)
 
         monkeypatch.setattr(_Fit, "step", interrupted)
-        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 400)
+        monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 400)
         before, out = signal.getsignal(signal.SIGINT), volume.with_name("a.tinc")
         assert main(["compress", str(volume), str(out), "--bytes", "2500", "--layers", layers]) == 0
         assert signal.getsignal(signal.SIGINT) is before
@@ -277,12 +278,12 @@ class TestProcess:
         np.save(tmp_path / "a.npy", wavy((8, 16, 16), "uint16"))
         out = tmp_path / "a.tinc"
         program = (
-            "import sys, tinc.fitting, tinc.cli\n"
-            "step = tinc.fitting._Fit.step\n"
+            "import sys, tinc.tree.fitting, tinc.cli\n"
+            "step = tinc.tree.fitting._Fit.step\n"
             "def slow(self, *rest):\n"
             "    print('training', flush=True)\n"
             "    return step(self, *rest)\n"
-            "tinc.fitting._Fit.step = slow\n"
+            "tinc.tree.fitting._Fit.step = slow\n"
             "sys.exit(tinc.cli.main(sys.argv[1:]))\n"
         )
         argv = ["compress", str(tmp_path / "a.npy"), str(out), "--bytes", "1500", "--layers", "both"]
@@ -305,12 +306,12 @@ class TestProcess:
         """A second Ctrl-C ends the command at once, with 130 and no file."""
         np.save(tmp_path / "a.npy", wavy((16, 32, 32), "uint16"))
         program = (
-            "import sys, signal, os, tinc.fitting, tinc.cli\n"
+            "import sys, signal, os, tinc.tree.fitting, tinc.cli\n"
             "def stuck(*_):\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n"
             "    raise AssertionError('not interrupted')\n"
-            "tinc.fitting._Fit.step = stuck\n"
+            "tinc.tree.fitting._Fit.step = stuck\n"
             "sys.exit(tinc.cli.main(sys.argv[1:]))\n"
         )
         argv = ["compress", str(tmp_path / "a.npy"), str(tmp_path / "a.tinc"), "--bytes", "1500", "--layers", "tree"]

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import tinc
-from tinc.design import choose_blocks, cut
-from tinc.jobs import OutOfReachError
+from tinc.encoding import tree_layer
+from tinc.encoding.targets import OutOfReachError
+from tinc.residual.blocks import cut
+from tinc.residual.design import choose_blocks
 
 Wavy = Callable[..., np.ndarray]
 
@@ -89,7 +91,7 @@ class TestErrors:
         [
             ({"preset": "slow"}, "preset='slow' must be one of 'fast', 'balanced', 'best'"),
             ({"layers": "none"}, "layers='none' must be one of 'auto', 'tree', 'residual', 'both'"),
-            ({"nan": "drop"}, "nan='drop' must be 'raise' or 'fill'"),
+            ({"nan": "drop"}, "nan='drop' must be one of 'raise', 'fill'"),
             ({"max_seconds": 0}, "max_seconds=0 must be above 0"),
             ({"max_seconds": math.nan}, "max_seconds=nan must be above 0"),
         ],
@@ -294,7 +296,7 @@ class TestCallback:
 
 class TestMaxSeconds:
     def test_ends(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 200)
+        monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 200)
         start = process_time()
         file = tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree", max_seconds=0.1)
         early = process_time() - start
@@ -319,7 +321,7 @@ class TestMetadata:
 class TestLayers:
     @pytest.mark.slow
     def test_auto_is_the_best(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 300)
+        monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 300)
         array = wavy((16, 32, 32), "uint16", noise=0) * 100
 
         def error(layers: Any) -> float:

@@ -17,24 +17,15 @@ from hypothesis import strategies as st
 
 import tinc
 from tinc import TincFile, TincFormatError
-from tinc.coefficients import CoefficientCoder
-from tinc.container import (
-    Contents,
-    ExactSection,
-    ResidualSection,
-    TreeSection,
-    _read_header,
-    _Reader,
-    _Writer,
-    num_streams,
-    pack,
-    unpack,
-)
+from tinc.container import _read_header, _Reader, _Writer, pack, unpack
+from tinc.contents import Contents, ExactSection, ResidualSection, TreeSection
 from tinc.entropy import BitWriter
 from tinc.exact import encode_box, encode_palette
-from tinc.residual import Blocks, Quantizer
+from tinc.residual.blocks import Blocks
+from tinc.residual.coefficients import CoefficientCoder
+from tinc.residual.quantizer import Quantizer
 from tinc.signal import SampleFormat
-from tinc.tree import TreeShape
+from tinc.tree.shape import TreeShape
 
 SMALL = ("tiles", "both", "constant-leaves", "palette-tree", "step-float32", "channels", "bits", "mask", "constant")
 
@@ -137,7 +128,7 @@ def damaged_parts(rng: np.random.Generator, files: list[TincFile]) -> bytes:
             changed = bytearray(rng.bytes(rng.integers(0, 300)))
         streams[place] = bytes(changed)
     try:
-        wanted = num_streams(_read_header(_Reader(memoryview(bytes(head)))))
+        wanted = _read_header(_Reader(memoryview(bytes(head)))).num_streams
     except TincFormatError:
         wanted = len(streams)
     if wanted < 500:

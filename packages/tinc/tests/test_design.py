@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from tinc.design import choose_blocks, cut, design_tree, leaf_splits, tree_share
-from tinc.fill import spread_inside
+from tinc.residual.blocks import cut
+from tinc.residual.design import choose_blocks
+from tinc.residual.fill import spread_inside
+from tinc.tree.design import design_tree, leaf_splits, tree_share
 
 
 class TestTree:

@@ -21,11 +21,11 @@ from numcodecs.abc import Codec  # type: ignore[import-untyped]
 from numcodecs.compat import ensure_bytes, ensure_ndarray, ndarray_copy  # type: ignore[import-untyped]
 
 from tinc.compression import compress
-from tinc.container import MAX_AXES, MAX_CHANNELS
+from tinc.encoding.job import Layers, Preset
+from tinc.encoding.targets import OutOfReachError
 from tinc.errors import TincFormatError
 from tinc.file import TincFile
-from tinc.jobs import Layers, OutOfReachError, Preset
-from tinc.signal import DTYPES
+from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS
 
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
 

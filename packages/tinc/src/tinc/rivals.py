@@ -16,7 +16,8 @@ import numpy as np
 from tabulate import tabulate
 
 from tinc.compression import compress
-from tinc.jobs import Layers, OutOfReachError, Preset
+from tinc.encoding.job import Layers, Preset
+from tinc.encoding.targets import OutOfReachError
 from tinc.metrics import psnr, ssim
 from visionkernels.extras import require
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinc.compression import Layers, compress
+from tinc.compression import compress
+from tinc.encoding.job import Layers
 from tinc.metrics import psnr, ssim
 from tinc.rivals import compare
 from tinc.samples import has_official_volume, official_path, official_volume, sample_volume
@@ -182,9 +183,9 @@ def _levels() -> Table:
 
 
 def _level_psnr(levels: int, ratio: int) -> Measured:
-    from tinc.design import fit_widths
-    from tinc.fitting import FitPlan, fit_tree
     from tinc.signal import SampleFormat
+    from tinc.tree.design import fit_widths
+    from tinc.tree.fitting import FitPlan, fit_tree
 
     volume = sample_volume()
     budget = volume.nbytes / ratio

@@ -16,6 +16,7 @@ from zarr.abc.codec import ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
 
 from tinc.chunks import ChunkOptions
 from tinc.errors import TincFormatError
+from tinc.regions import slice_region
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter
@@ -114,11 +115,7 @@ def _box(selection: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tup
 
 def _axis_box(key: Any, size: int) -> tuple[slice, Any]:
     if isinstance(key, slice):
-        touched = range(size)[key]
-        if not touched:
-            return slice(0, 0), slice(None)
-        low, high = min(touched[0], touched[-1]), max(touched[0], touched[-1]) + 1
-        return slice(low, high), slice(None, None, touched.step)
+        return slice_region(key, size)
     places = np.asarray(key)
     if places.dtype == bool:
         (places,) = np.nonzero(places)
