@@ -91,7 +91,8 @@ def compress(
     if volume.metadata and not keeps:
         print(f"left out of so small a file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
     quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
-    print(f"{out}: {file.nbytes} bytes, ratio {file.ratio:.2f}, {8 * file.nbytes / file.size:.3f} bits a sample")
+    bits = 8 * file.nbytes_stored / file.size
+    print(f"{out}: {file.nbytes_stored} bytes, ratio {file.ratio:.2f}, {bits:.3f} bits a sample")
     print_metrics(quality)
 
 
@@ -285,7 +286,7 @@ def evaluate(
     volume = read_volume(original)
     if compressed is not None:
         file = open_file(compressed)
-        decoded, size = file.decode(), file.nbytes
+        decoded, size = file.decode(), file.nbytes_stored
     else:
         from tinc.official.folder import decode_official
 

@@ -68,13 +68,18 @@ class TincFile:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the decoded array."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def nbytes_stored(self) -> int:
         """Bytes of the file."""
         return len(self._content)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the array / bytes of the file."""
-        return self.size * self.dtype.itemsize / self.nbytes
+        """Bytes of the decoded array / bytes of the file."""
+        return self.nbytes / self.nbytes_stored
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -104,7 +109,7 @@ class TincFile:
             raise TincFormatError(f"{self.name}: its metadata is damaged") from error
 
     def __repr__(self) -> str:
-        return f"TincFile({self.shape}, {self.dtype}, {self.nbytes} bytes, ratio {self.ratio:.1f})"
+        return f"TincFile({self.shape}, {self.dtype}, {self.nbytes_stored} bytes, ratio {self.ratio:.1f})"
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -191,7 +196,7 @@ class TincFile:
         contents, sizes = self._contents, np.diff(self._directory.offsets).tolist()
         info: dict[str, Any] = {
             "shape": list(self.shape), "dtype": self.dtype.name, "channel_axis": contents.channel_axis,
-            "bytes": self.nbytes, "ratio": self.ratio, "bits_per_sample": 8 * self.nbytes / max(self.size, 1),
+            "bytes": self.nbytes_stored, "ratio": self.ratio, "bits_per_sample": 8 * self.nbytes_stored / self.size,
             "levels": self.levels, "chunks": list(self.chunks), "header_bytes": self._directory.offsets[0],
         }  # fmt: skip
         if contents.tree is not None:

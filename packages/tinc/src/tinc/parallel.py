@@ -317,8 +317,8 @@ class _VolumeWriter:
         out = self.out_dir / f"{_stem(Path(path))}.tinc"
         file.save(out, overwrite=self.overwrite)
         native = samples.astype(samples.dtype.newbyteorder("="), copy=False)
-        psnr = _total_psnr([_summary(file.nbytes, native, file.decode())], native.dtype)
+        psnr = _total_psnr([_summary(file.nbytes_stored, native, file.decode())], native.dtype)
         return {
-            "path": path, "out": str(out), "raw_bytes": native.nbytes, "bytes": file.nbytes, "ratio": file.ratio,
+            "path": path, "out": str(out), "raw_bytes": native.nbytes, "bytes": file.nbytes_stored, "ratio": file.ratio,
             "psnr": finite_or_none(psnr), "note": volume.note,
         }  # fmt: skip

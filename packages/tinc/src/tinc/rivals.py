@@ -77,7 +77,7 @@ def _own(volume: np.ndarray, ratio: float, preset: Preset, layers: Layers) -> Co
         file = compress(volume, ratio=ratio, preset=preset, layers=layers)
     except OutOfReachError:
         return None
-    return file.nbytes, file.decode()
+    return file.nbytes_stored, file.decode()
 
 
 def match(name: str, volume: np.ndarray, ratio: float) -> Coded | None:
