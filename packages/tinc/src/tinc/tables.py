@@ -41,6 +41,7 @@ _REACHING = ("hevc", "jpeg2k", "sperr", "sz3")
 _LAYERS: tuple[Layers, ...] = ("residual", "tree", "auto")
 _CODECS = installed("av", "imagecodecs", pip="tinc-vision[bench]")
 _SAMPLES = installed("nibabel", pip="tinc-vision[samples]")
+_TRAIN = installed("accelerate", "timm", pip="tinc-vision[train]")
 
 
 _TEST_TIF = Need("test.tif of the official repository, in the folder that TINC_DATA names", has_official_volume)
@@ -202,8 +203,8 @@ def _level_psnr(levels: int, ratio: int) -> Measured:
 
 def _trained() -> Table:
     cells = [
-        Cell(row=name, column=f"PSNR at {ratio}x", paper=reference, digits=2, tolerance=1.5, needs=(_TEST_TIF, TIME),
-             measure=partial(_train, name, ratio),
+        Cell(row=name, column=f"PSNR at {ratio}x", paper=reference, digits=2, tolerance=1.5,
+             needs=(_TEST_TIF, _TRAIN, TIME), measure=partial(_train, name, ratio),
              command=f"tinc train {name} --data test.tif --ratio {ratio} --out runs/{name}")
         for name, (ratio, reference) in _TRAINED.items()
     ]  # fmt: skip
