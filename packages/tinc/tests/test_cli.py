@@ -85,6 +85,10 @@ class TestCompress:
             ([], "exactly one target"),
             (["--ratio", "8", "--psnr", "30"], "exactly one target"),
             (["--ratio", "0.5"], "ratio=0.5 must be above 1"),
+            (["--ratio", "0"], "ratio=0.0 must be above 1"),
+            (["--bytes", "0"], "bytes=0 must be above 0"),
+            (["--bpv", "0"], "bpv=0.0 must be above 0"),
+            (["--ratio", "8", "--bytes", "0"], "exactly one target"),
             (["--bytes", "30"], "out of reach"),
             (["--lossless", "--channel-axis", "7"], "channel_axis=7"),
         ],
@@ -236,6 +240,32 @@ class TestBench:
         monkeypatch.setattr(rivals, "compare", partial(rivals.compare, layers=()))
         assert main(["bench", str(volume), "--ratios", "2000", "--against", "zfp", "--json", "-"]) == 0
         assert '"psnr": null' in capsys.readouterr().out
+
+
+class TestEmptyValues:
+    """An empty string is a value, which is refused, and not an option that was left out."""
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["compress", "", "a.tinc", "--lossless"], "volume . has the suffix ''"),
+            (["decompress", "IN", "OUT", "--region", ""], "--region  must give a range for each axis"),
+            (["train", "", "--data", "a.npy", "--out", "run"], "unknown recipe ''"),
+            (["train", "multi0", "--data", "", "--out", "run"], "volume . is not a file"),
+            (["train", "--config", "", "--data", "a.npy", "--out", "run"], "configuration . is not a file"),
+            (["bench", "IN", "--ratios", ""], "--ratios  must be numbers"),
+            (["bench", "IN", "--against", "sz3,"], "is not known"),
+        ],
+    )
+    def test_refused(
+        self, compressed: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.chdir(compressed.parent)
+        before = sorted(compressed.parent.iterdir())
+        named = {"IN": compressed if argv[0] == "decompress" else compressed.with_name("in.npy"), "OUT": "out.npy"}
+        assert message in fails(capsys, *(named.get(part, part) for part in argv))
+        assert sorted(compressed.parent.iterdir()) == before
 
 
 class TestProcess:

@@ -103,9 +103,13 @@ class TestErrors:
     def test_out_of_reach_is_a_value_error(self) -> None:
         assert issubclass(OutOfReachError, ValueError)
 
-    def test_metadata(self) -> None:
-        with pytest.raises((ValueError, TypeError)):
-            tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata={"a": math.nan})
+    @pytest.mark.parametrize(
+        ("metadata", "error"),
+        [({"a": math.nan}, ValueError), ({"a": object()}, TypeError), ([], TypeError), ("", TypeError)],
+    )
+    def test_metadata(self, metadata: Any, error: type[Exception]) -> None:
+        with pytest.raises(error):
+            tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata=metadata)
 
 
 class TestNan:

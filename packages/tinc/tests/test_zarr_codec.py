@@ -217,6 +217,9 @@ class TestTincCodec:
             TincCodec.from_dict({"name": "zfp"})
         with pytest.raises(ValueError, match="the tinc codec has no rate, speed; update it, or correct"):
             TincCodec.from_dict({"name": "tinc", "configuration": {"speed": 1, "rate": 2}})
+        for configuration in ([], "", 0, False):
+            with pytest.raises(ValueError, match=r"configuration=.* must be an object"):
+                TincCodec.from_dict({"name": "tinc", "configuration": configuration})
         with pytest.raises(ValueError, match=r"ratio=0\.5 must be above 1"):
             TincCodec(ratio=0.5)
 

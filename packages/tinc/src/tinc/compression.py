@@ -144,6 +144,8 @@ def _exact(job: Job, max_error: float, layers: Layers) -> Contents:
 
 
 def _as_json(metadata: dict[str, Any] | None) -> bytes:
-    if not metadata:
+    if metadata is None or metadata == {}:
         return b""
+    if not isinstance(metadata, dict):
+        raise TypeError(f"metadata is of type {type(metadata).__name__}; it must be a dict of JSON values")
     return json.dumps(metadata, separators=(",", ":"), allow_nan=False).encode()

@@ -117,7 +117,7 @@ class TincFile:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a compressed array cannot be had without a copy")
-        return self.decode().astype(dtype or self.dtype, copy=False)
+        return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Index as NumPy does with integers, slices and ... (no lists, masks or None)."""

@@ -44,7 +44,11 @@ class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
         """Return the codec of its metadata. Raises ValueError for another name and unknown options."""
         if data.get("name") != "tinc":
             raise ValueError(f"name={data.get('name')!r} must be 'tinc'")
-        configuration = dict(data.get("configuration") or {})
+        configuration = data.get("configuration")
+        if configuration is None:
+            configuration = {}
+        if not isinstance(configuration, Mapping):
+            raise ValueError(f"configuration={configuration!r} must be an object")
         unknown = sorted(set(configuration) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"the tinc codec has no {', '.join(unknown)}; update it, or correct the name")

@@ -75,7 +75,7 @@ def one_request(
     """
     options = {
         "ratio": ratio, "bytes": bytes, "bpv": bpv, "psnr": psnr, "max_error": max_error,
-        "lossless": lossless or None,
+        "lossless": True if lossless else None,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
