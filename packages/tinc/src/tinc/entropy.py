@@ -98,26 +98,32 @@ class AdaptiveBits:
         guess = np.asarray(ones, dtype=np.int64)
         self.counts = np.maximum((np.stack([ONE - guess, guess], 1) * strength) >> 16, 1)
         self._seen = 0
+        # no context has counted more
+        self._largest = strength + 2
 
     def ones(self, contexts: np.ndarray) -> np.ndarray:
         """Return the probability of a 1 in each context, out of 2**16."""
-        counts = self.counts[contexts]
-        return np.clip((counts[:, 1] << 16) // counts.sum(1), _LEAST, ONE - _LEAST)
+        return _probabilities(self.counts[contexts])
 
     def table(self) -> np.ndarray:
-        """Return the probability of a 1 by context."""
-        return np.clip((self.counts[:, 1] << 16) // self.counts.sum(1), _LEAST, ONE - _LEAST)
+        """Return the probabilities of a 1 in all contexts."""
+        return _probabilities(self.counts)
 
     def learn(self, contexts: np.ndarray, bits: np.ndarray) -> None:
         """Count bits that were coded."""
         size = len(self.counts)
-        if 8 * len(bits) < size:  # few bits in many contexts: the others need no look
+        self._largest += _INCREMENT * len(bits)
+        if 8 * len(bits) < size:  # few bits in many contexts: only their contexts change
             np.add.at(self.counts, (contexts, bits), _INCREMENT)
+            if self._largest <= _LIMIT:
+                return
             over = contexts[self.counts[contexts].sum(1) > _LIMIT]
             over = np.unique(over) if over.size else over
         else:
             seen = np.bincount(2 * contexts + bits, minlength=2 * size).reshape(size, 2)
             self.counts += _INCREMENT * seen
+            if self._largest <= _LIMIT:
+                return
             (over,) = np.nonzero(self.counts.sum(1) > _LIMIT)
         while over.size:
             self.counts[over] = np.maximum(self.counts[over] >> 1, 1)
@@ -145,3 +151,9 @@ class AdaptiveBits:
             yield slice(first, last)
             self._seen += last - first
             first = last
+
+
+def _probabilities(counts: np.ndarray) -> np.ndarray:
+    ones = counts[:, 1]
+    shares = (ones << 16) // (counts[:, 0] + ones)
+    return np.minimum(np.maximum(shares, _LEAST), ONE - _LEAST)
