@@ -176,11 +176,11 @@ class TestInputs:
             assert np.array_equal(decoded, array)
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
-    @pytest.mark.parametrize("shape", [(1, 2), (3, 3), (2, 1, 33)])
+    @pytest.mark.parametrize("shape", [(1, 2), (2, 1, 33)])
     def test_shapes_of_trees(self, shape: tuple[int, ...], layers: Any, few_steps: None) -> None:
         array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-        file = tinc.compress(array, bytes=500, layers=layers)
-        assert file.nbytes_stored <= 500 and file.decode().shape == shape and "tree" in file.info()
+        file = tinc.compress(array, bytes=300, layers=layers)
+        assert file.nbytes_stored <= 300 and file.decode().shape == shape and "tree" in file.info()
 
     @pytest.mark.parametrize("axis", [0, 1, 2, -1])
     @pytest.mark.parametrize("target", [{"lossless": True}, {"max_error": 2}, {"bytes": 400}])
@@ -259,7 +259,7 @@ class TestDeterminism:
 class TestCallback:
     def test_stages(self, wavy: Wavy, few_steps: None) -> None:
         seen: list[tuple[str, float]] = []
-        tinc.compress(wavy((4, 17, 6)), bytes=500, layers="both", callback=lambda *each: seen.append(each))
+        tinc.compress(wavy((4, 17, 6)), bytes=300, layers="both", callback=lambda *each: seen.append(each))
         stages = {stage for stage, _ in seen}
         assert "residual layer" in stages and any(stage.startswith("tree, step 10 of 12") for stage in stages)
         assert any(20 < quality < 60 for _, quality in seen)
@@ -275,8 +275,8 @@ class TestCallback:
                 raise KeyboardInterrupt
 
         array = wavy((4, 17, 6))
-        file = tinc.compress(array, bytes=700, layers=layers, callback=callback)
-        assert file.nbytes_stored <= 700 and file.decode().shape == array.shape
+        file = tinc.compress(array, bytes=300, layers=layers, callback=callback)
+        assert file.nbytes_stored <= 300 and file.decode().shape == array.shape
         assert sum(name.startswith(stage) for name in calls) <= 1
 
     @pytest.mark.slow
@@ -317,9 +317,9 @@ class TestMetadata:
 
     def test_counts(self, wavy: Wavy) -> None:
         """Its bytes are part of the target."""
-        array = wavy((10, 20, 20))
-        file = tinc.compress(array, bytes=600, preset="fast", metadata={"text": "x" * 200})
-        assert file.nbytes_stored <= 600 and file.metadata["text"] == "x" * 200
+        array = wavy((5, 10, 12))
+        file = tinc.compress(array, bytes=450, preset="fast", metadata={"text": "x" * 200})
+        assert file.nbytes_stored <= 450 and file.metadata["text"] == "x" * 200
 
 
 class TestLayers:
@@ -349,7 +349,7 @@ class TestLayers:
 
 
 class TestTwoValues:
-    def test_tree_of_two_values(self) -> None:
+    def test_tree_of_two_values(self, few_steps: None) -> None:
         """float32 of both ends of its range, and few bytes: large steps of large weights."""
         array = (np.random.default_rng(0).random((16, 32)) < 0.5).astype(np.float32)
         array += array.cumsum(0) / 1000
@@ -359,7 +359,7 @@ class TestTwoValues:
 class TestSteepRamp:
     """Coefficients of large blocks at the finest steps."""
 
-    @pytest.mark.parametrize("target", [{"bytes": 2000, "layers": "residual"}, {"psnr": 80}, {"psnr": 90}])
+    @pytest.mark.parametrize("target", [{"bytes": 2000, "layers": "residual"}, {"psnr": 90}])
     def test_decodes(self, target: dict[str, Any]) -> None:
         array = (np.indices((32, 32)).sum(0) * 1000).astype(np.uint16)
         decoded = tinc.compress(array, preset="fast", **target).decode()

@@ -149,7 +149,7 @@ class TestMaxError:
 
 
 class TestSize:
-    @given(volumes(most=600), st.floats(0.3, 12))
+    @given(volumes(), st.floats(0.3, 12))
     @settings(max_examples=10, deadline=None, derandomize=True)
     def test_never_above(self, array: np.ndarray, bits: float) -> None:
         """Or a ValueError that names what is possible; never a larger file."""
@@ -170,7 +170,7 @@ class TestSize:
     @pytest.mark.parametrize("dtype", ["uint8", "float32"])
     def test_is_used(self, wavy: Wavy, dtype: str, target: dict[str, float]) -> None:
         """No more than one percent of the target is left."""
-        array = wavy((8, 15, 15), dtype)
+        array = wavy((6, 12, 12), dtype)
         file = compress(array, **target)
         size = {"ratio": array.nbytes / 8, "bytes": 300, "bpv": array.size / 4}[next(iter(target))]
         assert 0.99 * size - 4 <= file.nbytes_stored <= size
@@ -183,8 +183,8 @@ class TestSize:
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
     def test_layers(self, wavy: Wavy, layers: str, few_steps: None) -> None:
-        file = tinc.compress(wavy((4, 17, 6)), bytes=500, layers=layers)  # type: ignore[arg-type]
-        assert file.nbytes_stored <= 500
+        file = tinc.compress(wavy((4, 17, 6)), bytes=300, layers=layers)  # type: ignore[arg-type]
+        assert file.nbytes_stored <= 300
         assert ("tree" in file.info(), "residual" in file.info()) == (layers != "residual", layers != "tree")
 
     @pytest.mark.parametrize("target", [{"bytes": 20}, {"ratio": 30}, {"bytes": 1}])
@@ -200,7 +200,7 @@ class TestSize:
     def test_constant_is_small(self) -> None:
         """Whatever the target, a constant takes some dozens of bytes and is exact."""
         for dtype in DTYPES:
-            array = np.full((50, 60, 70), 77, dtype=dtype)
+            array = np.full((20, 30, 40), 77, dtype=dtype)
             for target in ({"ratio": 100}, {"psnr": 30}, {"lossless": True}, {"bpv": 0.1}):
                 file = compress(array, **target)
                 assert file.nbytes_stored < 120 and np.array_equal(file.decode(), array)
@@ -211,7 +211,7 @@ class TestSize:
 
 
 class TestPsnr:
-    @given(volumes(most=600), st.floats(10, 45))
+    @given(volumes(), st.floats(10, 45))
     @settings(max_examples=12, deadline=None, derandomize=True)
     def test_never_below(self, array: np.ndarray, target: float) -> None:
         assert psnr(array, compress(array, psnr=target).decode()) >= target
@@ -219,13 +219,13 @@ class TestPsnr:
     @pytest.mark.parametrize("target", [30, 50, 57, 65])
     def test_noise(self, target: float) -> None:
         """Bytes of noise, where rounding to integers adds as much as the levels."""
-        array = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)
+        array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
     @pytest.mark.parametrize("dtype", ["uint16", "float32"])
     def test_is_not_exceeded_much(self, wavy: Wavy, dtype: str) -> None:
         """0.2 dB above what was asked for is a waste."""
-        array = wavy((9, 17, 17), dtype)
+        array = wavy((6, 12, 12), dtype)
         target = 40 if dtype in ("uint8", "float32") else 84
         assert target - 0.3 < psnr(array, compress(array, psnr=target).decode()) < target + 0.3
 
@@ -241,8 +241,8 @@ class TestPsnr:
 
     @pytest.mark.parametrize("target", [100, 200])
     def test_beyond_the_levels(self, target: float) -> None:
-        """Any PSNR can be had of integers."""
-        array = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)
+        """Integers reach any PSNR."""
+        array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
     def test_absurd(self) -> None:
