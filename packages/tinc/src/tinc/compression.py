@@ -124,12 +124,14 @@ def _lossless_within(job: Job, size: int) -> Contents | None:
 def _lossy(job: Job, layers: Layers) -> Candidate:
     """Return a residual layer alone, or one beside a tree: what `layers` asks for, or the better."""
     job.report("residual layer", float("nan"))
-    plain = best_residual(job, None)
-    if layers == "residual" or (layers == "auto" and (job.preset == "fast" or job.report.is_stopped)):
-        return plain
-    size = plain.size if job.target.bytes is None else job.target.bytes
+    plain, size = None, job.target.bytes
+    if layers != "both" or size is None:
+        plain = best_residual(job, None)
+        size = plain.size if size is None else size
+        if layers == "residual" or (layers == "auto" and (job.preset == "fast" or job.report.is_stopped)):
+            return plain
     both = best_residual(job, train_tree(job, tree_share(size, job.signal.working.size)))
-    return both if layers == "both" or both.is_better(plain, job.target) else plain
+    return both if layers == "both" or plain is None or both.is_better(plain, job.target) else plain
 
 
 def _exact(job: Job, max_error: float, layers: Layers) -> Contents:

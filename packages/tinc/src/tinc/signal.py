@@ -82,6 +82,11 @@ class Signal:
         """Sizes, channels first."""
         return tuple(self.working.shape)
 
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """The whole volume as a region, without channels."""
+        return tuple(slice(0, size) for size in self.extent[1:])
+
     @cached_property
     def peak(self) -> float:
         """The range that a PSNR refers to."""
@@ -93,10 +98,9 @@ class Signal:
         mse = squared_error / self.working.size * unit**2
         return math.inf if mse == 0 else 10 * math.log10(self.peak**2 / mse)
 
-    def squared_error(self, decoded: np.ndarray) -> float:
-        """Return the sum of squared errors of a decoded array, in squared working units."""
-        moved = decoded[None] if self.channel_axis is None else np.moveaxis(decoded, self.channel_axis, 0)
-        errors = moved.astype(np.float64) - self.samples
+    def squared_error(self, working: np.ndarray) -> float:
+        """Return the sum of squared errors of the samples that working integers stand for, in squared working units."""
+        errors = self.format.to_samples(working).astype(np.float64) - self.samples
         return float(np.square(errors).sum()) / 4.0**self.format.exponent
 
 

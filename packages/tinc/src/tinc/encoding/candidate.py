@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 from tinc.container import pack
 from tinc.contents import Contents
-from tinc.encoding.job import Job
 from tinc.encoding.targets import Target
-from tinc.file import TincFile
 
-__all__ = ["Candidate", "decoded_error", "packed_size"]
+__all__ = ["Candidate", "packed_size"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,3 @@ class Candidate:
 def packed_size(contents: Contents) -> int:
     """Return the bytes of a file."""
     return len(pack(contents))
-
-
-def decoded_error(job: Job, contents: Contents) -> float:
-    """Return the sum of squared errors of the samples that a file decodes to, in squared working units."""
-    return job.signal.squared_error(TincFile(pack(contents)).decode())

@@ -20,8 +20,7 @@ def exact_contents(job: Job, max_error: float, tree: QuantizedTree | None) -> Co
     contents = job.contents
     if tree is not None:
         contents = with_tree(contents, tree)
-        whole = tuple(slice(0, size) for size in signal.extent[1:])
-        numbers = numbers - grid.numbers(signal.format.to_samples(tree.decode(whole)))
+        numbers = numbers - grid.numbers(signal.format.to_samples(tree.decode(signal.box)))
     blocks = cut(signal.extent, (1,) * (len(signal.extent) - 1))
     kind, step, offset, palette, streams = "bits", 1.0, 0.0, 0, contents.streams
     if isinstance(grid, StepGrid):

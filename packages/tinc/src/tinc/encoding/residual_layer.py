@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 
 from tinc.contents import ResidualSection
-from tinc.encoding.candidate import Candidate, decoded_error, packed_size
+from tinc.encoding.candidate import Candidate, packed_size
 from tinc.encoding.job import Job
 from tinc.encoding.targets import OutOfReachError
 from tinc.encoding.tree_layer import with_tree
 from tinc.entropy import BitWriter
+from tinc.residual.decoder import restore_region
 from tinc.residual.design import choose_blocks
-from tinc.residual.encoder import ResidualEncoder
+from tinc.residual.encoder import EncodedResidual, ResidualEncoder
 from tinc.residual.mask import MaskCoder
 from tinc.tree.quantized import QuantizedTree
 
@@ -63,13 +64,13 @@ class StepSearch:
     def __init__(self, job: Job, tree: QuantizedTree | None, background: int | None) -> None:
         self.job, self.background = job, background
         working = job.signal.working
-        mask = None if background is None else working != background
-        whole = tuple(slice(0, size) for size in working.shape[1:])
-        residual = working if tree is None else working - tree.decode(whole)
+        self.mask = None if background is None else working != background
+        self.predicted = np.zeros_like(working) if tree is None else tree.decode(job.signal.box)
         self.base = job.contents if tree is None else with_tree(job.contents, tree)
+        residual = working - self.predicted
         guess = residual.size / 8 if job.target.bytes is None else job.target.bytes
-        self.blocks, self.start = choose_blocks(residual, guess, mask)
-        self.encoder = ResidualEncoder(residual, self.blocks, mask)
+        self.blocks, self.start = choose_blocks(residual, guess, self.mask)
+        self.encoder = ResidualEncoder(residual, self.blocks, self.mask)
 
     def run(self) -> Candidate:
         """Return the best candidate that meets the target. Raises OutOfReachError without any."""
@@ -105,8 +106,19 @@ class StepSearch:
         )
         error = encoded.squared_error
         if self.job.target.mse is not None:  # it refers to samples, which are rounded and clipped to their type
-            error = decoded_error(self.job, contents)
+            error = self.job.signal.squared_error(self._decoded(encoded))
         return Candidate(contents, packed_size(contents), error)
+
+    def _decoded(self, encoded: EncodedResidual) -> np.ndarray:
+        """Return the working integers that the file decodes to."""
+        working, extent = self.predicted.copy(), self.job.signal.extent
+        whole, steps = tuple(slice(0, size) for size in extent), (1,) * len(extent)
+        for tile, levels in enumerate(encoded.levels):
+            values, place = restore_region(self.blocks, encoded.quantizer, tile, levels, whole, steps)
+            working[place] += values
+        if self.mask is None or self.background is None:
+            return working
+        return np.where(self.mask, working, self.background)
 
     def _excess(self, candidate: Candidate) -> float:
         """Return by which share a candidate is larger or worse than the target."""

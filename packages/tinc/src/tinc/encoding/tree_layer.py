@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from tinc.contents import Contents, TreeSection
-from tinc.encoding.candidate import decoded_error, packed_size
+from tinc.encoding.candidate import packed_size
 from tinc.encoding.job import Job
 from tinc.encoding.targets import OutOfReachError
 from tinc.entropy import BitWriter
@@ -70,7 +70,7 @@ def tree_alone(job: Job) -> Contents:
         contents = with_tree(job.contents, tree)
         size = packed_size(contents)
         if job.allowed_error is not None:
-            if decoded_error(job, contents) <= job.allowed_error:
+            if job.signal.squared_error(tree.decode(job.signal.box)) <= job.allowed_error:
                 return contents
             budget *= 1.5
             continue

@@ -17,9 +17,10 @@ __all__ = ["EncodedResidual", "ResidualEncoder"]
 
 @dataclass(frozen=True)
 class EncodedResidual:
-    """The streams of all tiles, and the error that they leave."""
+    """The levels of all tiles, their streams, and the error that they leave."""
 
     quantizer: Quantizer
+    levels: tuple[np.ndarray, ...]
     streams: tuple[bytes, ...]
     squared_error: float
     """Sum over coefficients, in squared working units: nearly that over voxels."""
@@ -59,7 +60,7 @@ class ResidualEncoder:
         levels, streams = zip(*(self._encode_tile(tile, quantizer.step) for tile in tiles), strict=True)
         quantizer = fit_points(quantizer, self.coefficients, levels)
         error = sum(map(self._squared_error, tiles, map(quantizer.restore, levels)))
-        return EncodedResidual(quantizer, streams, error)
+        return EncodedResidual(quantizer, levels, streams, error)
 
     def _padded(self, volume: np.ndarray, tile: int) -> np.ndarray:
         part = volume[self.blocks.box(tile)]
