@@ -233,10 +233,10 @@ def test_metrics_in_words(capsys):
 
 def test_one_process_reports(capsys, monkeypatch):
     result = FitResult({"epoch": 1, "top1": 91.25}, [], Path("run/weights.safetensors"), None)
-    cli.report_fit(result, "well")
+    cli.report_fit(result.metrics, result.weights, "well")
     assert capsys.readouterr().out == "top-1 91.25 %\nwell\nweights: run/weights.safetensors\n"
     monkeypatch.setenv("RANK", "1")
-    cli.report_fit(result)
+    cli.report_fit(result.metrics, result.weights)
     assert capsys.readouterr().out == ""
 
 

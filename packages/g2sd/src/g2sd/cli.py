@@ -283,7 +283,7 @@ def _train(recipe: Any, data: str | None, out: Path, **given: Any) -> None:
     from visionkernels.training import train_by_recipe
 
     result = train_by_recipe(recipe, data, out, **given)
-    report_fit(result, verdict(result.metrics))
+    report_fit(result.metrics, result.weights, verdict(result.metrics))
 
 
 if __name__ == "__main__":

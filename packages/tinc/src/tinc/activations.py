@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["SINE_FREQUENCY", "activate", "check_activation"]
 
 SINE_FREQUENCY = 30.0
@@ -18,7 +20,7 @@ _LEAKY = re.compile(r"LeakyReLU(\d+(?:\.\d*)?(?:e-?\d+)?|\.\d+)")
 def check_activation(name: str) -> None:
     """Raise ValueError for a word that is no activation, with the choices."""
     if name not in _PLAIN and not _LEAKY.fullmatch(name):
-        raise ValueError(
+        raise InputError(
             f"activation={name!r} must be one of {', '.join(map(repr, _PLAIN))}, or 'LeakyReLU' with its slope, "
             "e.g. 'LeakyReLU0.1'"
         )

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visionkernels.checks import InputError
+
 __all__ = [
     "ACTIVATION_BITS",
     "BASIS_BITS",
@@ -85,7 +87,7 @@ def to_fixed(value: float, *, mantissa_bits: int, max_shift: int) -> tuple[int, 
     A value that is too large becomes the largest one. Raises ValueError if it is not positive.
     """
     if not value > 0:
-        raise ValueError(f"value={value} must be positive")
+        raise InputError(f"value={value} must be positive")
     largest = (1 << mantissa_bits) - 1
     value = min(value, float(largest))
     _, exponent = math.frexp(value)

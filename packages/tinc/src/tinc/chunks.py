@@ -26,6 +26,7 @@ from tinc.encoding.targets import OutOfReachError
 from tinc.errors import TincFormatError
 from tinc.file import TincFile
 from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS
+from visionkernels.checks import InputError
 
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
 
@@ -61,7 +62,7 @@ class ChunkOptions:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) + self.lossless > 1:
             named = ", ".join([*given, "lossless"] if self.lossless else given)
-            raise ValueError(f"give one target of {', '.join(_TARGETS)}, lossless; got {named}")
+            raise InputError(f"give one target of {', '.join(_TARGETS)}, lossless; got {named}")
         if not given:
             object.__setattr__(self, "lossless", True)
         for name in given:
@@ -69,7 +70,7 @@ class ChunkOptions:
         choices = {"preset": get_args(Preset), "layers": get_args(Layers), "nan": ("exact", "fill", "raise")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
 
     def as_json(self) -> dict[str, Any]:
         """Return the options that are not the default, and the target."""
@@ -84,11 +85,11 @@ class ChunkOptions:
         self.check_type(dtype)
         if self.channel_axis is not None:
             if not -len(shape) <= self.channel_axis < len(shape):
-                raise ValueError(f"channel_axis={self.channel_axis} must be in [{-len(shape)}, {len(shape)})")
+                raise InputError(f"channel_axis={self.channel_axis} must be in [{-len(shape)}, {len(shape)})")
             if shape[self.channel_axis] > MAX_CHANNELS:
-                raise ValueError(f"a chunk has {shape[self.channel_axis]} channels; at most {MAX_CHANNELS}")
+                raise InputError(f"a chunk has {shape[self.channel_axis]} channels; at most {MAX_CHANNELS}")
         if len(self.arrange(shape).kept) - (self.channel_axis is not None) > MAX_AXES:
-            raise ValueError(
+            raise InputError(
                 f"chunks of shape {shape} have more than {MAX_AXES} axes longer than 1; make one axis of them 1"
             )
 
@@ -149,7 +150,7 @@ class ChunkOptions:
             return samples, bool(finite.all())
         if self.nan == "raise":
             count = samples.size - int(finite.sum())
-            raise ValueError(f"the chunk has {count} values that are not finite; pass nan='exact' or nan='fill'")
+            raise InputError(f"the chunk has {count} values that are not finite; pass nan='exact' or nan='fill'")
         return np.where(finite, samples, samples[finite].mean(dtype=np.float64).astype(samples.dtype)), True
 
     def open_chunk(self, content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> TincFile:
@@ -165,11 +166,11 @@ def _check_target(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "max_error":
         if not is_number or value < 0:
-            raise ValueError(f"max_error={value!r} must be at least 0")
+            raise InputError(f"max_error={value!r} must be at least 0")
         return
     low, high = {"ratio": (1, MAX_RATIO), "bpv": (0, 32), "psnr": (0, 1000)}[name]
     if not is_number or not low < value <= high:
-        raise ValueError(f"{name}={value!r} must be above {low} and at most {high}")
+        raise InputError(f"{name}={value!r} must be above {low} and at most {high}")
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
             raise TypeError(f"buf is {type(buf).__name__}; a lossy codec takes arrays, which tell their type")
         if not chunk.flags.c_contiguous:
             if not chunk.flags.f_contiguous:
-                raise ValueError("buf is not contiguous; pass np.ascontiguousarray(buf)")
+                raise InputError("buf is not contiguous; pass np.ascontiguousarray(buf)")
             chunk = chunk.T
         big = chunk.dtype.byteorder == ">" or (chunk.dtype.byteorder == "=" and sys.byteorder == "big")
         return self.encode_chunk(chunk, metadata={"byteorder": "big"} if big and chunk.dtype.itemsize > 1 else None)

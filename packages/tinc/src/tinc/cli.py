@@ -1,6 +1,5 @@
 """The command `tinc`: what each sub-command reads, calls and prints."""
 
-import importlib.metadata
 import math
 import signal
 import sys
@@ -12,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.cli import ReportOptions, print_metrics, report_bench, report_fit, run
+from visionkernels.checks import InputError
+from visionkernels.cli import print_metrics, report_bench, report_fit, run_package
 from visionkernels.files import finite_or_none, refuse_existing, write_json
+from visionkernels.package import Package
 
-__all__ = ["main"]
-
-DISTRIBUTION = "tinc-vision"
-VERSION = importlib.metadata.version(DISTRIBUTION)
+__all__ = ["PACKAGE", "main"]
 
 As = Annotated[Literal["uint8", "uint16", "int16", "float32"] | None, arg(name="as")]
 Sizes = Annotated[tuple[int, ...], arg(metavar="N [N ...]")]
@@ -124,7 +122,7 @@ def decompress(
     try:
         array = file.decode(None if region is None else _parse_region(region, file.ndim), level=level)
     except IndexError as error:
-        raise ValueError(f"--region {region}: {error}") from error
+        raise InputError(f"--region {region}: {error}") from error
     axis = file.info()["channel_axis"]
     write_volume(out, array, metadata=file.metadata, channel_axis=axis, overwrite=overwrite)
     print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
@@ -208,7 +206,7 @@ def batch(
     from tinc.parallel import compress_many
 
     if not sources:
-        raise ValueError("SOURCE is missing; give one or more volumes")
+        raise InputError("SOURCE is missing; give one or more volumes")
     report = compress_many(
         sources, out, jobs=jobs, backend=backend, done=out / "done.jsonl", overwrite=overwrite, preset=preset,
         **target.options(),
@@ -232,7 +230,7 @@ def info(source: Positional[Path | None] = None, *, json: Path | None = None, ov
     if source is None:
         from tinc.recipes import RECIPES
 
-        print(f"{DISTRIBUTION} {VERSION}")
+        print(f"{PACKAGE.distribution} {PACKAGE.version}")
         print("official configurations for `tinc train`:")
         for name, recipe in RECIPES.items():
             levels = ", ".join(
@@ -282,7 +280,7 @@ def evaluate(
     from tinc.volumes import read_volume
 
     if (compressed is None) == (checkpoint is None):
-        raise ValueError("give the .tinc file, or --checkpoint FOLDER, and not both")
+        raise InputError("give the .tinc file, or --checkpoint FOLDER, and not both")
     refuse_existing(json, overwrite)
     volume = read_volume(original)
     if compressed is not None:
@@ -384,13 +382,6 @@ def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bo
     print(out)
 
 
-def reproduce(*, report: ReportOptions = ReportOptions()) -> int:
-    """Measure the tables: what this machine can, and for the rest what it would take."""
-    from tinc.tables import figures, tables
-
-    return report.measure(DISTRIBUTION, tables(), figures())
-
-
 def bench(
     source: Positional[Path | None] = None,
     *,
@@ -430,28 +421,23 @@ def bench(
         write_json(json, finite_or_none(rows), overwrite=overwrite)
 
 
+PACKAGE = Package(
+    name="tinc",
+    distribution="tinc-vision",
+    summary="Compress volumes into small files that are read like arrays, with TINC (CVPR 2023) inside.",
+    recipes=None,
+    official=None,
+    figures="tinc.tables:figures",
+    verbs={
+        "compress": compress, "decompress": decompress, "chunk": chunk, "batch": batch, "info": info, "eval": evaluate,
+        "train": train, "sweep": sweep, "export": export, "bench": bench,
+    },
+)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv`, by default the process's arguments; returns the exit code."""
-    commands: dict[str, Any] = {
-        "compress": compress,
-        "decompress": decompress,
-        "chunk": chunk,
-        "batch": batch,
-        "info": info,
-        "eval": evaluate,
-        "train": train,
-        "sweep": sweep,
-        "export": export,
-        "reproduce": reproduce,
-        "bench": bench,
-    }
-    return run(
-        "tinc",
-        commands,
-        description="Compress volumes into small files that are read like arrays, with TINC (CVPR 2023) inside.",
-        version=VERSION,
-        argv=argv,
-    )
+    """Run the command with `argv`, by default the process's arguments; return the exit code."""
+    return run_package(PACKAGE, argv)
 
 
 @contextmanager
@@ -485,7 +471,7 @@ def _numbers(flag: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{flag} {text} must be numbers with commas between them, such as 16,64") from None
+        raise InputError(f"{flag} {text} must be numbers with commas between them, such as 16,64") from None
 
 
 def _parse_region(text: str, axes: int) -> tuple[slice, ...]:
@@ -493,8 +479,8 @@ def _parse_region(text: str, axes: int) -> tuple[slice, ...]:
     for part in text.split(","):
         ends = part.split(":")
         if len(ends) != 2 or not all(end.strip().isdigit() or not end.strip() for end in ends):
-            raise ValueError(f"--region {text} must give a range for each axis, such as 0:8,40:56,40:56")
+            raise InputError(f"--region {text} must give a range for each axis, such as 0:8,40:56,40:56")
         parts.append(slice(*(int(end) if end.strip() else None for end in ends)))
     if len(parts) != axes:
-        raise ValueError(f"--region {text} has {len(parts)} ranges; the array has {axes} axes")
+        raise InputError(f"--region {text} has {len(parts)} ranges; the array has {axes} axes")
     return tuple(parts)

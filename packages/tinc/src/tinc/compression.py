@@ -22,7 +22,7 @@ from tinc.encoding.tree_layer import train_tree, tree_alone
 from tinc.file import TincFile
 from tinc.signal import read_signal
 from tinc.tree.design import tree_share
-from visionkernels.recipes import check, check_choice
+from visionkernels.checks import check, check_choice
 
 __all__ = ["compress"]
 

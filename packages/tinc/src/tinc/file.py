@@ -19,6 +19,7 @@ from tinc.residual.blocks import Blocks
 from tinc.residual.decoder import decode_tile, restore_region
 from tinc.tree.quantized import Layer, QuantizedTree
 from tinc.tree.weights import read_constants, read_weights
+from visionkernels.checks import InputError
 from visionkernels.files import replace_file
 
 __all__ = ["TincFile", "decompress", "open_file"]
@@ -116,7 +117,7 @@ class TincFile:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a compressed array cannot be had without a copy")
+            raise InputError("a compressed array cannot be had without a copy")
         return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -133,7 +134,7 @@ class TincFile:
         have, TincFormatError for damaged streams.
         """
         if not 0 <= level <= self.levels:
-            raise ValueError(f"level={level} must be in [0, {self.levels}]")
+            raise InputError(f"level={level} must be in [0, {self.levels}]")
         steps = (1, *(1 << level if size > 1 else 1 for size in self._contents.shape))
         sizes = self._with_channels(tuple(-(-n // s) for n, s in zip(self._contents.shape, steps[1:], strict=True)))
         inner = self._channels_first(check_region(region, sizes))
@@ -148,7 +149,7 @@ class TincFile:
         if out is None:
             return samples
         if out.shape != samples.shape or out.dtype != samples.dtype:
-            raise ValueError(f"out is {out.dtype} {out.shape}; the region is {samples.dtype} {samples.shape}")
+            raise InputError(f"out is {out.dtype} {out.shape}; the region is {samples.dtype} {samples.shape}")
         out[...] = samples
         return out
 
@@ -162,9 +163,9 @@ class TincFile:
 
         spatial = self._contents.shape
         if len(shape) != len(spatial) or min(shape) < 1:
-            raise ValueError(f"shape={shape} must give {len(spatial)} sizes of at least 1")
+            raise InputError(f"shape={shape} must give {len(spatial)} sizes of at least 1")
         if len(spatial) > 3:
-            raise ValueError(f"an array of {len(spatial)} axes cannot be resampled; resample its volumes one by one")
+            raise InputError(f"an array of {len(spatial)} axes cannot be resampled; resample its volumes one by one")
         level = 0
         while level < self.levels and all(-(-n >> (level + 1)) >= m for n, m in zip(spatial, shape, strict=True)):
             level += 1

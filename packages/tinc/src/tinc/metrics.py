@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionkernels.checks import InputError
+
 __all__ = ["TYPE_RANGES", "DataRange", "accuracy", "compare", "iou", "ms_ssim", "precision", "psnr", "ssim"]
 
 DataRange = Literal["dtype", "values"] | float
@@ -79,7 +81,7 @@ def ms_ssim(
     for x, y in pictures:
         smallest = (_WINDOW - 1) * 2 ** (len(_SCALES) - 1)
         if min(x.shape[-2:]) <= smallest:
-            raise ValueError(f"slices of {x.shape[-2]} x {x.shape[-1]} are too small; a side must exceed {smallest}")
+            raise InputError(f"slices of {x.shape[-2]} x {x.shape[-1]} are too small; a side must exceed {smallest}")
         product = torch.ones(len(x), dtype=x.dtype)
         for scale, power in enumerate(_SCALES):
             whole, contrast = _similarity(x, y, limit)
@@ -145,9 +147,9 @@ def _counts(original: np.ndarray, decoded: np.ndarray, threshold: float) -> tupl
 
 def _check(original: np.ndarray, decoded: np.ndarray) -> None:
     if original.shape != decoded.shape:
-        raise ValueError(f"decoded has shape {decoded.shape}, the original {original.shape}; they must be the same")
+        raise InputError(f"decoded has shape {decoded.shape}, the original {original.shape}; they must be the same")
     if not 2 <= original.ndim <= 5 or original.size == 0:
-        raise ValueError(
+        raise InputError(
             f"volumes have shape {original.shape}; they must have 2 to 4 axes besides channels, none empty"
         )
     for name, volume in (("original", original), ("decoded", decoded)):
@@ -158,7 +160,7 @@ def _check(original: np.ndarray, decoded: np.ndarray) -> None:
 def _range(original: np.ndarray, data_range: DataRange) -> float:
     if data_range == "dtype":
         if original.dtype.name not in TYPE_RANGES:
-            raise ValueError(
+            raise InputError(
                 f"data_range='dtype' is not defined for {original.dtype}; give 'values' or a number (defined for: "
                 f"{', '.join(TYPE_RANGES)})"
             )
@@ -166,10 +168,10 @@ def _range(original: np.ndarray, data_range: DataRange) -> float:
     if data_range == "values":
         limit = float(original.max()) - float(original.min())
         if not limit > 0:
-            raise ValueError("data_range='values' is zero: the original is constant; give a number")
+            raise InputError("data_range='values' is zero: the original is constant; give a number")
         return limit
     if isinstance(data_range, str) or not data_range > 0:
-        raise ValueError(f"data_range={data_range!r} must be 'dtype', 'values' or a number above 0")
+        raise InputError(f"data_range={data_range!r} must be 'dtype', 'values' or a number above 0")
     return float(data_range)
 
 
@@ -183,7 +185,7 @@ def _pictures(original: np.ndarray, decoded: np.ndarray, channel_axis: int | Non
     _check(original, decoded)
     if channel_axis is not None:
         if original.ndim < 3:
-            raise ValueError(f"volumes of shape {original.shape} have no axis of channels besides height and width")
+            raise InputError(f"volumes of shape {original.shape} have no axis of channels besides height and width")
         original, decoded = (np.moveaxis(each, channel_axis, 0) for each in (original, decoded))
     return _stacks(original, decoded)
 

@@ -15,6 +15,7 @@ import numpy as np
 from tinc.compression import compress
 from tinc.volumes import as_metadata, move_folder, read_volume, refuse_folder, zarr_attributes
 from visionkernels import sweeps
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.files import finite_or_none, replace_file
 
@@ -92,7 +93,7 @@ def compress_chunks(
     out, codec = Path(out), TincCodec(**options)
     dtype, shape = np.dtype(source.dtype), tuple(map(int, source.shape))
     if len(chunk) != len(shape) or min(chunk, default=0) < 1 or min(shape, default=0) < 1:
-        raise ValueError(f"chunk={chunk} must give {len(shape)} sizes of at least 1 for a source of shape {shape}")
+        raise InputError(f"chunk={chunk} must give {len(shape)} sizes of at least 1 for a source of shape {shape}")
     chunk = tuple(min(size, whole) for size, whole in zip(chunk, shape, strict=True))
     codec.check(chunk, dtype)
     refuse_folder(out, overwrite=overwrite)
@@ -140,7 +141,7 @@ def _begin(
         if found == json.loads(json.dumps(wanted, default=str)):
             return folder
         if not overwrite:
-            raise ValueError(f"{folder} holds the beginning of another call; remove it or pass --overwrite")
+            raise InputError(f"{folder} holds the beginning of another call; remove it or pass --overwrite")
         shutil.rmtree(folder)
     zarr.create_array(str(folder), **arguments)
     return folder
@@ -273,11 +274,11 @@ def compress_many(
     names = [output.name for output in outputs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"several volumes would become {twice[0]}; compress them into different folders")
+        raise InputError(f"several volumes would become {twice[0]}; compress them into different folders")
     known = set(inspect.signature(compress).parameters) - {"array", "metadata", "callback"}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"unknown options {', '.join(unknown)}; known are those of tinc.compress for one file")
+        raise InputError(f"unknown options {', '.join(unknown)}; known are those of tinc.compress for one file")
     # outputs that an interrupted call finished without noting it are its own
     is_resumed = done is not None and Path(done).exists()
     for output in outputs:

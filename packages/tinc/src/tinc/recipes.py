@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinc.activations import check_activation
-from visionkernels.checks import check, check_choice
+from visionkernels.checks import InputError, check, check_choice, check_known
 from visionkernels.extras import require
-from visionkernels.recipes import find
 
 __all__ = [
     "MAX_LEVELS",
@@ -145,8 +144,9 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> OfficialRecipe:
-    """Return the recipe of this name; ValueError names the nearest one and all."""
-    return find(name, RECIPES)
+    """Return the recipe of this name; InputError names the nearest one and all."""
+    check_known("recipe", name, RECIPES)
+    return RECIPES[name]
 
 
 def read_yaml(path: str | Path) -> OfficialRecipe:
@@ -157,7 +157,7 @@ def read_yaml(path: str | Path) -> OfficialRecipe:
     """
     options = _load(path)
     if _ROOT_KEY not in options:
-        raise ValueError(f"{path} has no {_ROOT_KEY!r}; a grid with Static and Dynamic goes through expand_grid")
+        raise InputError(f"{path} has no {_ROOT_KEY!r}; a grid with Static and Dynamic goes through expand_grid")
     return from_options(options, name=Path(path).stem)
 
 
@@ -169,12 +169,12 @@ def expand_grid(path: str | Path) -> list[OfficialRecipe]:
     """
     options = _load(path)
     if not isinstance(options.get("Static"), Mapping):
-        raise ValueError(f"{path} has no 'Static' options; a single task goes through read_yaml")
+        raise InputError(f"{path} has no 'Static' options; a single task goes through read_yaml")
     static, stem = options["Static"], Path(path).stem
     dynamic = options.get("Dynamic")
     choices = _choices({} if dynamic is None else dynamic)
     if not choices:
-        raise ValueError(f"{path} has no combinations: Dynamic={dynamic!r}")
+        raise InputError(f"{path} has no combinations: Dynamic={dynamic!r}")
     return [from_options(_merge(static, choice), name=f"{stem}_{number}") for number, choice in enumerate(choices)]
 
 
@@ -184,14 +184,14 @@ def _load(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"configuration {path} is not a file")
     size = path.stat().st_size
     if size > _MAX_YAML_BYTES:
-        raise ValueError(f"configuration {path} has {size} bytes; at most {_MAX_YAML_BYTES} are read")
+        raise InputError(f"configuration {path} has {size} bytes; at most {_MAX_YAML_BYTES} are read")
     yaml = require("yaml", "tinc-vision[official]")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path} is no YAML: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(f"configuration {path} is no YAML: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"configuration {path} holds a {type(options).__name__}; it must be a table of options")
+        raise InputError(f"configuration {path} holds a {type(options).__name__}; it must be a table of options")
     return options
 
 
@@ -200,7 +200,7 @@ def _choices(tree: Any) -> list[dict[str, Any]]:
     if isinstance(tree, Sequence) and not isinstance(tree, str):
         return [choice for branch in tree for choice in _choices(branch)]
     if not isinstance(tree, Mapping):
-        raise ValueError(f"Dynamic holds {tree!r}; it must be tables of options under PRODUCT and CONCAT")
+        raise InputError(f"Dynamic holds {tree!r}; it must be tables of options under PRODUCT and CONCAT")
     factors: list[list[dict[str, Any]]] = []
     for key, branch in tree.items():
         branches = list(branch.values()) if isinstance(branch, Mapping) else branch
@@ -266,7 +266,7 @@ def from_options(options: Mapping[str, Any], *, name: str) -> OfficialRecipe:
         check(network.get("input", 3) == 3, "Network.input", network.get("input"), "3, the axes of an octree")
         return OfficialRecipe(name=name, **{key: value for key, value in values.items() if value is not None})
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the options of {name} are not the official ones: {type(error).__name__} {error}") from error
+        raise InputError(f"the options of {name} are not the official ones: {type(error).__name__} {error}") from error
 
 
 def levels_from_options(level_info: Sequence[Sequence[Any]]) -> tuple[Level, ...]:

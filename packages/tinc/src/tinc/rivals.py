@@ -19,6 +19,7 @@ from tinc.compression import compress
 from tinc.encoding.job import Layers, Preset
 from tinc.encoding.targets import OutOfReachError
 from tinc.metrics import psnr, ssim
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["RIVALS", "compare", "match", "rivalry_table"]
@@ -47,11 +48,11 @@ def compare(
         source = np.asarray(read_volume(source).array)
     source = np.squeeze(source)
     if source.dtype not in (np.uint8, np.uint16) or source.ndim not in (2, 3):
-        raise ValueError(
+        raise InputError(
             f"the volume is {source.dtype} {source.shape}; other codecs take uint8 or uint16 of 2 or 3 axes"
         )
     if unknown := sorted(set(against) - set(RIVALS)):
-        raise ValueError(f"against={', '.join(unknown)} is not known; known are {', '.join(RIVALS)}")
+        raise InputError(f"against={', '.join(unknown)} is not known; known are {', '.join(RIVALS)}")
     for ratio in ratios:
         for each in layers:
             name = {"auto": "tinc", "tree": "tinc tree", "residual": "tinc residual"}.get(each, f"tinc {each}")

@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from visionkernels.checks import InputError
+
 __all__ = [
     "DTYPES",
     "FRACTION_BITS",
@@ -128,17 +130,17 @@ def _channels_first(array: np.ndarray, channel_axis: int | None) -> tuple[np.nda
     if native.name not in DTYPES:
         raise TypeError(f"array is {array.dtype}; it must be one of {', '.join(DTYPES)}: convert it first")
     if array.size == 0:
-        raise ValueError(f"array has shape {array.shape}: it is empty")
+        raise InputError(f"array has shape {array.shape}: it is empty")
     axes = array.ndim - (channel_axis is not None)
     if not 2 <= axes <= MAX_AXES:
-        raise ValueError(f"array has {axes} axes besides channels; it must have 2 to {MAX_AXES}")
+        raise InputError(f"array has {axes} axes besides channels; it must have 2 to {MAX_AXES}")
     if channel_axis is None:
         return array.astype(native, copy=False)[None], None
     if not -array.ndim <= channel_axis < array.ndim:
-        raise ValueError(f"channel_axis={channel_axis} must be in [{-array.ndim}, {array.ndim})")
+        raise InputError(f"channel_axis={channel_axis} must be in [{-array.ndim}, {array.ndim})")
     channel_axis %= array.ndim
     if array.shape[channel_axis] > MAX_CHANNELS:
-        raise ValueError(f"axis {channel_axis} has {array.shape[channel_axis]} channels; at most {MAX_CHANNELS}")
+        raise InputError(f"axis {channel_axis} has {array.shape[channel_axis]} channels; at most {MAX_CHANNELS}")
     moved = np.moveaxis(array, channel_axis, 0)
     return np.ascontiguousarray(moved.astype(native, copy=False)), channel_axis
 
@@ -151,7 +153,7 @@ def _finite(samples: np.ndarray, nan: str) -> np.ndarray:
         return samples
     count = int(finite.size - finite.sum())
     if nan == "raise" or not finite.any():
-        raise ValueError(f"array has {count} values that are not finite; pass nan='fill' to replace them by the mean")
+        raise InputError(f"array has {count} values that are not finite; pass nan='fill' to replace them by the mean")
     return np.where(finite, samples, samples[finite].mean(dtype=np.float64).astype(np.float32))
 
 

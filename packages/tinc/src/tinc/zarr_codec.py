@@ -17,6 +17,7 @@ from zarr.abc.codec import ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
 from tinc.chunks import ChunkOptions
 from tinc.errors import TincFormatError
 from tinc.regions import slice_region
+from visionkernels.checks import InputError
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter
@@ -43,15 +44,15 @@ class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
     def from_dict(cls, data: Mapping[str, Any]) -> TincCodec:
         """Return the codec of its metadata. Raises ValueError for another name and unknown options."""
         if data.get("name") != "tinc":
-            raise ValueError(f"name={data.get('name')!r} must be 'tinc'")
+            raise InputError(f"name={data.get('name')!r} must be 'tinc'")
         configuration = data.get("configuration")
         if configuration is None:
             configuration = {}
         if not isinstance(configuration, Mapping):
-            raise ValueError(f"configuration={configuration!r} must be an object")
+            raise InputError(f"configuration={configuration!r} must be an object")
         unknown = sorted(set(configuration) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"the tinc codec has no {', '.join(unknown)}; update it, or correct the name")
+            raise InputError(f"the tinc codec has no {', '.join(unknown)}; update it, or correct the name")
         return cls(**configuration)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from visionkernels.files import finite_or_none, refuse_existing, write_json
 
 if TYPE_CHECKING:
     from visionkernels.profiling import BenchRow
-    from visionkernels.training import FitResult
 
 __all__ = ["find_device", "print_metrics", "report_bench", "report_fit", "write_result"]
 
@@ -39,13 +38,13 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
             print(_METRICS.get(name, name.replace("_", " ") + " {:.4g}").format(value))
 
 
-def report_fit(result: "FitResult", note: str | None = None) -> None:
+def report_fit(metrics: Mapping[str, Any], weights: Path, note: str | None = None) -> None:
     """Print the metrics of a training, a note, and where its weights are; of several processes only the first does."""
     if os.environ.get("RANK", "0") == "0":
-        print_metrics(result.metrics)
+        print_metrics(metrics)
         if note is not None:
             print(note)
-        print(f"weights: {result.weights}")
+        print(f"weights: {weights}")
 
 
 def write_result(json: Path | None, result: Any, *, overwrite: bool) -> None:

@@ -59,7 +59,8 @@ def _train(package: Package) -> Command:
         chosen = replace(chosen, fit=fit.apply(chosen.fit))
         given = {"init": init, "teacher": teacher, "teacher_checkpoint": teacher_checkpoint, **_given(further)}
         result = train_by_recipe(chosen, data, out, **given)
-        report_fit(result, None if package.verdict is None else package.resolve(package.verdict)(result.metrics))
+        note = None if package.verdict is None else package.resolve(package.verdict)(result.metrics)
+        report_fit(result.metrics, result.weights, note)
 
     return _described(
         train, package.train_options, "Train by a recipe; rerun the same command to resume.",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from tinc.signal import Signal
+from visionkernels.checks import InputError
 
 __all__ = ["OutOfReachError", "Request", "Target", "one_request"]
 
@@ -79,15 +80,15 @@ def one_request(
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(f"give exactly one target of {', '.join(options)}; got {', '.join(given) or 'none'}")
+        raise InputError(f"give exactly one target of {', '.join(options)}; got {', '.join(given) or 'none'}")
     ((name, value),) = given.items()
     if name == "lossless":
         return Request("max_error", 0.0)
     if isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name}={value} must be a finite number")
+        raise InputError(f"{name}={value} must be a finite number")
     if name == "max_error":
         if value < 0:
-            raise ValueError(f"max_error={value} must be at least 0")
+            raise InputError(f"max_error={value} must be at least 0")
     elif value <= (1 if name == "ratio" else 0):
-        raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}")
+        raise InputError(f"{name}={value} must be above {1 if name == 'ratio' else 0}")
     return Request(name, float(value))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinc.recipes import Compat, Level, OfficialRecipe
-from visionkernels.checks import check
+from visionkernels.checks import InputError, check
 
 __all__ = [
     "Dims",
@@ -138,7 +138,7 @@ def check_divisible(volume_shape: Sequence[int], num_levels: int) -> None:
     parts = 2 ** (num_levels - 1)
     for axis, size in zip(_AXES, volume_shape, strict=True):
         if size % parts:
-            raise ValueError(
+            raise InputError(
                 f"{axis}={size} is not divisible by the {parts} leaves along it of a tree of {num_levels} levels; "
                 f"crop or pad to {max(size // parts, 1) * parts} or {(size // parts + 1) * parts}, or use fewer levels"
             )
@@ -225,11 +225,11 @@ def _node_budgets(
     if how == "equal":
         return np.full((parts,) * 3, own / 8**level)
     if measured is None:
-        raise ValueError(f"allocation {how!r} of level {level} needs statistics of a volume; without one use 'equal'")
+        raise InputError(f"allocation {how!r} of level {level} needs statistics of a volume; without one use 'equal'")
     if how == "aoi":
         counts, whole = measured[level].aoi, float(measured[0].aoi.item())
         if whole == 0:
-            raise ValueError("allocation 'aoi' finds no value above 0 after scaling; use 'equal', or a higher range")
+            raise InputError("allocation 'aoi' finds no value above 0 after scaling; use 'equal', or a higher range")
         return own * counts / whole
     variances = measured[level].var
     if compat == "official":
@@ -239,7 +239,7 @@ def _node_budgets(
         sums = np.full_like(variances, variances.sum())
     if not sums.all():
         place = "-".join(map(str, (level, *np.argwhere(sums == 0)[0].tolist())))
-        raise ValueError(
+        raise InputError(
             f"allocation 'var' of level {level}: node {place} and its siblings have no variance; use 'aoi'"
         )
     return own * variances / sums
@@ -258,7 +258,7 @@ def _check_reached(
         dims = Dims(1 if level else 3, 1, channels if is_leaf else 1, each.layers)
         least += 8**level * dims.num_parameters
     ratios = "" if origin_bytes is None else f", the largest reachable ratio is {origin_bytes / (4 * least):.4g}"
-    raise ValueError(
+    raise InputError(
         f"a budget of {budget} parameters is too small: widths fall to 1 and the tree has {used}; "
         f"the narrowest tree of these levels has {least}{ratios}"
     )

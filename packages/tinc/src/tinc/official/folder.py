@@ -21,6 +21,7 @@ from tinc.official.allocation import Dims, Node, TreePlan, node_places
 from tinc.official.model import OctreeMLP, decode
 from tinc.official.volume import SideInfo, normalise, read_volume, with_channels
 from tinc.recipes import MAX_LEVELS, RECIPES, Level, OfficialRecipe, from_options, to_options
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.weights import CheckpointError, read_checkpoint
 
@@ -119,7 +120,7 @@ def load_official(
     channels = list(dims.values())[-1].output
     side_info = _side_info(path, volume, side_info, recipe)
     if side_info.shape[3] != channels:
-        raise ValueError(f"side_info has {side_info.shape[3]} channels, the leaves of {path} have {channels}")
+        raise InputError(f"side_info has {side_info.shape[3]} channels, the leaves of {path} have {channels}")
     plan = TreePlan(
         nodes=tuple(Node(level, index, sizes) for (level, index), sizes in dims.items()),
         volume_shape=side_info.shape[:3],
@@ -280,7 +281,7 @@ def _side_info(
         return normalise(array, scale_min=recipe.normal_min, scale_max=recipe.normal_max)[1]
     text = _text(path, _SIDE_INFO)
     if text is None:
-        raise ValueError(
+        raise InputError(
             f"{path} does not hold the volume's shape, type and range; give the original volume or side_info"
         )
     try:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tinc.recipes import Compat, LossWeight, OfficialRecipe
+from visionkernels.checks import InputError
 
 __all__ = [
     "create_optimizer",
@@ -35,7 +36,7 @@ def points_per_leaf(batch_size: int, num_levels: int, *, population: int, compat
     if compat == "none":
         return min(max(points, 1), population)
     if not _FEWEST < points < _MOST:
-        raise ValueError(
+        raise InputError(
             f"batch_size={batch_size} gives each of the {leaves} leaves {points} points a step; the official code "
             f"takes more than {_FEWEST} and less than {_MOST}, so from {(_FEWEST + 1) * leaves} on"
         )
@@ -124,4 +125,4 @@ def create_scheduler(
     try:
         return kind(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"arguments of {recipe.scheduler.name}: {error}") from error
+        raise InputError(f"arguments of {recipe.scheduler.name}: {error}") from error

@@ -152,10 +152,12 @@ class _Run:
 
     def _claim(self) -> None:
         from visionkernels.training.folder import describe_run
+        from visionkernels.weights import Trained
 
         facts = {"shape": list(self.original.shape), "dtype": self.original.dtype.name, "bytes": self.origin_bytes}
+        trained = Trained(kind="tree", package="tinc", details={"volume": facts, "precision": self.precision})
         description = describe_run(
-            asdict(self.recipe), {"volume": facts, "precision": self.precision}, samples_per_epoch=self.population,
+            asdict(self.recipe), trained, samples_per_epoch=self.population,
             device=str(self.device), path=str(self.path), processes=self.accelerator.num_processes,
         )  # fmt: skip
         is_new = self.folder.claim(description)

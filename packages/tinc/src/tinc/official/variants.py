@@ -6,6 +6,7 @@ from typing import Any
 from tinc.official.allocation import TreePlan, allocate, check_divisible
 from tinc.official.model import OctreeMLP
 from tinc.recipes import equal_shares, find_recipe
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 require("timm.models", "tinc-vision[train]")
@@ -24,16 +25,16 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> OctreeMLP:
     if pretrained:
-        raise ValueError(f"pretrained=True: tinc_{name} has no weights to download, since each volume is its own model")
+        raise InputError(f"pretrained=True: tinc_{name} has no weights to download, since each volume is its own model")
     for argument in ("num_classes", "in_chans", "img_size", "global_pool", "features_only"):
         if argument in kwargs:
-            raise ValueError(
+            raise InputError(
                 f"tinc_{name} takes no {argument}; it reads coordinates, and takes volume_shape, parameters, channels "
                 "and seed"
             )
     for argument in ("volume_shape", "parameters"):
         if argument not in kwargs:
-            raise ValueError(f"tinc_{name} needs {argument}=, e.g. volume_shape=(8, 128, 128), parameters=4096")
+            raise InputError(f"tinc_{name} needs {argument}=, e.g. volume_shape=(8, 128, 128), parameters=4096")
     return build_model_with_cfg(partial(_build, name), f"tinc_{name}", False, **kwargs)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinc.volumes.plain import read_npy
 from tinc.volumes.tiff import read_tiff
-from visionkernels.checks import check, check_choice
+from visionkernels.checks import InputError, check, check_choice
 
 __all__ = ["Rounding", "SideInfo", "denormalise", "normalise", "read_volume", "with_channels"]
 
@@ -57,7 +57,7 @@ def read_volume(path: str | Path) -> np.ndarray:
         raise FileNotFoundError(f"volume {path} is not a file")
     readers = {".tif": read_tiff, ".tiff": read_tiff, ".npy": read_npy}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"volume {path} has the suffix {path.suffix!r}; the official procedure takes .tif and .npy")
+        raise InputError(f"volume {path} has the suffix {path.suffix!r}; the official procedure takes .tif and .npy")
     return with_channels(readers[path.suffix.lower()](path).array)
 
 
@@ -70,11 +70,11 @@ def with_channels(volume: np.ndarray) -> np.ndarray:
     if volume.dtype.kind not in "iuf":
         raise TypeError(f"volume has dtype {volume.dtype}; it must be of integers or real floating numbers")
     if volume.ndim not in (3, 4):
-        raise ValueError(
+        raise InputError(
             f"volume has shape {volume.shape}; the octree takes depth, height, width, and channels if there are several"
         )
     if volume.size == 0:
-        raise ValueError(f"volume has shape {volume.shape} and so no voxels")
+        raise InputError(f"volume has shape {volume.shape} and so no voxels")
     return volume if volume.ndim == 4 else volume[..., None]
 
 
@@ -90,13 +90,13 @@ def normalise(volume: np.ndarray, *, scale_min: float = 0.0, scale_max: float = 
     if volume.dtype.kind == "f":
         num_bad = int(values.size - np.isfinite(values).sum())
         if num_bad:
-            raise ValueError(f"volume holds {num_bad} values that are NaN or infinite in float32; replace them first")
+            raise InputError(f"volume holds {num_bad} values that are NaN or infinite in float32; replace them first")
     low, high = values.min(), values.max()
     if low == high:
-        raise ValueError(f"volume is constant, every voxel is {low:.7g}: there is nothing for a network to learn")
+        raise InputError(f"volume is constant, every voxel is {low:.7g}: there is nothing for a network to learn")
     with np.errstate(over="ignore"):
         if not np.isfinite(high - low):
-            raise ValueError(f"volume reaches from {low:.7g} to {high:.7g}, a range beyond float32; scale it first")
+            raise InputError(f"volume reaches from {low:.7g} to {high:.7g}, a range beyond float32; scale it first")
     side_info = SideInfo(
         shape=volume.shape, dtype=volume.dtype.name, data_min=float(low), data_max=float(high),
         scale_min=float(scale_min), scale_max=float(scale_max),

@@ -21,6 +21,7 @@ import numpy as np
 
 from tinc.entropy import AdaptiveBits, BitReader, BitWriter
 from tinc.interpolation import IntegerCoder
+from visionkernels.checks import InputError
 
 __all__ = ["LARGEST", "MAX_UNARY", "CoefficientCoder"]
 
@@ -139,7 +140,7 @@ class CoefficientCoder:
     def write(self, writer: BitWriter, coefficients: np.ndarray) -> None:
         """Append all coefficients to the stream. Raises ValueError for magnitudes above 2**24."""
         if np.abs(coefficients).max(initial=0) > LARGEST:
-            raise ValueError(f"coefficients reach {np.abs(coefficients).max()}; at most {LARGEST} can be coded")
+            raise InputError(f"coefficients reach {np.abs(coefficients).max()}; at most {LARGEST} can be coded")
         self.means.write(writer, _means(coefficients))
         flat = coefficients.reshape(-1)
         seen = self._seen(coefficients)

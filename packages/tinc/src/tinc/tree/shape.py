@@ -9,6 +9,8 @@ from itertools import product
 
 import numpy as np
 
+from visionkernels.checks import InputError
+
 __all__ = ["Box", "TreeShape"]
 
 Box = tuple[slice, ...]
@@ -29,9 +31,9 @@ class TreeShape:
 
     def __post_init__(self) -> None:
         if len(self.splits) != len(self.widths) or not self.widths or not all(self.widths):
-            raise ValueError(f"splits={self.splits} and widths={self.widths} must have the same levels")
+            raise InputError(f"splits={self.splits} and widths={self.widths} must have the same levels")
         if self.active and len(self.active) != self.num_leaves:
-            raise ValueError(f"active has {len(self.active)} entries for {self.num_leaves} leaves")
+            raise InputError(f"active has {len(self.active)} entries for {self.num_leaves} leaves")
 
     @property
     def num_leaves(self) -> int:

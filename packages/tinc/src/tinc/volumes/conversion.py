@@ -9,6 +9,7 @@ import numpy as np
 
 from tinc.signal import DTYPES
 from tinc.volumes.description import Volume
+from visionkernels.checks import InputError
 
 __all__ = ["with_type"]
 
@@ -49,12 +50,12 @@ def _converted(samples: np.ndarray, as_type: str, path: Path) -> np.ndarray:
     finite = np.isfinite(samples)
     if as_type != "float32" and not finite.all():
         count = int(samples.size - finite.sum())
-        raise ValueError(f"as_type={as_type!r}: volume {path} has {count} values that are not finite")
+        raise InputError(f"as_type={as_type!r}: volume {path} has {count} values that are not finite")
     limits: Any = np.finfo(as_type) if as_type == "float32" else np.iinfo(as_type)
     values = np.rint(samples) if as_type != "float32" and samples.dtype.kind == "f" else samples
     inside = values[finite]
     if inside.size and not limits.min <= inside.min() <= inside.max() <= limits.max:
-        raise ValueError(
+        raise InputError(
             f"as_type={as_type!r} holds values in [{limits.min}, {limits.max}]; volume {path} has "
             f"[{inside.min()}, {inside.max()}]: rescale them first"
         )

@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from visionkernels.checks import InputError
 from visionkernels.files import CorruptFileError
 
 __all__ = ["SYMBOLS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
@@ -82,7 +83,7 @@ def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
     if channel_axis is not None:
         if not -ndim <= channel_axis < ndim:
-            raise ValueError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
+            raise InputError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
         channel_axis %= ndim
     spatial = ndim - (channel_axis is not None)
     default = "QTZYX"[max(5 - spatial, 0) :].rjust(spatial, "Q")
@@ -94,10 +95,10 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
     )
     for name, values in (("axes", axes), ("spacing", spacing), ("units", units)):
         if len(values) != ndim:
-            raise ValueError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
+            raise InputError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
     for step in spacing:
         if step is not None and not (isinstance(step, Real) and math.isfinite(step) and float(step) > 0):
-            raise ValueError(f"metadata: spacing={spacing!r} must hold positive numbers, or None where it is unknown")
+            raise InputError(f"metadata: spacing={spacing!r} must hold positive numbers, or None where it is unknown")
     return Layout(str(axes), list(spacing), list(units), channel_axis, metadata)
 
 

@@ -13,6 +13,7 @@ from tinc.volumes.nifti import read_nifti, write_nifti
 from tinc.volumes.plain import check_png, read_npy, read_png
 from tinc.volumes.stores import read_zarr, write_zarr
 from tinc.volumes.tiff import read_tiff, write_tiff
+from visionkernels.checks import InputError
 from visionkernels.files import replace_file
 
 __all__ = ["SUFFIXES", "read_volume", "write_volume"]
@@ -37,7 +38,7 @@ def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
     path = Path(path)
     format = _format_of(path)
     if as_type is not None and as_type not in DTYPES:
-        raise ValueError(f"as_type={as_type!r} must be one of {', '.join(DTYPES)}")
+        raise InputError(f"as_type={as_type!r} must be one of {', '.join(DTYPES)}")
     if not path.exists():
         raise FileNotFoundError(f"volume {path} does not exist")
     readers = {"ome": read_tiff, "tiff": read_tiff, "npy": read_npy, "nifti": read_nifti, "zarr": read_zarr}
@@ -93,4 +94,4 @@ def _format_of(path: Path) -> str:
     ):
         if name.endswith(endings):
             return format
-    raise ValueError(f"volume {path} has the suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+    raise InputError(f"volume {path} has the suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}")

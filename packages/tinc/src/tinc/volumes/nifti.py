@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinc.volumes.description import Layout, Volume, damage_named, described
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["read_nifti", "write_nifti"]
@@ -20,10 +21,10 @@ def read_nifti(path: Path) -> Volume:
             image = nibabel.load(path)
             header = image.header
             if not hasattr(header, "get_sform"):
-                raise ValueError(f"it is {type(image).__name__}")
+                raise InputError(f"it is {type(image).__name__}")
             array = image.dataobj.get_unscaled()
         except problems as error:
-            raise ValueError(str(error)) from error
+            raise InputError(str(error)) from error
         axes = "XYZTC"[: array.ndim].ljust(array.ndim, "Q")
         space, time = header.get_xyzt_units()
         units = dict.fromkeys("XYZ", None if space == "unknown" else space)
@@ -48,7 +49,7 @@ def _orientation(header: Any) -> dict[str, Any]:
 def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
     nibabel = require("nibabel", "tinc-vision[nifti]")
     if not set(layout.axes) <= set("XYZTCS") or len(set(layout.axes)) < len(layout.axes):
-        raise ValueError(f"NIfTI has the axes X, Y, Z, T and channels; the array has {layout.axes}")
+        raise InputError(f"NIfTI has the axes X, Y, Z, T and channels; the array has {layout.axes}")
     array, layout = layout.moved(array, "XYZTCS")
     if layout.channel_axis is not None:
         array = array.reshape(*array.shape[:-1], *(1,) * (5 - array.ndim), array.shape[-1])
@@ -57,7 +58,7 @@ def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
         header.set_data_dtype(array.dtype)
         header.set_data_shape(array.shape)
     except nibabel.spatialimages.HeaderDataError as error:
-        raise ValueError(f"NIfTI cannot hold {array.dtype} {array.shape}: {error}") from error
+        raise InputError(f"NIfTI cannot hold {array.dtype} {array.shape}: {error}") from error
     _set_geometry(header, array, layout)
     header["scl_slope"] = layout.metadata.get("nifti", {}).get("slope", 1)
     header["scl_inter"] = layout.metadata.get("nifti", {}).get("inter", 0)

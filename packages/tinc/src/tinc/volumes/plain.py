@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tinc.volumes.description import Volume, damage_named
+from visionkernels.checks import InputError
 
 __all__ = ["check_png", "read_npy", "read_png"]
 
@@ -14,7 +15,7 @@ def read_npy(path: Path) -> Volume:
     with damage_named(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
-            raise ValueError("it is an archive of several arrays")
+            raise InputError("it is an archive of several arrays")
     return Volume(array, None, {"format": "npy"})
 
 
@@ -29,7 +30,7 @@ def read_png(path: Path) -> Volume:
     # Pillow halves the depth of colour pictures
     if mode in ("RGB", "RGBA") and depth == 8:
         return Volume(pixels, 2, {"format": "png", "axes": "YXS"})
-    raise ValueError(
+    raise InputError(
         f"volume {path} is a PNG of mode {mode}, {depth} bits; read are grey of 8 and 16 bits and RGB of 8: convert "
         "it, or save it as .tif"
     )
@@ -40,7 +41,7 @@ def check_png(path: Path, array: np.ndarray, channel_axis: int | None) -> None:
     is_colour = array.ndim == 3 and channel_axis in (2, -1) and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not is_grey and not is_colour:
         channels = "" if channel_axis is None else f" with channels along axis {channel_axis}"
-        raise ValueError(
+        raise InputError(
             f"{path} cannot hold {array.dtype} {array.shape}{channels}; a PNG holds uint8 or uint16 of 2 axes, or "
             "uint8 with 3 or 4 channels last: write .tif or .npy"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinc.volumes.description import Layout, Volume, damage_named, described
+from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["move_folder", "read_zarr", "refuse_folder", "write_zarr", "zarr_attributes"]
@@ -28,7 +29,7 @@ def read_zarr(path: Path) -> Volume:
                 warnings.filterwarnings("ignore", message="Object at .* is not recognized")
                 names = sorted(name for name, _ in node.members())
             if not names:
-                raise ValueError("it holds no array")
+                raise InputError("it holds no array")
             # the finest level comes first in the list of an OME-Zarr
             node = node[inside["datasets"][0]["path"] if _multiscale(attributes) else names[0]]
             attributes = dict(node.attrs)

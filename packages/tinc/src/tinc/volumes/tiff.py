@@ -9,6 +9,7 @@ import numpy as np
 import tifffile
 
 from tinc.volumes.description import SYMBOLS, Layout, Volume, damage_named, described
+from visionkernels.checks import InputError
 
 __all__ = ["read_tiff", "write_tiff"]
 
@@ -21,7 +22,7 @@ def read_tiff(path: Path) -> Volume:
         array = tifffile.memmap(path, series=0, mode="r") if is_mapped else series.asarray()
         # of a file that was cut off, tifffile gives what there is
         if array.shape != series.shape:
-            raise ValueError(f"it has pixels for {array.shape} of {series.shape}")
+            raise InputError(f"it has pixels for {array.shape} of {series.shape}")
         note = f"the first of {len(tif.series)} series is read" if len(tif.series) > 1 else None
         axis = max(series.axes.find("S"), -1 if "S" in series.axes else series.axes.find("C"))
     return Volume(array, None if axis < 0 else axis, metadata, note)
@@ -84,7 +85,7 @@ def write_tiff(path: Path, array: np.ndarray, layout: Layout, *, is_ome: bool) -
     try:
         tifffile.imwrite(path, array, ome=is_ome, metadata=description, **options)
     except (ValueError, TypeError, LookupError, tifffile.OmeXmlError) as error:
-        raise ValueError(f"a TIFF cannot hold {array.dtype} {array.shape} with axes {layout.axes}: {error}") from error
+        raise InputError(f"a TIFF cannot hold {array.dtype} {array.shape} with axes {layout.axes}: {error}") from error
 
 
 def _ome_description(layout: Layout) -> dict[str, Any]:
