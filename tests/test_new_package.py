@@ -12,20 +12,18 @@ def pytest_in(workspace: Path, environment: dict[str, str], *arguments: str) -> 
     return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
 
 
-def test_golden_cases(workspace: Path, installed: dict[str, str]) -> None:
-    done = pytest_in(workspace, installed, "packages/demo/tests/test_parity.py")
+def test_from_end_to_end(workspace: Path, installed: dict[str, str]) -> None:
+    """It trains, is killed, resumes, evaluates, exports, loads official weights, reproduces and agrees."""
+    done = pytest_in(workspace, installed, "packages/demo")
     assert done.returncode == 0, done.stdout
-    assert "3 passed" in done.stdout
+    assert " skipped" not in done.stdout
 
 
 @pytest.mark.slow
-def test_all_of_it(workspace: Path, installed: dict[str, str]) -> None:
-    done = pytest_in(workspace, installed, "packages/demo")
-    assert done.returncode == 0, done.stdout
-    linters = ["ruff check packages", "ruff format --check packages", "mypy packages/demo/src"]
-    for command in map(str.split, linters):
+def test_linters(workspace: Path, installed: dict[str, str]) -> None:
+    for command in ("ruff check packages", "ruff format --check packages", "mypy packages/demo/src"):
         checked = subprocess.run(
-            [sys.executable, "-m", *command], cwd=workspace, env=installed, capture_output=True, text=True
+            [sys.executable, "-m", *command.split()], cwd=workspace, env=installed, capture_output=True, text=True
         )
         assert checked.returncode == 0, checked.stdout
 
