@@ -178,7 +178,7 @@ class TestDecompress:
 
     def test_damaged(self, compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
         content, out = compressed.read_bytes(), compressed.with_name("out.npy")
-        for damaged, message in ((content[:-5], "cut off"), (b"GIF89a" * 20, "no .tinc file"), (b"", "is empty")):
+        for damaged, message in ((content[:-5], "cut off"), (b"GIF89a" * 20, "not a .tinc file"), (b"", "is empty")):
             compressed.write_bytes(damaged)
             line = fails(capsys, "decompress", compressed, out)
             assert message in line and "in.tinc" in line and not out.exists()
@@ -250,11 +250,11 @@ class TestEmptyValues:
         ("argv", "message"),
         [
             (["compress", "", "a.tinc", "--lossless"], "volume . has the suffix ''"),
-            (["decompress", "IN", "OUT", "--region", ""], "--region  must give a range for each axis"),
+            (["decompress", "IN", "OUT", "--region", ""], "--region '' must be a range for each axis"),
             (["train", "", "--data", "a.npy", "--out", "run"], "unknown recipe ''"),
             (["train", "multi0", "--data", "", "--out", "run"], "volume . is not a file"),
             (["train", "--config", "", "--data", "a.npy", "--out", "run"], "configuration . is not a file"),
-            (["bench", "IN", "--ratios", ""], "--ratios  must be numbers"),
+            (["bench", "IN", "--ratios", ""], "--ratios '' must be numbers"),
             (["bench", "IN", "--against", "sz3,"], "is not known"),
         ],
     )

@@ -59,7 +59,7 @@ class TestPaletteGrid:
 
     @pytest.mark.parametrize("number", [-1, 2])
     def test_damaged(self, number: int) -> None:
-        with pytest.raises(TincFormatError, match="names values that its palette lacks"):
+        with pytest.raises(TincFormatError, match="refers to values that its palette lacks"):
             PaletteGrid("uint8", np.array([10, 20])).samples(np.array([number]))
 
     @given(st.sets(st.integers(-32768, 65535), min_size=1, max_size=300))

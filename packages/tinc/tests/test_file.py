@@ -414,7 +414,7 @@ class TestOpen:
         """Of damage that opening and of damage that decoding finds."""
         path = tmp_path / "a.tinc"
         path.write_bytes(b"GIF89a" * 9)
-        with pytest.raises(TincFormatError, match=r"a\.tinc: this is no \.tinc file"):
+        with pytest.raises(TincFormatError, match=r"a\.tinc: not a \.tinc file"):
             tinc.open(path)
         content = bytearray(examples["tiles"].tobytes())
         content[-1] ^= 1

@@ -121,7 +121,7 @@ class TestAllocate:
 class TestPlanTree:
     def test_indivisible(self) -> None:
         with pytest.raises(
-            ValueError, match="width=30 is not divisible by the 4 leaves along it of a tree of 3 levels"
+            ValueError, match="width=30 is not divisible by 4, the leaves along it of a tree of 3 levels"
         ):
             check_divisible((8, 16, 30), 3)
         values = normalise(np.arange(8 * 8 * 6).reshape(8, 8, 6))[0]

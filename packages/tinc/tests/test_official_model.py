@@ -173,7 +173,7 @@ class TestTimm:
             timm.create_model("tinc_multi1", pretrained=True, **shape)
         with pytest.raises(ValueError, match="needs parameters="):
             timm.create_model("tinc_multi1", volume_shape=(8, 8, 8))
-        with pytest.raises(ValueError, match="takes no in_chans"):
+        with pytest.raises(ValueError, match="has no option in_chans"):
             timm.create_model("tinc_multi1", in_chans=1, **shape)
         with pytest.raises(ValueError, match="height=9 is not divisible"):
             timm.create_model("tinc_multi1", volume_shape=(8, 9, 8), parameters=3000)

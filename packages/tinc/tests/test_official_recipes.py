@@ -156,7 +156,7 @@ Dynamic:
     def test_errors(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none\.yaml is not a file"):
             read_yaml(tmp_path / "none.yaml")
-        with pytest.raises(ValueError, match="is no YAML"):
+        with pytest.raises(ValueError, match="is not valid YAML"):
             read_yaml(self.write(tmp_path, "a: [1"))
         with pytest.raises(ValueError, match="holds a list"):
             read_yaml(self.write(tmp_path, "- 1"))
@@ -164,11 +164,11 @@ Dynamic:
             read_yaml(self.write(tmp_path, "Static: {}"))
         with pytest.raises(ValueError, match="has no 'Static'"):
             expand_grid(self.write(tmp_path, SINGLE))
-        with pytest.raises(ValueError, match="are not the official ones"):
+        with pytest.raises(ValueError, match="are not official ones"):
             read_yaml(self.write(tmp_path, "CompressFramwork: {Ratio: 3}"))
         with pytest.raises(ValueError, match="Sinus"):
             read_yaml(self.write(tmp_path, SINGLE.replace("Sine", "Sinus")))
-        with pytest.raises(ValueError, match="is no YAML"):  # which would call a function
+        with pytest.raises(ValueError, match="is not valid YAML"):  # which would call a function
             read_yaml(self.write(tmp_path, "CompressFramwork: !!python/object/apply:os.getpid []"))
         many = ", ".join("{Ratio: 1}" for _ in range(101))
         with pytest.raises(ValueError, match="Dynamic='10201 combinations' must be at most 10000"):

@@ -58,9 +58,9 @@ class TestNormalise:
             normalise(np.full((2, 2, 2), 7))
         with pytest.raises(ValueError, match="a range beyond float32"):
             normalise(np.array([[[-3e38, 3e38]]], np.float32))
-        with pytest.raises(ValueError, match=r"shape \(4, 4\); the octree takes depth, height, width"):
+        with pytest.raises(ValueError, match=r"shape \(4, 4\); an octree needs depth, height, width"):
             normalise(np.zeros((4, 4)))
-        with pytest.raises(ValueError, match="no voxels"):
+        with pytest.raises(ValueError, match="it is empty"):
             normalise(np.zeros((0, 4, 4)))
         for dtype in (complex, object, bool):
             with pytest.raises(TypeError, match="volume has dtype"):
@@ -102,7 +102,7 @@ class TestReadVolume:
         with pytest.raises(FileNotFoundError, match=r"none\.tif is not a file"):
             read_volume(tmp_path / "none.tif")
         (tmp_path / "a.png").write_bytes(b"png")
-        with pytest.raises(ValueError, match=r"suffix '.png'; the official procedure takes .tif and .npy"):
+        with pytest.raises(ValueError, match=r"suffix '.png'; the official procedure reads .tif and .npy"):
             read_volume(tmp_path / "a.png")
         np.save(tmp_path / "o.npy", np.array([{}]), allow_pickle=True)
         with pytest.raises(ValueError, match=r"o\.npy is damaged or of another format"):

@@ -50,5 +50,5 @@ class TestCompare:
     def test_errors(self, volume: np.ndarray) -> None:
         with pytest.raises(ValueError, match="float32"):
             list(compare(volume.astype(np.float32), (12,)))
-        with pytest.raises(ValueError, match="against=h264 is not known; known are hevc"):
+        with pytest.raises(ValueError, match="against=h264 is not known; known: hevc"):
             list(compare(volume, (12,), ("h264",)))

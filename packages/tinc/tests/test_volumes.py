@@ -241,16 +241,16 @@ class TestReadVolume:
     @pytest.mark.parametrize("dtype", ["complex64", "U3", [("r", "u1"), ("g", "u1")], "M8[s]"])
     def test_other_types(self, tmp_path: Path, dtype: Any) -> None:
         np.save(tmp_path / "in.npy", np.zeros((2, 2), dtype=dtype))
-        with pytest.raises(TypeError, match=r"in\.npy holds .*it must hold numbers, one a voxel: uint8"):
+        with pytest.raises(TypeError, match=r"in\.npy holds .*it must hold a number for each voxel: uint8"):
             read_volume(tmp_path / "in.npy", as_type="uint8")
 
     def test_errors(self, tmp_path: Path) -> None:
         for name in ("in.mrc", "in", "-", "in.tinc"):
-            with pytest.raises(ValueError, match=r"has the suffix .*; known are \.ome\.tif, .*\.zarr, \.png"):
+            with pytest.raises(ValueError, match=r"has the suffix .*; known: \.ome\.tif, .*\.zarr, \.png"):
                 read_volume(tmp_path / name)
         with pytest.raises(FileNotFoundError, match=r"none\.tif does not exist"):
             read_volume(tmp_path / "none.tif")
-        with pytest.raises(CorruptFileError, match="holds no array"):
+        with pytest.raises(CorruptFileError, match="contains no array"):
             zarr.open_group(str(tmp_path / "empty.zarr"), mode="w")
             read_volume(tmp_path / "empty.zarr")
         np.savez(tmp_path / "in.npz", a=np.zeros((2, 2)))
@@ -262,7 +262,7 @@ class TestReadVolume:
             read_volume(tmp_path / "in.npy")
         for mode in ("P", "1", "LA"):
             Image.new(mode, (4, 4)).save(tmp_path / "in.png")
-            with pytest.raises(ValueError, match=f"PNG of mode {mode}, .*read are grey of 8 and 16 bits"):
+            with pytest.raises(ValueError, match=f"PNG of mode {mode} with .*must be grey with 8 or 16 bits"):
                 read_volume(tmp_path / "in.png")
 
     def test_deep_colour_png(self, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ class TestReadVolume:
         chunk = struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
         end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
         (tmp_path / "in.png").write_bytes(bytes(content[:place]) + chunk + end)
-        with pytest.raises(ValueError, match="of mode RGB, 16 bits"):
+        with pytest.raises(ValueError, match="of mode RGB with 16 bits"):
             read_volume(tmp_path / "in.png")
 
     @pytest.mark.parametrize("suffix", [".tif", ".ome.tif", ".npy", ".nii", ".nii.gz", ".png"])
@@ -382,7 +382,7 @@ class TestWriteVolume:
 
     def test_errors(self, tmp_path: Path) -> None:
         volume = ramp((3, 4, 5), "float32")
-        with pytest.raises(ValueError, match=r"'\.mrc'; known are"):
+        with pytest.raises(ValueError, match=r"'\.mrc'; known: "):
             write_volume(tmp_path / "o.mrc", volume)
         with pytest.raises(ValueError, match=r"o\.png cannot hold float32 \(3, 4, 5\); a PNG holds"):
             write_volume(tmp_path / "o.png", volume)
@@ -408,9 +408,9 @@ class TestWriteVolume:
         """--overwrite removes no folder that is not a Zarr."""
         (tmp_path / "o.zarr").mkdir()
         (tmp_path / "o.zarr/thesis.txt").write_text("years of work")
-        with pytest.raises(FileExistsError, match="is no Zarr folder; remove it yourself"):
+        with pytest.raises(FileExistsError, match="is not a Zarr folder; remove it yourself"):
             write_volume(tmp_path / "o.zarr", ramp((3, 4), "uint8"), overwrite=True)
-        with pytest.raises(FileExistsError, match="is no Zarr folder"):
+        with pytest.raises(FileExistsError, match="is not a Zarr folder"):
             move_folder(tmp_path, tmp_path / "o.zarr", overwrite=True)
         assert (tmp_path / "o.zarr/thesis.txt").exists()
 

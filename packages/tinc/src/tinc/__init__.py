@@ -1,4 +1,4 @@
-"""TINC: volumes as trees of small coordinate networks, and a codec that people can use."""
+"""A codec for volumes, with trees of small coordinate networks (TINC, CVPR 2023)."""
 
 from typing import TYPE_CHECKING
 

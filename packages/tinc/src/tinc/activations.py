@@ -1,4 +1,4 @@
-"""The activations of a segment, by the words of the configuration."""
+"""The activations of a segment, by their names in the configuration."""
 
 import re
 
@@ -11,14 +11,14 @@ from visionkernels.checks import InputError
 __all__ = ["SINE_FREQUENCY", "activate", "check_activation"]
 
 SINE_FREQUENCY = 30.0
-"""Of every sine but the first of a segment, and of the initialisation, whatever w0 says."""
+"""Frequency of every sine but the first of a segment, and of the initialisation, independent of w0."""
 
 _PLAIN = {"Sine": torch.sin, "ReLU": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh}
 _LEAKY = re.compile(r"LeakyReLU(\d+(?:\.\d*)?(?:e-?\d+)?|\.\d+)")
 
 
 def check_activation(name: str) -> None:
-    """Raise ValueError for a word that is no activation, with the choices."""
+    """Raise ValueError with the choices unless `name` is an activation."""
     if name not in _PLAIN and not _LEAKY.fullmatch(name):
         raise InputError(
             f"activation={name!r} must be one of {', '.join(map(repr, _PLAIN))}, or 'LeakyReLU' with its slope, "
@@ -27,7 +27,7 @@ def check_activation(name: str) -> None:
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """Apply the activation; the frequency of a sine is already in `x`."""
+    """Apply the activation; `x` already includes the frequency of a sine."""
     if name in _PLAIN:
         return _PLAIN[name](x)
     leaky = _LEAKY.fullmatch(name)

@@ -1,8 +1,8 @@
-"""Arithmetic of the decoder: integers only, so that a file decodes to the same voxels on every machine.
+"""Integer arithmetic of the decoder, so that a file decodes to the same voxels on every machine.
 
 Matrices hold integers as floating point: while no partial sum reaches 2**24 (float32) or 2**53 (float64), every product
-and sum is exact in whichever order a BLAS or a GPU takes them. Sines and cosines come from integer series, not from a
-mathematics library, whose last digits differ between machines.
+and sum is exact in any order of a BLAS or a GPU. Sines and cosines come from integer series, since the last digits of a
+mathematics library differ between machines.
 """
 
 import math
@@ -62,15 +62,15 @@ def sine_table(device: str = "cpu") -> Tensor:
 def cosine_basis(length: int, step: int = 1) -> np.ndarray:
     """Return the orthonormal basis of the DCT-II times 2**14, rounded, as float64 [frequency, place].
 
-    basis[k, n] = c_k cos(pi (2 n + 1) k / (2 length)), c_0 = sqrt(1 / length), else c_k = sqrt(2 / length). With
-    `step` it is that of step * length places, each row averaged over cells of `step` places: c_k is smaller by the root
-    of `step`, and by sin(step x) / (step sin x), x = pi k / (2 step length).
+    basis[k, n] = c_k cos(pi (2 n + 1) k / (2 length)), c_0 = sqrt(1 / length), else c_k = sqrt(2 / length). A `step`
+    above 1 gives the basis of step * length places, averaged over cells of `step` places: c_k is then smaller by the
+    root of `step` and by sin(step x) / (step sin x), x = pi k / (2 step length).
     """
     turn, bits = 4 * length, 40
     cosines = [_sine(step + length, turn, bits) for step in range(turn)]
     basis = np.empty((length, length))
     for k in range(length):
-        # what a wave of this frequency keeps of its height when it is averaged
+        # share of its amplitude that a wave of this frequency keeps in the average
         share = 1 << bits
         if k and step > 1:
             share = (_sine(k * step, turn * step, bits) << bits) // (step * _sine(k, turn * step, bits))
@@ -84,7 +84,7 @@ def cosine_basis(length: int, step: int = 1) -> np.ndarray:
 def to_fixed(value: float, *, mantissa_bits: int, max_shift: int) -> tuple[int, int]:
     """Return (multiplier, shift) with value ~ multiplier / 2**shift and multiplier below 2**mantissa_bits.
 
-    A value that is too large becomes the largest one. Raises ValueError if it is not positive.
+    Values above the largest multiplier are clipped. Raises ValueError unless `value` is positive.
     """
     if not value > 0:
         raise InputError(f"value={value} must be positive")

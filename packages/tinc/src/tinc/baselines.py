@@ -1,4 +1,4 @@
-"""The straightforward algorithm that benches measure against: a tree whose nodes are evaluated one by one."""
+"""The baseline of the benches: a tree whose nodes are evaluated one by one."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ __all__ = ["PlainTree"]
 
 
 class PlainTree:
-    """A list of layers a node, sines by a product with w0, one optimiser group a node, labels gathered leaf by leaf."""
+    """A straightforward tree: a list of layers and an optimiser group for each node, labels gathered leaf by leaf."""
 
     def __init__(self, plan: TreePlan, volume: np.ndarray) -> None:
         """`volume` [depth, height, width, channels] is normalised."""
@@ -24,11 +24,11 @@ class PlainTree:
             self.segments.append([nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)])
         self.labels = list(split(torch.from_numpy(volume), plan.num_levels))
         self.grid = coordinate_grid(plan.leaf_shape)
-        groups = [{"params": [each for linear in segment for each in linear.parameters()]} for segment in self.segments]
+        groups = [{"params": list(nn.ModuleList(segment).parameters())} for segment in self.segments]
         self.optimizer = torch.optim.Adamax(groups, lr=1e-3, foreach=False)
 
     def step(self, points: Tensor) -> float:
-        """Take a step on some places of the leaf grid; returns the loss."""
+        """Take a training step on some points of the leaf grid, and return the loss."""
         self.optimizer.zero_grad()
         features: dict[int, Tensor] = {}
         loss = torch.zeros(())

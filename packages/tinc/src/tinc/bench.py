@@ -1,4 +1,4 @@
-"""What the bars of speed are measured by: decoding, regions, and training beside the official schedule."""
+"""Measurements of speed: decoding, regions, and training compared with the official schedule."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ _OFFICIAL_STEPS = 10_000
 
 
 def measure(*, full: bool = False) -> Iterator[BenchRow]:
-    """Yield the rows, one thread each; `full` also two threads, and more repeats."""
+    """Yield the rows on one thread; `full` adds two threads and more repeats."""
     for threads in (1, 2) if full else (1,):
         yield from _decoding(threads, repeats=15 if full else 5)
         yield from _official_steps(threads, repeats=15 if full else 5)
@@ -56,12 +56,12 @@ def _decoding(threads: int, *, repeats: int) -> Iterator[BenchRow]:
         whole, region = timings["whole"].median, timings["region"].median
         yield BenchRow(
             id=f"{layers}/region", ours_s=region, baseline_s=whole, ratio=whole / region, target=5.0, threads=threads,
-            dtype="uint16", shape=f"8x16x16 of {shape}", note="the same file decoded whole",
+            dtype="uint16", shape=f"8x16x16 of {shape}", note="compared with decoding the whole file",
         )  # fmt: skip
         opened = _seconds(partial(_load, content))
         yield BenchRow(
             id=f"{layers}/decode", ours_s=whole, baseline_s=opened, ratio=opened / whole, threads=threads,
-            dtype="uint16", shape=shape, note="beside opening and entropy decoding",
+            dtype="uint16", shape=shape, note="compared with opening and entropy decoding",
         )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def _seconds(function: Callable[[], object], repeats: int = 3) -> float:
 
 
 def _training(name: str, volume: np.ndarray, threads: int) -> BenchRow:
-    """Train until the volume is as good as after the official schedule, with as many bytes of weights."""
+    """Train until the PSNR of the official schedule is reached, with the same bytes of weights."""
     with torch_threads(threads), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "volume.npy"
         np.save(path, volume)
@@ -109,7 +109,7 @@ def _training(name: str, volume: np.ndarray, threads: int) -> BenchRow:
 
 
 def _official_steps(threads: int, *, repeats: int) -> Iterator[BenchRow]:
-    """Time a step of the official procedure, nodes stacked, beside one node after the other; weights are as drawn."""
+    """Time a step of the official procedure with stacked nodes and node by node, from initial weights."""
     volume = np.ascontiguousarray(sample_volume()[:8, :, :96])[..., None]
     normalised, _ = normalise(volume)
     for name, ratio, points, target in (("multi2", 4, 513, 4.0), ("multi2", 16, 513, 4.0), ("multi1", 4, 513, None)):
@@ -133,5 +133,5 @@ def _official_steps(threads: int, *, repeats: int) -> Iterator[BenchRow]:
         yield BenchRow(
             id=f"official/{name} {ratio}x", ours_s=ours, baseline_s=baseline, ratio=baseline / ours, target=target,
             threads=threads, dtype="float32", shape=f"{plan.num_parameters} parameters, {points} points a leaf",
-            note="a training step beside one node after the other",
+            note="a training step, compared with one node after the other",
         )  # fmt: skip

@@ -1,14 +1,14 @@
-"""Chunks of larger arrays, each a `.tinc` file of its own; and the numcodecs codec of them, "tinc".
+"""Chunks of larger arrays as `.tinc` files, and the numcodecs codec "tinc" for them.
 
-What a chunk is, is not in the hands of who writes it: edges are padded, some are tiny, some hold NaN. So every chunk
-that has samples of a known type can be written, by rules that depend on the chunk alone:
+A writer of chunks cannot choose them: they are padded at edges, and may be tiny or hold NaN. So every chunk of a known
+sample type can be written, by rules that depend on the chunk alone:
 
-- A target of size (`ratio`, `bpv`) asks for no less than `MIN_CHUNK_BYTES`; ratios end at `MAX_RATIO`.
-- A PSNR that the lossy layer cannot reach gives a lossless chunk.
+- A target of size (`ratio`, `bpv`) is at least `MIN_CHUNK_BYTES`, and a ratio at most `MAX_RATIO`.
+- A chunk whose PSNR the lossy layers cannot reach is lossless.
 - A chunk with values that are not finite is lossless, unless `nan` says otherwise.
-- A chunk of less than two axes has axes of one put before them; of more than four, axes of one are left out.
+- A chunk of fewer than two axes gets leading axes of length 1; one of more than four loses axes of length 1.
 
-What was done is in the chunk: `tinc.open(chunk).info()` has an "exact" part for a lossless one.
+`tinc.open(chunk).info()` has an "exact" entry for a lossless chunk.
 """
 
 import math
@@ -31,14 +31,14 @@ from visionkernels.checks import InputError
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
 
 MIN_CHUNK_BYTES = 128
-"""Headers take about 50."""
+"""Smallest target of size; headers take about 50 bytes."""
 MAX_RATIO = 10_000
 _TARGETS = ("ratio", "bpv", "psnr", "max_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkOptions:
-    """How chunks are compressed: as `tinc.compress` takes it, with at most one target; without one, losslessly."""
+    """Options of `tinc.compress` for chunks, with at most one target; chunks are lossless without any."""
 
     ratio: float | None = None
     """Bytes of a chunk / bytes of its file, at most 10000."""
@@ -47,15 +47,15 @@ class ChunkOptions:
     psnr: float | None = None
     """dB, over the range of an integer type, over the range of the chunk for float32."""
     max_error: float | None = None
-    """No sample moves by more."""
+    """Largest error of a sample."""
     lossless: bool = False
     preset: Preset = "fast"
     layers: Layers = "auto"
     channel_axis: int | None = None
-    """Axis of a chunk that counts channels, at most 64."""
+    """Axis of a chunk that holds its channels, at most 64."""
     nan: Literal["exact", "fill", "raise"] = "exact"
-    """What becomes of values that are not finite if there is a target: the whole chunk is lossless, they become the
-    mean of the others, or ValueError."""
+    """Treatment of values that are not finite under a lossy target: the whole chunk becomes lossless, the values become
+    the mean of the others, or ValueError is raised."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,11 +73,11 @@ class ChunkOptions:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the options that are not the default, and the target."""
+        """Return the target and the options that differ from their defaults."""
         return {
-            each.name: getattr(self, each.name)
-            for each in fields(ChunkOptions)
-            if getattr(self, each.name) != each.default
+            option.name: getattr(self, option.name)
+            for option in fields(ChunkOptions)
+            if getattr(self, option.name) != option.default
         }
 
     def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -90,16 +90,16 @@ class ChunkOptions:
                 raise InputError(f"a chunk has {shape[self.channel_axis]} channels; at most {MAX_CHANNELS}")
         if len(self.arrange(shape).kept) - (self.channel_axis is not None) > MAX_AXES:
             raise InputError(
-                f"chunks of shape {shape} have more than {MAX_AXES} axes longer than 1; make one axis of them 1"
+                f"chunks of shape {shape} have more than {MAX_AXES} axes longer than 1; set one of these to 1"
             )
 
     def check_type(self, dtype: np.dtype[Any]) -> None:
         """Raise TypeError if no chunk of this type can be written."""
         if dtype.newbyteorder("=").name not in DTYPES:
-            raise TypeError(f"dtype={dtype}: tinc takes {', '.join(DTYPES)}; convert the array first")
+            raise TypeError(f"dtype={dtype} must be one of {', '.join(DTYPES)}; convert the array first")
 
     def arrange(self, shape: tuple[int, ...]) -> "Arrangement":
-        """Return how a chunk of this shape becomes an array of 2 to 4 axes, and channels."""
+        """Return the arrangement of a chunk of this shape as an array of 2 to 4 axes, and channels."""
         channel = None if self.channel_axis is None else self.channel_axis % len(shape)
         kept = list(range(len(shape)))
         for axis in range(len(shape)):
@@ -114,9 +114,10 @@ class ChunkOptions:
     def encode_chunk(
         self, chunk: np.ndarray, *, counted: int | None = None, metadata: dict[str, Any] | None = None
     ) -> bytes:
-        """Return the file of a chunk. Of its samples `counted`, by default all, count for a target of size.
+        """Return the file of a chunk.
 
-        Raises TypeError and ValueError as `check`, ValueError for an empty chunk.
+        A target of size refers to `counted` samples, by default all of the chunk. Raises TypeError and ValueError as
+        `check` does, and ValueError for an empty chunk.
         """
         self.check(chunk.shape, chunk.dtype)
         arrangement = self.arrange(chunk.shape)
@@ -130,7 +131,7 @@ class ChunkOptions:
         if self.max_error is not None:
             return compress(samples, max_error=self.max_error, **shared).tobytes()
         if self.psnr is None:
-            # one of the two is given where nothing else is
+            # one of them is given, since there is no other target
             bits = self.bpv if self.ratio is None else 8 * chunk.dtype.itemsize / self.ratio
             assert bits is not None
             counted = chunk.size if counted is None else counted
@@ -142,7 +143,7 @@ class ChunkOptions:
             return compress(samples, lossless=True, **shared | {"layers": "auto"}).tobytes()
 
     def _finite(self, samples: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Return the samples to be compressed, and whether all of them are finite."""
+        """Return the samples to compress, and whether all of them are finite."""
         if samples.dtype.kind != "f" or self.lossless:
             return samples, True
         finite = np.isfinite(samples)
@@ -154,7 +155,7 @@ class ChunkOptions:
         return np.where(finite, samples, samples[finite].mean(dtype=np.float64).astype(samples.dtype)), True
 
     def open_chunk(self, content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> TincFile:
-        """Open the file of a chunk of this shape and type. Raises TincFormatError if it is none."""
+        """Open the file of a chunk. Raises TincFormatError unless it has this shape and type."""
         file = TincFile(content)
         expected, native = self.arrange(shape).shape, dtype.newbyteorder("=")
         if file.shape != expected or file.dtype != native:
@@ -175,7 +176,7 @@ def _check_target(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A chunk as the codec takes it: `ones` axes of one, then the axes `kept` of the chunk."""
+    """A chunk as an array for `compress`: `ones` axes of length 1, then the axes `kept` of the chunk."""
 
     kept: tuple[int, ...]
     ones: int
@@ -183,7 +184,7 @@ class Arrangement:
     shape: tuple[int, ...]
 
     def region(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Return the region of the file for a box of the chunk."""
+        """Return the region of the file that a box of the chunk is stored in."""
         return (slice(0, 1),) * self.ones + tuple(box[axis] for axis in self.kept)
 
 
@@ -191,18 +192,18 @@ class Arrangement:
 class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
     """A numcodecs codec, e.g. `zarr.create_array(..., zarr_format=2, compressors=TincChunks(ratio=16))`.
 
-    It takes arrays of 1 and more axes in one piece of memory. As with any numcodecs codec, memory is what comes back:
-    the decoded array has the bytes of the encoded one in the same order, so one in Fortran order comes back transposed.
-    Bytes without a type are taken if lossless. Options as `ChunkOptions`.
+    It accepts contiguous arrays of at least one axis. As with any numcodecs codec, the decoded array has the bytes of
+    the encoded one in the same order, so an array in Fortran order comes back transposed. A lossless codec also accepts
+    bytes without a type. The options are those of `ChunkOptions`.
     """
 
     codec_id = "tinc"
 
     def encode(self, buf: Any) -> bytes:
-        """Return the chunk's `.tinc` file. Raises TypeError and ValueError for chunks that have no codec."""
+        """Return the chunk's `.tinc` file. Raises TypeError and ValueError for chunks that cannot be encoded."""
         chunk = ensure_ndarray(buf)
         if not isinstance(buf, np.ndarray) and not self.lossless and chunk.dtype == np.uint8 and chunk.ndim == 1:
-            raise TypeError(f"buf is {type(buf).__name__}; a lossy codec takes arrays, which tell their type")
+            raise TypeError(f"buf is of type {type(buf).__name__}; a lossy codec needs an array with a sample type")
         if not chunk.flags.c_contiguous:
             if not chunk.flags.f_contiguous:
                 raise InputError("buf is not contiguous; pass np.ascontiguousarray(buf)")
@@ -211,7 +212,7 @@ class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
         return self.encode_chunk(chunk, metadata={"byteorder": "big"} if big and chunk.dtype.itemsize > 1 else None)
 
     def decode(self, buf: Any, out: Any = None) -> Any:
-        """Return the chunk, in `out` if given. Raises TincFormatError for anything but a whole chunk."""
+        """Return the chunk, in `out` if given. Raises TincFormatError for damaged and truncated files."""
         file = TincFile(ensure_bytes(buf))
         is_big = file.metadata.get("byteorder") == "big"
         chunk = file.decode().astype(file.dtype.newbyteorder(">" if is_big else "<"), order="C", copy=False)

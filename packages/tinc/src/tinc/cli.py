@@ -1,4 +1,4 @@
-"""The command `tinc`: what each sub-command reads, calls and prints."""
+"""The command `tinc` and its sub-commands."""
 
 import math
 import signal
@@ -42,27 +42,27 @@ def compress(
     metadata: Literal["auto", "keep", "drop"] = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Compress a volume, a picture or a series of volumes into a .tinc file, to one target.
+    """Compress a volume, a 2-D image or a series of volumes into a .tinc file, to one target.
 
-    Ctrl-C ends the search with the best that is there; a second one ends the command.
+    Ctrl-C ends the search and writes the best file so far; a second Ctrl-C ends the command.
 
     Args:
         source: .tif, .npy, .nii, .nii.gz, .zarr or .png
         out: the .tinc to write
-        ratio: bytes of the samples / bytes of the file
-        bytes: of the file, at most
+        ratio: bytes of the samples / bytes of the file, at least
+        bytes: bytes of the file, at most
         bpv: bits a sample, at most
-        psnr: in dB, at least; over the range of an integer type, over the volume's own for float32
-        max_error: by which no sample moves more
+        psnr: dB, at least; over the range of an integer type, or over the volume's own range for float32
+        max_error: largest error of a sample
         lossless: keep every sample
-        preset: fast has no tree; balanced and best train one, and keep it where it helps
-        layers: tree or residual layer alone, or both, instead of the best of them
+        preset: fast trains no tree; balanced and best train one, and keep it where it helps
+        layers: force a tree alone, a residual layer alone, or both; auto takes the best
         nan: raise an error for samples that are not finite, or fill them with the mean
         as_type: convert the samples first; values are rounded, and must be in the type's range
-        channel_axis: axis of the channels; default: what the source says
-        max_seconds: end the training of the tree then
-        seed: of the training
-        metadata: keep what the source says of spacing, units and axes; auto drops it from files below 64 KiB
+        channel_axis: axis of the channels; by default that of the source
+        max_seconds: time limit for the training of a tree
+        seed: seed of the training
+        metadata: keep axes, spacing and units of the source; auto drops them from files below 64 KiB
         overwrite: replace an existing output
     """
     import numpy as np
@@ -88,7 +88,7 @@ def compress(
         )  # fmt: skip
     file.save(out, overwrite=overwrite)
     if volume.metadata and not keeps:
-        print(f"left out of so small a file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
+        print(f"metadata left out of a small file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
     quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
     bits = 8 * file.nbytes_stored / file.size
     print(f"{out}: {file.nbytes_stored} bytes, ratio {file.ratio:.2f}, {bits:.3f} bits a sample")
@@ -109,9 +109,9 @@ def decompress(
     Args:
         source: the .tinc file
         out: .tif, .npy, .nii, .nii.gz, .zarr or .png
-        region: a range for each axis, such as 0:8,40:56,40:56; an empty end is the volume's
-        level: halve each axis so many times
-        partial: take a file that was cut off, and decode what is there
+        region: a range for each axis, such as 0:8,40:56,40:56; an empty end is that of the volume
+        level: number of times to halve each axis
+        partial: decode the available part of a file that was cut off
         overwrite: replace an existing output
     """
     from tinc.file import open_file
@@ -130,19 +130,19 @@ def decompress(
 
 @dataclass(frozen=True)
 class Target:
-    """One of these; without one, no loss."""
+    """At most one of these; without any, files are lossless."""
 
     ratio: float | None = None
     """bytes of the samples / bytes of a file"""
     bpv: float | None = None
     """bits a sample, at most"""
     psnr: float | None = None
-    """in dB, at least"""
+    """dB, at least"""
     max_error: float | None = None
-    """by which no sample moves more"""
+    """largest error of a sample"""
 
     def options(self) -> dict[str, Any]:
-        """Return what was given, as options of a function."""
+        """Return the given target as an option of a function."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         return given if given else {"lossless": True}
 
@@ -160,14 +160,14 @@ def chunk(
 ) -> None:
     """Compress a volume that may be larger than memory into a Zarr array, chunk by chunk.
 
-    The same command goes on where it stopped.
+    Rerun the same command to resume.
 
     Args:
         source: .npy, .tif, .nii or .zarr
         out: the .zarr folder to write
-        size: of a chunk, by axis
-        preset: fast has no trees
-        jobs: processes; -1: one a core
+        size: sizes of a chunk by axis
+        preset: fast trains no trees
+        jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
         overwrite: replace an existing output
     """
@@ -193,13 +193,13 @@ def batch(
     backend: Literal["loky", "ray", "dask"] = "loky",
     overwrite: bool = False,
 ) -> int:
-    """Compress many volumes, each into a .tinc file; the same command goes on where it stopped.
+    """Compress many volumes into .tinc files. Rerun the same command to resume.
 
     Args:
         sources: the volumes
         out: folder of the files, and of done.jsonl
-        preset: fast has no trees
-        jobs: processes; -1: one a core
+        preset: fast trains no trees
+        jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
         overwrite: replace existing outputs
     """
@@ -211,20 +211,20 @@ def batch(
         sources, out, jobs=jobs, backend=backend, done=out / "done.jsonl", overwrite=overwrite, preset=preset,
         **target.options(),
     )  # fmt: skip
-    for each in report.files:
-        quality = "exact" if each["psnr"] is None else f"PSNR {each['psnr']:.2f} dB"
-        print(f"{each['out']}: {each['bytes']} bytes, ratio {each['ratio']:.2f}, {quality}")
+    for entry in report.files:
+        quality = "exact" if entry["psnr"] is None else f"PSNR {entry['psnr']:.2f} dB"
+        print(f"{entry['out']}: {entry['bytes']} bytes, ratio {entry['ratio']:.2f}, {quality}")
     for path, reason in report.failures.items():
         print(f"{path}: {reason}", file=sys.stderr)
     return 1 if report.failures else 0
 
 
 def info(source: Positional[Path | None] = None, *, json: Path | None = None, overwrite: bool = False) -> None:
-    """Print what a .tinc file holds; without a file, the version and the official configurations.
+    """Describe a .tinc file; without a file, print the version and the official configurations.
 
     Args:
         source: the .tinc file
-        json: write it here as well
+        json: write the description to this file as well
         overwrite: replace an existing output
     """
     if source is None:
@@ -241,17 +241,17 @@ def info(source: Positional[Path | None] = None, *, json: Path | None = None, ov
     from tinc.file import open_file
 
     refuse_existing(json, overwrite)
-    found = open_file(source).info()
-    for name, value in found.items():
+    contents = open_file(source).info()
+    for name, value in contents.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {each}" for key, each in value.items())
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
         print(
             f"{name.replace('_', ' ')}: {value:.4g}"
             if isinstance(value, float)
             else f"{name.replace('_', ' ')}: {value}"
         )
     if json is not None:
-        write_json(json, found, overwrite=overwrite)
+        write_json(json, contents, overwrite=overwrite)
 
 
 def evaluate(
@@ -263,14 +263,14 @@ def evaluate(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Compare a .tinc file, or an official folder of weights, with the volume that it stands for.
+    """Compare a .tinc file, or an official folder of weights, with the original volume.
 
     Args:
         original: the volume
         compressed: the .tinc file
-        checkpoint: an official folder (models/0-0-0-0/0-W, ...) instead
-        threshold: also accuracy, IoU and precision of the volumes cut at these samples
-        json: write the result here as well
+        checkpoint: an official folder (models/0-0-0-0/0-W, ...) instead of a .tinc file
+        threshold: samples at which to binarise both volumes for accuracy, IoU and precision
+        json: write the result to this file as well
         overwrite: replace an existing output
     """
     import numpy as np
@@ -280,7 +280,7 @@ def evaluate(
     from tinc.volumes import read_volume
 
     if (compressed is None) == (checkpoint is None):
-        raise InputError("give the .tinc file, or --checkpoint FOLDER, and not both")
+        raise InputError("give either the .tinc file or --checkpoint FOLDER")
     refuse_existing(json, overwrite)
     volume = read_volume(original)
     if compressed is not None:
@@ -291,17 +291,17 @@ def evaluate(
 
         assert checkpoint is not None
         decoded, size = decode_official(checkpoint, original)
-        if decoded.size == volume.array.size:  # the official form has an axis of channels always
+        if decoded.size == volume.array.size:  # the official form always has an axis of channels
             decoded = decoded.reshape(volume.array.shape)
     reference = np.asarray(volume.array)
-    found = metrics.compare(reference, decoded, channel_axis=volume.channel_axis)
-    found |= {"ratio": reference.nbytes / size, "bits_per_sample": 8 * size / reference.size}
+    result = metrics.compare(reference, decoded, channel_axis=volume.channel_axis)
+    result |= {"ratio": reference.nbytes / size, "bits_per_sample": 8 * size / reference.size}
     for cut in threshold:
         for name, measure in (("accuracy", metrics.accuracy), ("iou", metrics.iou), ("precision", metrics.precision)):
-            found[f"{name}_{cut:g}"] = measure(reference, decoded, threshold=cut)
-    print_metrics(found)
+            result[f"{name}_{cut:g}"] = measure(reference, decoded, threshold=cut)
+    print_metrics(result)
     if json is not None:
-        write_json(json, finite_or_none({"original": str(original), **found}), overwrite=overwrite)
+        write_json(json, finite_or_none({"original": str(original), **result}), overwrite=overwrite)
 
 
 def train(
@@ -316,16 +316,16 @@ def train(
     device: Literal["auto", "cpu"] = "auto",
     precision: Literal["no", "bf16"] = "no",
 ) -> None:
-    """Run the official procedure on one volume; the same command goes on where a run stopped.
+    """Run the official procedure on one volume. Rerun the same command to resume.
 
     Args:
         recipe: default, multi0, multi1 or multi2
         data: the volume, .tif or .npy
-        out: folder of the run; it gets the official folders best/ and last/
+        out: the run folder; official folders best/ and last/ are written into it
         config: an official YAML file instead of a recipe
         ratio: bytes of the input file / bytes of the parameters as float32
-        epochs: passes over a leaf's points
-        batch_size: points a step, over all leaves
+        epochs: passes over the points of a leaf
+        batch_size: points of a step, summed over all leaves
         device: auto or cpu
         precision: bf16 computes the tree in bfloat16
     """
@@ -352,11 +352,13 @@ def sweep(
 ) -> None:
     """Run the official procedure for every combination of a YAML file with Static and Dynamic options.
 
+    Rerun the same command to resume.
+
     Args:
-        config: the YAML file (PRODUCT: every combination, CONCAT: one after the other)
+        config: the YAML file (PRODUCT combines its entries, CONCAT takes one after the other)
         data: the volume
-        out: folder with a run for each combination, and results.jsonl
-        jobs: processes; -1: one a core
+        out: folder of the runs, one for each combination, and of results.jsonl
+        jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
     """
     from tinc.official.sweep import run_sweep
@@ -366,12 +368,12 @@ def sweep(
 
 
 def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bool = False) -> None:
-    """Write an official tree for other runtimes: indices of a leaf's points to the values of all leaves.
+    """Export an official tree, a function from indices of a leaf's points to the values of all leaves.
 
     Args:
         checkpoint: the official folder
-        data: the volume that it stands for
-        out: the .onnx, or .pt2 (torch.export), to write
+        data: the original volume
+        out: the .onnx or .pt2 (torch.export) file to write
         overwrite: replace an existing output
     """
     from tinc.official.export import export_tree
@@ -392,15 +394,15 @@ def bench(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Compress a volume beside other codecs; without a volume, time decoding and training beside plain ones.
+    """Compare tinc with other codecs on a volume; without a volume, time decoding and training against baselines.
 
     Args:
         source: the volume
-        ratios: bytes of the samples / bytes of the file, one or more
+        ratios: one or more ratios, bytes of the samples / bytes of the file
         against: other codecs at the same bytes: hevc, jpeg2k, sperr, sz3, zfp; '' for none
-        preset: of tinc
-        full: without a volume: also two threads, and more repeats
-        json: write the rows here as well
+        preset: preset of tinc
+        full: also time two threads, with more repeats
+        json: write the rows to this file as well
         overwrite: replace an existing output
     """
     if source is None:
@@ -442,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Show stages and quality on stderr; the first Ctrl-C asks to finish, the second one interrupts."""
+    """Show stages and PSNR on stderr; the first Ctrl-C ends the search, the second one interrupts."""
     from tqdm import tqdm
 
     bar = tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False)
@@ -471,7 +473,7 @@ def _numbers(flag: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{flag} {text} must be numbers with commas between them, such as 16,64") from None
+        raise InputError(f"{flag} {text!r} must be numbers separated by commas, such as 16,64") from None
 
 
 def _parse_region(text: str, axes: int) -> tuple[slice, ...]:
@@ -479,8 +481,8 @@ def _parse_region(text: str, axes: int) -> tuple[slice, ...]:
     for part in text.split(","):
         ends = part.split(":")
         if len(ends) != 2 or not all(end.strip().isdigit() or not end.strip() for end in ends):
-            raise InputError(f"--region {text} must give a range for each axis, such as 0:8,40:56,40:56")
+            raise InputError(f"--region {text!r} must be a range for each axis, such as 0:8,40:56,40:56")
         parts.append(slice(*(int(end) if end.strip() else None for end in ends)))
     if len(parts) != axes:
-        raise InputError(f"--region {text} has {len(parts)} ranges; the array has {axes} axes")
+        raise InputError(f"--region {text!r} has {len(parts)} ranges; the array has {axes} axes")
     return tuple(parts)

@@ -41,11 +41,13 @@ _MAX_REAL = 2.0**160
 
 
 class _Writer:
+    """Appends the fields of a header."""
+
     def __init__(self) -> None:
         self.content = bytearray()
 
     def number(self, value: int) -> None:
-        """Append a non-negative integer, seven bits a byte, the lowest first."""
+        """Append a non-negative integer, seven bits in each byte, the lowest first."""
         while value > 127:
             self.content.append(value & 127 | 128)
             value >>= 7
@@ -63,7 +65,7 @@ class _Writer:
 
 
 class _Reader:
-    """Reads what `_Writer` wrote; every number is checked against the range that its caller allows."""
+    """Reads the fields of a header; every number is checked against the range that its caller allows."""
 
     def __init__(self, content: memoryview) -> None:
         self.content, self.place = content, 0
@@ -76,7 +78,7 @@ class _Reader:
             if byte < 128:
                 break
         else:
-            _damaged(f"{name} is no number")
+            _damaged(f"{name} is longer than a number can be")
         if not low <= value <= high:
             _damaged(f"{name}={value} must be in [{low}, {high}]")
         return value
@@ -156,16 +158,16 @@ def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Di
     `partial` accepts a file that was cut off after its header. Raises TincFormatError.
     """
     if bytes(content[:4]) != MAGIC[: len(content)]:
-        raise TincFormatError("this is no .tinc file: it does not begin with TINC")
+        raise TincFormatError("not a .tinc file: it does not begin with TINC")
     if len(content) < _PREFIX.size:
         raise TincFormatError(f"the file is cut off after {len(content)} bytes")
     _, version, flags, length, checksum = _PREFIX.unpack(content[: _PREFIX.size])
     if version > VERSION:
-        raise TincFormatError(f"the file is of format version {version}; this program reads up to {VERSION}: update it")
+        raise TincFormatError(f"the file has format version {version}; this program reads up to {VERSION}: update it")
     if version == 0 or flags & ~_CHECKS_TILES:
         raise TincFormatError(f"the prefix is damaged: version {version}, flags {flags}")
     if length != len(content) and not (partial and len(content) < length):
-        raise TincFormatError(f"the file has {len(content)} bytes and says {length}: it is cut off or damaged")
+        raise TincFormatError(f"the file has {len(content)} bytes instead of {length}: it is cut off or damaged")
     checks_tiles = bool(flags & _CHECKS_TILES)
     size = _Reader(content[_PREFIX.size :])
     head_end = size.number("length of the header", high=len(content)) + size.place + _PREFIX.size
@@ -179,7 +181,7 @@ def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Di
     contents = _read_header(reader)
     directory = _read_directory(reader, contents, head_end, checks_tiles)
     if reader.place != len(reader.content):
-        _damaged("it has more than it says")
+        _damaged("it is longer than its fields")
     if directory.offsets[-1] != length:
         _damaged("its streams do not fill the file")
     if contents.tree is not None:
@@ -210,7 +212,7 @@ class Directory:
 def _read_directory(reader: _Reader, contents: Contents, start: int, checks_tiles: bool) -> Directory:
     count = contents.num_streams
     if count > len(reader.content) - reader.place:
-        _damaged(f"it has no room for the lengths of {count} streams")
+        _damaged(f"it is too short for the lengths of {count} streams")
     offsets, checksums = [start], []
     for number in range(count):
         offsets.append(offsets[-1] + reader.number(f"length of stream {number}"))
@@ -224,7 +226,7 @@ def _read_header(reader: _Reader) -> Contents:
     axes = reader.number("axes", 2, MAX_AXES)
     shape = tuple(reader.number("size of an axis", 1) for _ in range(axes))
     if math.prod(shape) > _MAX_SIZE:
-        _damaged(f"it says {math.prod(shape)} voxels")
+        _damaged(f"it states {math.prod(shape)} voxels")
     channel_axis = reader.number("channel axis", high=axes + 1) - 1
     channels = reader.number("channels", 1, MAX_CHANNELS) if channel_axis >= 0 else 1
     samples = SampleFormat(dtype)
@@ -236,7 +238,7 @@ def _read_header(reader: _Reader) -> Contents:
     residual = _read_residual(reader, extent) if parts & 2 else None
     exact = _read_exact(reader, extent, samples) if parts & 4 else None
     if exact is not None and residual is not None:
-        _damaged("it has a residual and an exact layer")
+        _damaged("it has both a residual and an exact layer")
     metadata = reader.raw("metadata", 1 << 20) if parts & 8 else b""
     return Contents(
         shape, channels, None if channel_axis < 0 else channel_axis, samples, tree, residual, exact, metadata
@@ -271,7 +273,7 @@ def _read_tree(reader: _Reader, extent: tuple[int, ...], channels: int) -> TreeS
     if leaves > 1 << 16 or not all(widths) or any(width == 0 for level in widths for width in level):
         _damaged(f"its tree has {leaves} leaves and layers {widths}")
     if widths[-1][-1] != channels:
-        _damaged(f"its tree gives {widths[-1][-1]} channels of {channels}")
+        _damaged(f"its tree has {widths[-1][-1]} channels instead of {channels}")
     parts = [math.prod(split[axis] for split in splits) for axis in range(len(extent))]
     if any(part > size for part, size in zip(parts, extent, strict=True)):
         _damaged("its tree has more leaves along an axis than there are voxels")
@@ -285,7 +287,7 @@ def _read_tree(reader: _Reader, extent: tuple[int, ...], channels: int) -> TreeS
     if reader.number("active flag", high=1):
         packed = np.frombuffer(reader.raw("active leaves", leaves), dtype=np.uint8)
         if len(packed) != -(-leaves // 8):
-            _damaged("its active leaves have another length")
+            _damaged("its list of active leaves has a wrong length")
         active = tuple((np.unpackbits(packed)[:leaves] > 0).tolist())
         if not any(active):
             _damaged("its tree has no active leaf")
@@ -362,5 +364,5 @@ def _read_exact(reader: _Reader, extent: tuple[int, ...], samples: SampleFormat)
     elif kind == "palette":
         palette = reader.number("palette", 1, 1 << 16)
     if (kind == "bits") != (kind == "bits" and samples.is_float):
-        _damaged("it has bits of integers")
+        _damaged("its exact layer stores the bits of integers")
     return ExactSection(kind, step, offset, palette, _read_blocks(reader, extent, max_block=0))

@@ -1,7 +1,8 @@
-"""Bits in as many bytes as their probabilities ask for: a range coder, and counts that learn the probabilities.
+"""Entropy coding of bits: a range coder, and adaptive probabilities.
 
-The coder is constriction's range coder (32-bit words, 64-bit state, 24 bits of probability); `docs/tinc-format.md` says
-it in full. Probabilities are integers out of 2**16 and come from integer counts, so both ends agree on every machine.
+The coder is constriction's range coder (32-bit words, 64-bit state, 24 bits of probability), which
+`docs/tinc-format.md` specifies. Probabilities are integers out of 2**16, computed from integer counts, so that encoder
+and decoder agree on every machine.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ __all__ = ["AdaptiveBits", "BitReader", "BitRecorder", "BitWriter"]
 ONE = 1 << 16
 _BIT = constriction.stream.model.Bernoulli(perfect=False)
 _LEAST = 24
-"""Of 2**16: no bit costs more than 11.4 bits, whatever the counts say."""
+"""Smallest probability out of 2**16, so that no bit costs more than 11.4 bits."""
 _PORTIONS = (16, 4096)
-"""Least and most bits that are coded between two looks at the counts; in between an eighth of those before."""
+"""Fewest and most bits that are coded with the same counts; in between, an eighth of the bits before them."""
 _INCREMENT = 24
 _LIMIT = 24 * 400
-"""Counts are halved here, so that they follow what changes."""
+"""Sum of counts above which both are halved, so that they follow changes."""
 
 
 class BitWriter:
@@ -31,23 +32,23 @@ class BitWriter:
         self._encoder = constriction.stream.queue.RangeEncoder()
 
     def write(self, bits: np.ndarray, ones: np.ndarray) -> None:
-        """Append 0s and 1s; `ones` is the probability of each to be 1, out of 2**16."""
+        """Append 0s and 1s; `ones` are their probabilities of being 1, out of 2**16."""
         if bits.size:
             self._encoder.encode(bits.astype(np.int32), _BIT, ones / ONE)
 
     def write_raw(self, values: np.ndarray, width: int | np.ndarray) -> None:
-        """Append the lowest `width` bits of each value, highest first."""
+        """Append the lowest `width` bits of each value, the highest first."""
         for place in range(_most(width) - 1, -1, -1):
             chosen = values if isinstance(width, int) else values[width > place]
             self.write((chosen >> place) & 1, np.full(chosen.shape, ONE // 2))
 
     def finish(self) -> bytes:
-        """Return the stream; trailing zero bytes are left out, since the reader supplies them."""
+        """Return the stream without trailing zero bytes, which a reader supplies."""
         return self._encoder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
 class BitRecorder(BitWriter):
-    """Keeps bits and probabilities, to be written later and more than once."""
+    """Keeps bits and probabilities, to write them later and more than once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class BitRecorder(BitWriter):
 
 
 class BitReader:
-    """Gives back what a `BitWriter` wrote, for the same probabilities in the same portions."""
+    """Reads the bits of a `BitWriter`, given the same probabilities in the same portions."""
 
     def __init__(self, stream: bytes) -> None:
         words = np.frombuffer(stream + bytes(-len(stream) % 4), dtype="<u4")
@@ -76,7 +77,7 @@ class BitReader:
             return np.zeros(ones.shape, dtype=np.int64)
         try:
             return self._decoder.decode(_BIT, ones / ONE).astype(np.int64)
-        except AssertionError as error:  # a state that no encoder leaves
+        except AssertionError as error:  # no encoder leaves such a state
             raise TincFormatError("a coded section is damaged") from error
 
     def read_raw(self, count: int, width: int | np.ndarray) -> np.ndarray:
@@ -89,17 +90,17 @@ class BitReader:
 
 
 class AdaptiveBits:
-    """Probabilities of bits in numbered contexts, learned from the bits that were coded before."""
+    """Probabilities of bits in numbered contexts, which adapt to the coded bits."""
 
     def __init__(self, ones: Sequence[int] | np.ndarray, strength: int = 48) -> None:
-        """`ones` is the first guess for each context, out of 2**16; `strength` its weight (a bit weighs 24)."""
+        """`ones` are initial probabilities of the contexts out of 2**16; `strength` is their weight (24 for a bit)."""
         guess = np.asarray(ones, dtype=np.int64)
         self.counts = np.maximum((np.stack([ONE - guess, guess], 1) * strength) >> 16, 1)
         self._seen = 0
         self._strength = strength
 
     def ones(self, contexts: np.ndarray) -> np.ndarray:
-        """Return the probability of a 1 in each context, out of 2**16."""
+        """Return the probabilities of a 1 in some contexts, out of 2**16."""
         return _probabilities(self.counts[contexts])
 
     def table(self) -> np.ndarray:
@@ -107,10 +108,10 @@ class AdaptiveBits:
         return _probabilities(self.counts)
 
     def learn(self, contexts: np.ndarray, bits: np.ndarray) -> None:
-        """Count bits that were coded."""
+        """Count coded bits."""
         size = len(self.counts)
         self._seen += len(bits)
-        # no context can have counted more than all bits
+        # a context has counted at most all bits
         is_low = self._strength + 2 + _INCREMENT * self._seen <= _LIMIT
         if 8 * len(bits) < size:  # few bits in many contexts: only their contexts change
             np.add.at(self.counts, (contexts, bits), _INCREMENT)
@@ -129,7 +130,7 @@ class AdaptiveBits:
             over = over[self.counts[over].sum(1) > _LIMIT]
 
     def write(self, writer: BitWriter, contexts: np.ndarray, bits: np.ndarray) -> None:
-        """Code bits and learn from them."""
+        """Encode bits and count them."""
         first = 0
         while first < len(bits):
             last = first + self._portion()
@@ -139,7 +140,7 @@ class AdaptiveBits:
             first = last
 
     def read(self, reader: BitReader, contexts: np.ndarray) -> np.ndarray:
-        """Decode bits and learn from them."""
+        """Decode bits and count them."""
         bits = np.empty(contexts.shape, dtype=np.int64)
         first = 0
         while first < len(bits):
@@ -151,7 +152,7 @@ class AdaptiveBits:
         return bits
 
     def _portion(self) -> int:
-        """Return how many bits to code before the next look at the counts."""
+        """Return the number of bits to code with the present counts."""
         least, most = _PORTIONS
         return min(max(self._seen >> 3, least), most)
 

@@ -1,4 +1,4 @@
-"""What goes wrong with files."""
+"""The error for files that cannot be read."""
 
 from visionkernels.files import CorruptFileError
 
@@ -6,4 +6,4 @@ __all__ = ["TincFormatError"]
 
 
 class TincFormatError(CorruptFileError):
-    """A file is no `.tinc` file, is damaged or truncated, or was written by a newer version."""
+    """A file is not a `.tinc` file, is damaged or truncated, or was written by a newer version."""

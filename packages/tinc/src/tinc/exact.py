@@ -1,8 +1,8 @@
-"""The exact layer: samples on a grid of allowed error, or their very values, coded without loss.
+"""The exact layer: samples on a grid of the allowed error, or their exact values, coded without loss.
 
-Errors are bounded by choosing the grid: integers k * (2 e + 1) are at most e away from any integer, reals 2 e k from
-any real. The grid's numbers are then coded exactly, in boxes with a stream of their own. Without error, an array that
-uses few of the values in its range is coded by their ranks, and floating-point numbers by their bits.
+The grid bounds the error: multiples of 2 e + 1 are at most e away from any integer, multiples of 2 e from any real. The
+numbers of the grid are coded exactly, in boxes with a stream of their own. Without any error, an array that uses few of
+the values in its range is coded by their ranks, and floating-point numbers by their bits.
 """
 
 import math
@@ -23,17 +23,17 @@ _SIGN = 1 << 31
 
 @dataclass(frozen=True)
 class StepGrid:
-    """Samples are offset + step * k."""
+    """A grid of samples offset + step * k."""
 
     dtype: str
     step: float
-    """Integral for integers."""
+    """An integer for samples of an integer type."""
     offset: float = 0.0
 
     def numbers(self, samples: np.ndarray) -> np.ndarray:
         """Return k for each sample, as int64."""
         if self.dtype == "float32":
-            # beyond the coder's range there are no numbers of a file that was written
+            # no encoder writes numbers beyond the coder's range
             numbers = np.rint((samples.astype(np.float64) - self.offset) / self.step)
             return numbers.clip(-(2.0**MAX_BITS), 2.0**MAX_BITS).astype(np.int64)
         half, step = int(self.step) // 2, int(self.step)
@@ -50,26 +50,26 @@ class StepGrid:
 
 @dataclass(frozen=True)
 class PaletteGrid:
-    """Samples are `values[k]`, which rise."""
+    """A grid of samples `values[k]`, which increase with k."""
 
     dtype: str
     values: np.ndarray
 
     def numbers(self, samples: np.ndarray) -> np.ndarray:
-        """Return k for each sample, of the next value where there is none."""
-        found = np.searchsorted(self.values, samples.astype(np.int64))
-        return np.minimum(found, len(self.values) - 1).astype(np.int64)
+        """Return k for each sample; a sample between two values takes the upper one."""
+        places = np.searchsorted(self.values, samples.astype(np.int64))
+        return np.minimum(places, len(self.values) - 1).astype(np.int64)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the samples of numbers. Raises TincFormatError for one that has no value."""
+        """Return the samples of numbers. Raises TincFormatError for a number without a value."""
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self.values):
-            raise TincFormatError("an exact section is damaged: it names values that its palette lacks")
+            raise TincFormatError("an exact section is damaged: it refers to values that its palette lacks")
         return self.values[numbers].astype(self.dtype)
 
 
 @dataclass(frozen=True)
 class BitsGrid:
-    """float32 samples by their bits, in the order of their values; k and k + 1 are neighbours."""
+    """A grid of all float32 values in increasing order, by their bits."""
 
     dtype: str = "float32"
 
@@ -90,7 +90,7 @@ Grid = StepGrid | PaletteGrid | BitsGrid
 def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
     """Return the coarsest grid on which no sample moves by more than `max_error`.
 
-    Where float32 itself is too coarse for the bound, samples are kept exactly.
+    Samples are kept exactly where float32 is too coarse for the bound.
     """
     dtype = samples.dtype.name
     if dtype == "float32":
@@ -99,7 +99,7 @@ def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
     values = np.unique(samples).astype(np.int64)
     used = len(np.unique((values + step // 2) // step))
     reach = int(values[-1] - values[0]) // step + 1
-    # a palette costs some bits a value, and saves the bits of the gaps in every sample
+    # a palette costs about 12 bits a value, and saves the bits of the gaps in every sample
     if len(values) <= used and 12 * len(values) < samples.size * math.log2(reach / len(values)):
         return PaletteGrid(dtype, values)
     return StepGrid(dtype, step)
@@ -107,7 +107,7 @@ def choose_grid(samples: np.ndarray, max_error: float) -> Grid:
 
 def _real_grid(samples: np.ndarray, max_error: float) -> Grid:
     largest = float(np.abs(samples).max())
-    # half a unit in the last place is lost when a sample is rounded to float32
+    # rounding a sample to float32 costs half a unit in the last place
     slack = 2.0**-24 * (largest + max_error) + 2.0**-149
     if not max_error > 4 * slack or 2 * largest / max_error >= 1 << (MAX_BITS - 2):
         return BitsGrid()
@@ -129,14 +129,14 @@ def decode_box(stream: bytes, shape: Sequence[int]) -> np.ndarray:
 
 
 def encode_palette(values: np.ndarray) -> bytes:
-    """Return the stream of a palette: its steps."""
+    """Return the stream of a palette, which codes the differences of its values."""
     writer = BitWriter()
     IntegerCoder().write(writer, np.diff(values, prepend=0)[None])
     return writer.finish()
 
 
 def decode_palette(stream: bytes, count: int) -> np.ndarray:
-    """Return the values of a palette. Raises TincFormatError if they do not rise."""
+    """Return the values of a palette. Raises TincFormatError unless they increase."""
     steps = IntegerCoder().read(BitReader(stream), (1, count))[0]
     if (steps[1:] <= 0).any():
         raise TincFormatError("the palette is damaged")

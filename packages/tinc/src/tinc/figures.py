@@ -1,4 +1,4 @@
-"""The pictures of the report: rate-distortion curves, and slices beside their errors."""
+"""The pictures of the report: rate-distortion curves, and slices with their errors."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def _pyplot() -> Any:
 
 
 def draw_curves(path: Path) -> None:
-    """Draw PSNR against bits a sample, ours and other codecs'."""
+    """Draw PSNR against bits a sample for tinc and other codecs."""
     pyplot = _pyplot()
     rows = list(compare(sample_volume(), (16, 32, 64, 128, 256), preset="fast", layers=("residual",)))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -38,7 +38,7 @@ def draw_curves(path: Path) -> None:
 
 
 def draw_slices(path: Path) -> None:
-    """Draw a slice, what ours and HEVC make of it at 64x, and their errors on one scale."""
+    """Draw a slice, its reconstructions by tinc and HEVC at 64x, and their errors on one scale."""
     pyplot = _pyplot()
     volume = sample_volume()
     decoded = {"tinc": compress(volume, ratio=64, preset="fast").decode()}
@@ -49,15 +49,15 @@ def draw_slices(path: Path) -> None:
     figure, axes = pyplot.subplots(2, 1 + len(decoded), figsize=(2.6 * (1 + len(decoded)), 6.6), layout="constrained")
     axes[0, 0].imshow(volume[place], cmap="gray")
     axes[0, 0].set_title("original")
-    errors = {name: each.astype(np.float64) - volume for name, each in decoded.items()}
-    limit = float(np.percentile(np.abs(np.concatenate([each[place] for each in errors.values()])), 99))
-    for column, (name, each) in enumerate(decoded.items(), 1):
-        axes[0, column].imshow(each[place], cmap="gray", vmin=volume[place].min(), vmax=volume[place].max())
+    errors = {name: image.astype(np.float64) - volume for name, image in decoded.items()}
+    limit = float(np.percentile(np.abs(np.concatenate([image[place] for image in errors.values()])), 99))
+    for column, (name, image) in enumerate(decoded.items(), 1):
+        axes[0, column].imshow(image[place], cmap="gray", vmin=volume[place].min(), vmax=volume[place].max())
         axes[0, column].set_title(name)
         shown = axes[1, column].imshow(errors[name][place], cmap="RdBu", vmin=-limit, vmax=limit)
         axes[1, column].set_title(f"error, RMS {np.sqrt(np.square(errors[name]).mean()):.0f}")
     figure.colorbar(shown, ax=axes[1, 0], location="left", fraction=0.9)
-    for each in axes.flat:
-        each.set_axis_off()
+    for axis in axes.flat:
+        axis.set_axis_off()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -28,19 +28,19 @@ _CACHED_TILES = 64
 
 
 class _Tile(NamedTuple):
-    """Levels of the residual layer with their mask, or numbers of the exact layer."""
+    """The decoded stream of a tile: levels of the residual layer and their mask, or numbers of the exact layer."""
 
     values: np.ndarray
     mask: np.ndarray | None = None
 
 
 class TincFile:
-    """A compressed array. `file[z0:z1, y0:y1, x0:x1]` decodes that part alone, to the same values as all of it."""
+    """A compressed array. `file[z0:z1, y0:y1, x0:x1]` decodes this part alone, to the values of the whole there."""
 
     def __init__(self, content: bytes | mmap.mmap, *, name: str = "the file", partial: bool = False) -> None:
-        """Raises TincFormatError for anything but a whole `.tinc` file.
+        """Read the header. Raises TincFormatError for anything but a whole `.tinc` file.
 
-        `partial` takes the beginning of one: parts whose streams are missing decode to what the tree says.
+        `partial` also accepts the beginning of a file: parts whose streams are missing have the values of the tree.
         """
         self._content, self.name, self.partial = memoryview(content), name, partial
         self._contents, self._directory = unpack(self._content, partial=partial)
@@ -54,17 +54,17 @@ class TincFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the array, channels included."""
+        """Sizes of the array, including channels."""
         return self._with_channels(self._contents.shape)
 
     @property
     def ndim(self) -> int:
-        """Axes of the array."""
+        """Number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Samples of the array."""
+        """Number of samples."""
         return math.prod(self.shape)
 
     @property
@@ -84,7 +84,7 @@ class TincFile:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Boxes that are best decoded at once, by axis."""
+        """Sizes of the boxes that are decoded as a unit, by axis."""
         blocks = self._blocks
         if blocks is None:
             return self.shape
@@ -93,7 +93,7 @@ class TincFile:
 
     @property
     def levels(self) -> int:
-        """Coarser volumes that `decode(level=...)` gives: each halves the axes of more than one voxel."""
+        """Number of coarser volumes that `decode` offers; each halves the axes of more than one voxel."""
         sizes, residual = self._contents.shape, self._contents.residual
         largest = [1 << (size - 1).bit_length() for size in sizes if size > 1]
         if residual is not None:
@@ -103,11 +103,11 @@ class TincFile:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the writer noted: spacing, units, its version."""
+        """Metadata from the writer: axes, spacing, units and the like."""
         try:
             return dict(json.loads(self._contents.metadata)) if self._contents.metadata else {}
         except (ValueError, TypeError, RecursionError) as error:
-            raise TincFormatError(f"{self.name}: its metadata is damaged") from error
+            raise TincFormatError(f"{self.name}: the metadata is damaged") from error
 
     def __repr__(self) -> str:
         return f"TincFile({self.shape}, {self.dtype}, {self.nbytes_stored} bytes, ratio {self.ratio:.1f})"
@@ -117,21 +117,21 @@ class TincFile:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise InputError("a compressed array cannot be had without a copy")
+            raise InputError("copy=False: a compressed array cannot be converted without a copy")
         return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Index as NumPy does with integers, slices and ... (no lists, masks or None)."""
+        """Index as NumPy does, with integers, slices and an ellipsis, but without lists, masks or None."""
         region, inner = index_region(key, self.shape)
         return self.decode(region)[inner]
 
     def decode(self, region: Region | None = None, *, level: int = 0, out: np.ndarray | None = None) -> np.ndarray:
         """Return a region of the array, by default all of it.
 
-        `region` has a slice for each axis, with steps of 1. With `level` above 0 each axis but the channels' is halved
-        so many times, values are means of the voxels of a cell, and the region counts cells. `out` receives the values,
-        if given. Raises IndexError for a region that is not inside, ValueError for a level that the file does not
-        have, TincFormatError for damaged streams.
+        `region` has a slice for each axis, with steps of 1. A `level` above 0 halves each axis but that of the channels
+        as many times: values are then means of the voxels of a cell, and the region counts cells. The values are
+        written to `out`, if given. Raises IndexError for a region that is not inside, ValueError for a level that the
+        file does not have, and TincFormatError for damaged streams.
         """
         if not 0 <= level <= self.levels:
             raise InputError(f"level={level} must be in [0, {self.levels}]")
@@ -154,7 +154,7 @@ class TincFile:
         return out
 
     def resample(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the volume at another number of voxels an axis, channels excluded, as float32.
+        """Return the volume with `shape` voxels along its axes, channels excluded, as float32.
 
         The coarsest level that is at least as fine is interpolated linearly between voxel centres.
         """
@@ -175,7 +175,7 @@ class TincFile:
         return self._channels_last(scaled)
 
     def load(self) -> "TincFile":
-        """Decode all streams into memory, so that what follows is arithmetic alone; returns the file itself."""
+        """Decode all streams into memory, so that later calls are arithmetic alone; return the file itself."""
         self._keeps_all = True
         self._tree  # noqa: B018
         if self._contents.exact is not None:
@@ -193,7 +193,7 @@ class TincFile:
             self._tile(tile)
 
     def info(self) -> dict[str, Any]:
-        """Return what the file holds, as JSON values."""
+        """Return a description of the file as JSON values: shape, type, sizes, and the parameters of its layers."""
         contents, sizes = self._contents, np.diff(self._directory.offsets).tolist()
         info: dict[str, Any] = {
             "shape": list(self.shape), "dtype": self.dtype.name, "channel_axis": contents.channel_axis,
@@ -265,7 +265,7 @@ class TincFile:
             raise TincFormatError(f"{self.name}: {error}") from error
 
     def _tile(self, tile: int) -> _Tile | None:
-        """Return what a tile's stream holds; None where a partial file lacks it."""
+        """Return the decoded stream of a tile, or None if a partial file lacks it."""
         if tile in self._tiles:
             self._tiles.move_to_end(tile)
             return self._tiles[tile]
@@ -277,13 +277,13 @@ class TincFile:
         stream, blocks = self._stream(number), self._blocks
         assert blocks is not None
         if contents.residual is not None:
-            found = _Tile(*decode_tile(blocks, tile, stream, has_mask=contents.residual.background is not None))
+            decoded = _Tile(*decode_tile(blocks, tile, stream, has_mask=contents.residual.background is not None))
         else:
-            found = _Tile(decode_box(stream, [part.stop - part.start for part in blocks.box(tile)]))
-        self._tiles[tile] = found
+            decoded = _Tile(decode_box(stream, [part.stop - part.start for part in blocks.box(tile)]))
+        self._tiles[tile] = decoded
         if len(self._tiles) > _CACHED_TILES and not self._keeps_all:
             self._tiles.popitem(last=False)
-        return found
+        return decoded
 
     def _decode_working(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         sizes = [part.stop - part.start for part in region]
@@ -295,21 +295,21 @@ class TincFile:
         blocks = residual.blocks
         voxels = voxels_of(region, steps, blocks.extent)
         for tile in blocks.touching(voxels):
-            found = self._tile(tile)
-            if found is None:
+            decoded = self._tile(tile)
+            if decoded is None:
                 continue
-            values, place = restore_region(blocks, residual.quantizer, tile, found.values, region, steps)
+            values, place = restore_region(blocks, residual.quantizer, tile, decoded.values, region, steps)
             working[place] += values
-            if found.mask is not None:
+            if decoded.mask is not None:
                 assert residual.background is not None
-                inside = self._mask_of(tile, found.mask, place, region, steps)
+                inside = self._mask_of(tile, decoded.mask, place, region, steps)
                 working[place] = _blend(working[place], residual.background, inside, steps)
         return working
 
     def _mask_of(
         self, tile: int, mask: np.ndarray, place: Region, region: Region, steps: tuple[int, ...]
     ) -> np.ndarray:
-        """Return the part of a tile's mask that lies at `place` in the region, in voxels."""
+        """Return the part of a tile's mask at `place` in the region, in voxels."""
         assert self._blocks is not None
         cells = [slice(a.start + b.start, a.stop + b.start) for a, b in zip(place, region, strict=True)]
         voxels = voxels_of(tuple(cells), steps, self._blocks.extent)
@@ -328,19 +328,19 @@ class TincFile:
             numbers = grid.numbers(guess)
         blocks = self._blocks
         for tile in () if blocks is None else blocks.touching(region):
-            found = self._tile(tile)
-            if found is not None:
+            decoded = self._tile(tile)
+            if decoded is not None:
                 assert blocks is not None
                 box = blocks.box(tile)
                 low = [max(a.start, b.start) for a, b in zip(region, box, strict=True)]
                 high = [min(a.stop, b.stop) for a, b in zip(region, box, strict=True)]
                 inside = tuple(slice(a - b.start, c - b.start) for a, c, b in zip(low, high, box, strict=True))
                 place = tuple(slice(a - r.start, c - r.start) for a, c, r in zip(low, high, region, strict=True))
-                numbers[place] += found.values[inside]
+                numbers[place] += decoded.values[inside]
         return grid.samples(numbers)
 
     def _mean_of_cells(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
-        """Average exact voxels; their coding has no coarser volume to offer."""
+        """Average voxels of the exact layer, whose coding has no coarser volumes."""
         fine = voxels_of(region, steps, (self._contents.channels, *self._contents.shape))
         values = self._decode_exact(fine, (1,) * len(fine))
         with np.errstate(invalid="ignore"):  # a NaN may be one that signals
@@ -360,7 +360,7 @@ class TincFile:
         return (region[axis], *region[:axis], *region[axis + 1 :])
 
     def _channels_last(self, samples: np.ndarray) -> np.ndarray:
-        """Put the channels, first inside, where the array has them."""
+        """Move the channels from the first axis to that of the array."""
         axis = self._contents.channel_axis
         return samples[0] if axis is None else np.moveaxis(samples, 0, axis)
 
@@ -370,9 +370,9 @@ class TincFile:
 
 
 def open_file(source: str | Path | bytes, *, partial: bool = False) -> TincFile:
-    """Open a `.tinc` file by its path or its bytes; a file is read as it is decoded.
+    """Open a `.tinc` file by its path or its bytes; the streams of a path are read when they are decoded.
 
-    Raises FileNotFoundError, and TincFormatError for anything but a whole `.tinc` file (`partial`: or its beginning).
+    Raises FileNotFoundError, and TincFormatError for anything but a whole `.tinc` file, or with `partial` a beginning.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return TincFile(bytes(source), partial=partial)
@@ -400,10 +400,10 @@ def _sum_cells(values: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
 
 
 def _blend(working: np.ndarray, background: int, inside: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
-    """Return the background outside of the mask; a cell is as much of it as it has voxels outside, rounded half up."""
+    """Put the background outside of the mask; a cell mixes both by its voxels inside and outside, rounded half up."""
     if max(steps) == 1:
         return np.where(inside, working, background)
     share, count = (
-        _sum_cells(each, steps) for each in (inside.astype(np.int64), np.ones(inside.shape, dtype=np.int64))
+        _sum_cells(voxels, steps) for voxels in (inside.astype(np.int64), np.ones(inside.shape, dtype=np.int64))
     )
     return (working * share + background * (count - share) + (count >> 1)) // count

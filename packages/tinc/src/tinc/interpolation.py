@@ -1,8 +1,8 @@
-"""Lossless coding of integer arrays: from coarse to fine, each value is guessed from those around it.
+"""Lossless coding of integer arrays by interpolation: from coarse to fine, values are predicted from their neighbours.
 
-First come the values on a coarse lattice, then those halfway between, axis by axis, until all are there. A pass fills
-every other place along one axis; it guesses by two or by four known values on that axis, whichever its writer found
-nearer, and codes what is missing. All places of a pass are coded together, so it is array operations both ways.
+The values on a coarse lattice come first, then those halfway between, axis by axis, until the lattice is full. A pass
+fills every other place along one axis: it predicts from two or four known values on that axis, as its writer chose, and
+codes the differences. All places of a pass are coded together, in array operations.
 """
 
 # a the axis of a pass, s its step: places i * s with odd i are filled from those with even i
@@ -17,23 +17,23 @@ from tinc.entropy import AdaptiveBits, BitReader, BitWriter
 __all__ = ["MAX_BITS", "IntegerCoder", "Pass", "passes"]
 
 MAX_BITS = 40
-"""Magnitudes of values are below 2**40, and so are those of what is missing from a guess."""
+"""Magnitudes of values and of differences are below 2**40."""
 _ACTIVITIES = 42
 _TOP_BITS = 2
-"""Below the leading one, so many bits are learned; the others are as good as random."""
+"""Number of bits below the leading one with adaptive probabilities; the others are nearly random."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What is filled at once."""
+    """The values that are coded together."""
 
     axis: int
     step: int
     place: tuple[slice, ...]
-    """Of the values to be coded."""
+    """Places of the values."""
 
     def grid(self, axis: int) -> int:
-        """Return the distance of known values along an axis."""
+        """Return the distance between known values along an axis."""
         return 2 * self.step if axis >= self.axis else self.step
 
 
@@ -52,12 +52,12 @@ def passes(shape: tuple[int, ...]) -> Iterator[Pass]:
 class IntegerCoder:
     """Codes int64 arrays of at least one value; magnitudes are below 2**40.
 
-    One coder is for one stream, in one direction: its counts are those of what has passed.
+    A coder serves one stream, in one direction, since its counts adapt to the coded bits.
     """
 
     def __init__(self) -> None:
         activity, length = np.divmod(np.arange(_ACTIVITIES * (MAX_BITS + 2)), MAX_BITS + 2)
-        # a value is about as long as its neighbourhood says
+        # a difference is about as long as those around it
         self.is_longer = AdaptiveBits(np.where(length < activity - 1, 57000, np.where(length < activity, 40000, 16000)))
         self.top = AdaptiveBits(np.full((MAX_BITS + 2) << _TOP_BITS, 30000))
 
@@ -65,25 +65,25 @@ class IntegerCoder:
         """Append an array to the stream."""
         self._write_rest(writer, values.reshape(-1)[:1], np.zeros(1, dtype=np.int64))
         missing = np.zeros_like(values)
-        for each in passes(values.shape):
-            linear, cubic = _guesses(values, each)
-            target = values[each.place]
+        for pass_ in passes(values.shape):
+            linear, cubic = _guesses(values, pass_)
+            target = values[pass_.place]
             is_cubic = int(np.abs(target - cubic).sum() < np.abs(target - linear).sum())
             writer.write_raw(np.array([is_cubic]), 1)
             rest = target - (cubic if is_cubic else linear)
-            self._write_rest(writer, rest.reshape(-1), _activity(values, missing, each).reshape(-1))
-            missing[each.place] = np.abs(rest)
+            self._write_rest(writer, rest.reshape(-1), _activity(values, missing, pass_).reshape(-1))
+            missing[pass_.place] = np.abs(rest)
 
     def read(self, reader: BitReader, shape: tuple[int, ...]) -> np.ndarray:
         """Return the array of a stream."""
         values, missing = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         values.reshape(-1)[:1] = self._read_rest(reader, np.zeros(1, dtype=np.int64))
-        for each in passes(shape):
-            guess = _guesses(values, each)[int(reader.read_raw(1, 1)[0])]
-            activity = _activity(values, missing, each)
+        for pass_ in passes(shape):
+            guess = _guesses(values, pass_)[int(reader.read_raw(1, 1)[0])]
+            activity = _activity(values, missing, pass_)
             rest = self._read_rest(reader, activity.reshape(-1)).reshape(activity.shape)
-            values[each.place] = guess + rest
-            missing[each.place] = np.abs(rest)
+            values[pass_.place] = guess + rest
+            missing[pass_.place] = np.abs(rest)
         return values
 
     def _write_rest(self, writer: BitWriter, rest: np.ndarray, activity: np.ndarray) -> None:
@@ -133,41 +133,41 @@ class IntegerCoder:
         return (values << width) | reader.read_raw(len(lengths), width)
 
 
-def _known(values: np.ndarray, each: Pass, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values `offset` steps along the axis from those of the pass, and which of them exist."""
-    length, step = values.shape[each.axis], each.step
+def _known(values: np.ndarray, pass_: Pass, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values `offset` steps along the axis from those of the pass, and a mask of those that exist."""
+    length, step = values.shape[pass_.axis], pass_.step
     places = np.arange(step, length, 2 * step) + offset * step
     exists = (places >= 0) & (places < length)
-    taken = np.take(values[_others(each)], np.where(exists, places, 0), axis=each.axis)
-    return taken, exists.reshape(-1, *[1] * (values.ndim - each.axis - 1))
+    taken = np.take(values[_others(pass_)], np.where(exists, places, 0), axis=pass_.axis)
+    return taken, exists.reshape(-1, *[1] * (values.ndim - pass_.axis - 1))
 
 
-def _others(each: Pass) -> tuple[slice, ...]:
-    """Return the places of the pass along all axes but its own."""
-    return (*each.place[: each.axis], slice(None), *each.place[each.axis + 1 :])
+def _others(pass_: Pass) -> tuple[slice, ...]:
+    """Return the places of the pass, with all places along its own axis."""
+    return (*pass_.place[: pass_.axis], slice(None), *pass_.place[pass_.axis + 1 :])
 
 
-def _guesses(values: np.ndarray, each: Pass) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of two neighbours, and of four (-1, 9, 9, -1) / 16; where some do not exist, of fewer."""
-    left, _ = _known(values, each, -1)
-    right, has_right = _known(values, each, 1)
+def _guesses(values: np.ndarray, pass_: Pass) -> tuple[np.ndarray, np.ndarray]:
+    """Return predictions from two neighbours, and from four weighted by (-1, 9, 9, -1) / 16; fewer at the edges."""
+    left, _ = _known(values, pass_, -1)
+    right, has_right = _known(values, pass_, 1)
     linear = np.where(has_right, (left + right) >> 1, left)
-    far_left, has_far_left = _known(values, each, -3)
-    far_right, has_far_right = _known(values, each, 3)
+    far_left, has_far_left = _known(values, pass_, -3)
+    far_right, has_far_right = _known(values, pass_, 3)
     cubic = (9 * (left + right) - far_left - far_right + 8) >> 4
     return linear, np.where(has_right & has_far_left & has_far_right, cubic, linear)
 
 
-def _activity(values: np.ndarray, missing: np.ndarray, each: Pass) -> np.ndarray:
-    """Return how long what is missing will be: twice the bit length of what is around, and whether that is in doubt."""
-    left, _ = _known(values, each, -1)
-    right, has_right = _known(values, each, 1)
-    before, _ = _known(missing, each, -1)
-    after, _ = _known(missing, each, 1)
+def _activity(values: np.ndarray, missing: np.ndarray, pass_: Pass) -> np.ndarray:
+    """Return the expected bit length of the differences, from the known values and differences around them."""
+    left, _ = _known(values, pass_, -1)
+    right, has_right = _known(values, pass_, 1)
+    before, _ = _known(missing, pass_, -1)
+    after, _ = _known(missing, pass_, 1)
     around = np.where(has_right, np.abs(right - left) + before + after, 2 * before)
     return np.minimum(_bit_length(around), _ACTIVITIES - 1)
 
 
 def _bit_length(values: np.ndarray) -> np.ndarray:
-    """Return the bits of non-negative integers below 2**53: 0 for 0."""
+    """Return the bit lengths of non-negative integers below 2**53; 0 has length 0."""
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)

@@ -1,6 +1,6 @@
-"""How near a decoded volume is to the original: PSNR, SSIM, and the agreement of both after a threshold.
+"""Quality of a decoded volume: PSNR, SSIM, and the agreement with the original after a threshold.
 
-Volumes are numpy arrays of the same shape with two to four axes, e.g. depth, height, width, channels. Sums are float64,
+Volumes are NumPy arrays of the same shape with two to four axes, e.g. depth, height, width, channels. Sums are float64,
 a slice at a time.
 """
 
@@ -18,10 +18,10 @@ from visionkernels.checks import InputError
 __all__ = ["TYPE_RANGES", "DataRange", "accuracy", "compare", "iou", "ms_ssim", "precision", "psnr", "ssim"]
 
 DataRange = Literal["dtype", "values"] | float
-"""What counts as the largest possible difference.
+"""The largest possible difference.
 
-"dtype": 255 for uint8, else 65535 (uint16, int16, float32, float64), the convention of TINC, which flatters data that
-do not use the whole range; "values": largest minus smallest value of the original; or a number."""
+"dtype": 255 for uint8, else 65535 (uint16, int16, float32, float64), the convention of TINC, which favours data that
+use a part of the range; "values": largest minus smallest value of the original; or a number."""
 
 TYPE_RANGES = {"uint8": 255.0, "uint16": 65535.0, "int16": 65535.0, "float32": 65535.0, "float64": 65535.0}
 
@@ -32,9 +32,10 @@ _PIXELS_AT_ONCE = 1 << 20
 
 
 def psnr(original: np.ndarray, decoded: np.ndarray, *, data_range: DataRange = "dtype") -> float:
-    """Peak signal-to-noise ratio over all values, in decibels: -10 log10(mean(((x - y) / R)^2)) with the range R.
+    """Return the peak signal-to-noise ratio in decibels: -10 log10(mean(((x - y) / R)^2)) with the range R.
 
-    Identical volumes give infinity. Raises ValueError for shapes that differ, and for a range of zero or unknown.
+    Identical volumes have an infinite ratio. Raises ValueError for shapes that differ, and for a range that is zero or
+    unknown.
     """
     _check(original, decoded)
     total = sum(float(np.square(x - y).sum()) for x, y in _slices(original, decoded))
@@ -51,16 +52,16 @@ def ssim(
     data_range: DataRange = "dtype",
     channel_axis: int | None = None,
 ) -> float:
-    """Structural similarity of the two-dimensional slices of the last two axes, averaged; at most 1.
+    """Return the structural similarity of the slices of the last two axes, averaged; at most 1.
 
     With a `channel_axis` each channel has slices of its own; height and width are then the last axes besides it.
-    Windows are Gaussian, 11 wide with sigma 1.5, and lie wholly inside; an axis of less than 11 values is not smoothed.
-    K1 = 0.01 and K2 = 0.03; variances are not corrected for the sample size. Errors are `psnr`'s.
+    Windows are Gaussian, 11 wide with sigma 1.5, and lie inside the slice; an axis of less than 11 values is not
+    smoothed. K1 = 0.01 and K2 = 0.03; variances are not corrected for the sample size. Raises the errors of `psnr`.
     """
-    pictures = _pictures(original, decoded, channel_axis)
+    stacks = _stacked(original, decoded, channel_axis)
     limit = _range(original, data_range)
-    total = sum(float(_similarity(x, y, limit)[0].sum()) for x, y in pictures)
-    return total / _num_pictures(original, channel_axis)
+    total = sum(float(_similarity(x, y, limit)[0].sum()) for x, y in stacks)
+    return total / _num_slices(original, channel_axis)
 
 
 def ms_ssim(
@@ -70,15 +71,15 @@ def ms_ssim(
     data_range: DataRange = "dtype",
     channel_axis: int | None = None,
 ) -> float:
-    """SSIM over five scales, each half as fine as the one before, averaged over slices; at most 1.
+    """Return the SSIM over five scales, each half as fine as the one before, averaged over slices; at most 1.
 
-    The contrast of the four finer scales and the SSIM of the coarsest, none below 0, multiply under the usual powers.
-    Raises ValueError for slices that do not exceed 160 values a side, and as `ssim` does.
+    It is the product of the contrasts of the four finer scales and the SSIM of the coarsest, clipped at 0, with the
+    usual powers. Raises ValueError for slices of at most 160 values a side, and the errors of `ssim`.
     """
-    pictures = _pictures(original, decoded, channel_axis)
+    stacks = _stacked(original, decoded, channel_axis)
     limit = _range(original, data_range)
     total = 0.0
-    for x, y in pictures:
+    for x, y in stacks:
         smallest = (_WINDOW - 1) * 2 ** (len(_SCALES) - 1)
         if min(x.shape[-2:]) <= smallest:
             raise InputError(f"slices of {x.shape[-2]} x {x.shape[-1]} are too small; a side must exceed {smallest}")
@@ -87,17 +88,17 @@ def ms_ssim(
             whole, contrast = _similarity(x, y, limit)
             is_last = scale == len(_SCALES) - 1
             product *= (whole if is_last else contrast).clamp(min=0) ** power
-            # an odd side gets a border of zeros on both ends, which count
+            # an odd side is padded with zeros at both ends, which count in the average
             padding = [side % 2 for side in x.shape[-2:]]
-            x, y = (F.avg_pool2d(each[:, None], 2, padding=padding)[:, 0] for each in (x, y))
+            x, y = (F.avg_pool2d(image[:, None], 2, padding=padding)[:, 0] for image in (x, y))
         total += float(product.sum())
-    return total / _num_pictures(original, channel_axis)
+    return total / _num_slices(original, channel_axis)
 
 
 def compare(original: np.ndarray, decoded: np.ndarray, *, channel_axis: int | None = None) -> dict[str, float]:
-    """Return PSNR over the type's range and over the values', SSIM, and the largest error.
+    """Return the PSNR over the range of the type and over that of the values, the SSIM, and the largest error.
 
-    Where the original is not finite, no error counts. Raises ValueError for shapes that differ.
+    Values of the original that are not finite are left out. Raises ValueError for shapes that differ.
     """
     _check(original, decoded)
     known = np.isfinite(original)
@@ -112,19 +113,19 @@ def compare(original: np.ndarray, decoded: np.ndarray, *, channel_axis: int | No
 
 
 def accuracy(original: np.ndarray, decoded: np.ndarray, *, threshold: float) -> float:
-    """Share of values that are on the same side of `threshold` in both; a value equal to it is above."""
+    """Return the share of values on the same side of `threshold` in both; a value equal to it counts as above."""
     _, wrong, missed = _counts(original, decoded, threshold)
     return (original.size - wrong - missed) / original.size
 
 
 def iou(original: np.ndarray, decoded: np.ndarray, *, threshold: float) -> float:
-    """Values at or above `threshold` in both, among those in either; NaN where there are none."""
+    """Return the values at or above `threshold` in both / those in either; NaN without any."""
     both, wrong, missed = _counts(original, decoded, threshold)
     return _ratio(both, both + wrong + missed)
 
 
 def precision(original: np.ndarray, decoded: np.ndarray, *, threshold: float) -> float:
-    """Among the decoded values at or above `threshold`, the share that are so in the original; NaN without any."""
+    """Return the share of decoded values at or above `threshold` that are so in the original; NaN without any."""
     both, wrong, _ = _counts(original, decoded, threshold)
     return _ratio(both, both + wrong)
 
@@ -180,13 +181,13 @@ def _slices(original: np.ndarray, decoded: np.ndarray) -> Iterator[tuple[np.ndar
         yield np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
 
 
-def _pictures(original: np.ndarray, decoded: np.ndarray, channel_axis: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield stacks of slices [slices, height, width] in float64, not many at once."""
+def _stacked(original: np.ndarray, decoded: np.ndarray, channel_axis: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield stacks of slices [slices, height, width] in float64, about a million values at a time."""
     _check(original, decoded)
     if channel_axis is not None:
         if original.ndim < 3:
             raise InputError(f"volumes of shape {original.shape} have no axis of channels besides height and width")
-        original, decoded = (np.moveaxis(each, channel_axis, 0) for each in (original, decoded))
+        original, decoded = (np.moveaxis(volume, channel_axis, 0) for volume in (original, decoded))
     return _stacks(original, decoded)
 
 
@@ -196,20 +197,20 @@ def _stacks(original: np.ndarray, decoded: np.ndarray) -> Iterator[tuple[Tensor,
         for x, y in zip(original, decoded, strict=True):
             yield from _stacks(x, y)
         return
-    original, decoded = (each.reshape(-1, height, width) for each in (original, decoded))
+    original, decoded = (volume.reshape(-1, height, width) for volume in (original, decoded))
     many = max(1, _PIXELS_AT_ONCE // (height * width))
     for start in range(0, len(original), many):
-        x, y = (torch.from_numpy(each[start : start + many].astype(np.float64)) for each in (original, decoded))
+        x, y = (torch.from_numpy(volume[start : start + many].astype(np.float64)) for volume in (original, decoded))
         yield x, y
 
 
-def _num_pictures(original: np.ndarray, channel_axis: int | None) -> int:
+def _num_slices(original: np.ndarray, channel_axis: int | None) -> int:
     shape = original.shape if channel_axis is None else np.moveaxis(original, channel_axis, 0).shape
     return math.prod(shape[:-2])
 
 
 def _similarity(x: Tensor, y: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Return SSIM and its contrast factor of each picture [slices, height, width], averaged over places."""
+    """Return the SSIM and its contrast factor of each slice [slices, height, width], averaged over places."""
     moments = _smooth(torch.stack([x, y, x * x, y * y, x * y]))
     mean_x, mean_y, square_x, square_y, product = moments
     var_x, var_y, covariance = square_x - mean_x**2, square_y - mean_y**2, product - mean_x * mean_y
@@ -220,7 +221,7 @@ def _similarity(x: Tensor, y: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def _smooth(values: Tensor) -> Tensor:
-    """Average [..., height, width] under the window, along each axis that is long enough, without borders."""
+    """Average [..., height, width] over the window along each axis that is long enough, without borders."""
     places = torch.arange(_WINDOW, dtype=values.dtype) - _WINDOW // 2
     window = torch.exp(-(places**2) / (2 * _SIGMA**2))
     window /= window.sum()

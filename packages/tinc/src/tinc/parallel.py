@@ -1,4 +1,4 @@
-"""Volumes larger than memory, chunk by chunk, and many volumes at once, on the cores of a machine or a cluster."""
+"""Parallel compression of a volume larger than memory, chunk by chunk, and of many volumes."""
 
 import inspect
 import itertools
@@ -26,7 +26,7 @@ __all__ = ["ChunksReport", "ManyReport", "Source", "compress_chunks", "compress_
 
 
 class Source(Protocol):
-    """What has a shape and a type, and gives a box as an array: NumPy arrays, memory maps, Zarr, HDF5, Dask."""
+    """An array that is read box by box: NumPy arrays, memory maps, Zarr, HDF5, Dask."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,16 +42,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ChunksReport:
-    """What a compressed volume came to."""
+    """Size and quality of a volume that was compressed chunk by chunk."""
 
     num_chunks: int
     raw_bytes: int
-    """Of the volume, without padding."""
+    """Bytes of the volume, without padding."""
     bytes: int
-    """Of all files of the folder."""
+    """Bytes of all files of the folder."""
     psnr: float
-    """dB over all voxels, over the range of an integer type, over the volume's own range for float32; infinite if
-    nothing was lost. Voxels that are not finite are left out."""
+    """dB, over the range of an integer type, or over the volume's own range for float32; infinite without any error.
+    Voxels that are not finite are left out."""
 
     @property
     def ratio(self) -> float:
@@ -72,22 +72,26 @@ def compress_chunks(
 ) -> ChunksReport:
     """Compress `source` chunk by chunk into the Zarr folder `out`, which any program with the codec "tinc" reads.
 
-    `options` are those of `tinc.chunks.ChunkOptions`: a target, `preset`, `channel_axis` and so on. A target of size
-    counts the voxels that the volume has in a chunk; where a chunk juts out, it is padded by repetition, and nobody
-    reads that. Chunks of zeros alone are left out, as Zarr does. `metadata` are those of a `Volume`.
+    A target of size refers to the voxels of the volume in a chunk; a chunk at the edge is padded by repetition. Chunks
+    of zeros are not written, as in Zarr. The result is written to `out` + ".partial" and renamed at the end: repeat an
+    interrupted call with the same shape, type, chunks and options to resume it. The values of the source are not
+    compared.
 
-    A process holds one chunk at a time. `jobs` and `backend` are those of `visionkernels.sweeps.map`; with several, or
-    on a cluster, the source travels to the processes, so it must pickle (memory maps and Zarr folders travel by name)
-    and `out` must be a folder that all of them see.
+    Args:
+        source: the volume; with several processes it must pickle (memory maps and Zarr folders travel by name)
+        out: the folder; all processes must see it
+        chunk: sizes of a chunk by axis; a process holds one chunk at a time
+        jobs: number of processes, as in `visionkernels.sweeps.map`
+        backend: processes of this machine, or a cluster, as in `visionkernels.sweeps.map`
+        metadata: those of a `tinc.volumes.Volume`
+        overwrite: replace an existing `out`, and a partial folder of another call
+        options: those of `tinc.chunks.ChunkOptions`: a target, `preset`, `channel_axis` and so on
 
-    Work goes to `out` + ".partial", which becomes `out` when all is done. A call that was interrupted goes on from
-    there if it is made again with the same shape, type, chunks and options; the source's values are not compared.
-
-    Raises TypeError and ValueError as `ChunkOptions`, ValueError for chunks that do not fit the source and for a
-    partial folder of another call (unless `overwrite`), FileExistsError, SweepError for a chunk that fails.
+    Raises TypeError and ValueError as `ChunkOptions` does, ValueError for chunks that do not fit the source and for a
+    partial folder of another call, FileExistsError, and SweepError for a chunk that fails.
     """
     require("zarr", "tinc-vision[zarr]")
-    # needs the extra
+    # importable with the extra alone
     from tinc.zarr_codec import TincCodec
 
     out, codec = Path(out), TincCodec(**options)
@@ -121,7 +125,7 @@ def _begin(
     out: Path, shape: tuple[int, ...], dtype: np.dtype[Any], chunk: tuple[int, ...], codec: Any,
     metadata: dict[str, Any], overwrite: bool,
 ) -> Path:  # fmt: skip
-    """Return the folder to work in, with the array's description in it."""
+    """Return the partial folder, with the metadata of the array in it."""
     import zarr
 
     folder = out.with_name(f"{out.name}.partial")
@@ -135,13 +139,13 @@ def _begin(
     if folder.exists():
         wanted = zarr.create_array({}, **arguments).metadata.to_dict()
         try:
-            found = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+            stored = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            found = None
-        if found == json.loads(json.dumps(wanted, default=str)):
+            stored = None
+        if stored == json.loads(json.dumps(wanted, default=str)):
             return folder
         if not overwrite:
-            raise InputError(f"{folder} holds the beginning of another call; remove it or pass --overwrite")
+            raise InputError(f"{folder} holds a part of another call; remove it or pass --overwrite")
         shutil.rmtree(folder)
     zarr.create_array(str(folder), **arguments)
     return folder
@@ -149,9 +153,9 @@ def _begin(
 
 @dataclass(frozen=True)
 class _Backward:
-    """An array that runs backward along some axes, by one that does not.
+    """An array with negative strides along some axes, as a view of one with positive strides.
 
-    joblib 1.6 sends memory maps to other processes by name, and shifts those with negative strides without a word.
+    joblib 1.6 sends memory maps to other processes by name, and silently shifts those with negative strides.
     """
 
     forward: np.ndarray
@@ -182,7 +186,7 @@ def _forward(source: Source) -> Source:
 
 @dataclass(frozen=True)
 class _ChunkWriter:
-    """Writes the chunk at a place of the grid, and returns what it came to, in JSON values."""
+    """Writes the chunk at a place of the grid, and returns its size and error as JSON values."""
 
     source: Source
     folder: Path
@@ -197,7 +201,7 @@ class _ChunkWriter:
         samples = np.asarray(self.source[box])
         samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
         missing = [(0, part - size) for part, size in zip(self.chunk, samples.shape, strict=True)]
-        # the sign of a zero is not lost, since a chunk that has one below 0 is not "all zero" by its bits
+        # a chunk with a negative zero is written, since its bits are not all zero
         if not samples.any() and not (samples.dtype.kind == "f" and np.signbit(samples).any()):
             return {"bytes": 0, "squared_error": 0.0, "samples": samples.size, "low": 0.0, "high": 0.0}
         content = self.options.encode_chunk(np.pad(samples, missing, mode="edge"), counted=samples.size)
@@ -219,12 +223,12 @@ def _summary(size: int, samples: np.ndarray, decoded: np.ndarray) -> dict[str, A
 
 
 def _total_psnr(results: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> float:
-    error, count = sum(each["squared_error"] for each in results), sum(each["samples"] for each in results)
+    error, count = sum(result["squared_error"] for result in results), sum(result["samples"] for result in results)
     if error == 0:
         return math.inf
     if dtype.kind == "f":
-        known = [each for each in results if each["low"] is not None]
-        reach = max(each["high"] for each in known) - min(each["low"] for each in known)
+        known = [result for result in results if result["low"] is not None]
+        reach = max(result["high"] for result in known) - min(result["low"] for result in known)
         peak = reach if reach > 0 else 1.0
     else:
         peak = float(np.iinfo(dtype).max) - float(np.iinfo(dtype).min)
@@ -233,18 +237,18 @@ def _total_psnr(results: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> floa
 
 @dataclass(frozen=True)
 class ManyReport:
-    """What many compressed volumes came to."""
+    """Sizes and qualities of many compressed volumes."""
 
     files: list[dict[str, Any]]
-    """Of each volume, in their order: path, out, raw_bytes, bytes, ratio, psnr (None if nothing was lost), note."""
+    """For each volume, in order: path, out, raw_bytes, bytes, ratio, psnr (None for a lossless file), note."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Why, by path."""
+    """Error messages by path."""
 
     @property
     def ratio(self) -> float:
-        """Bytes of all volumes / bytes of all files; NaN if there are none."""
-        written = sum(each["bytes"] for each in self.files)
-        return sum(each["raw_bytes"] for each in self.files) / written if written else math.nan
+        """Bytes of all volumes / bytes of all files; NaN without any."""
+        written = sum(entry["bytes"] for entry in self.files)
+        return sum(entry["raw_bytes"] for entry in self.files) / written if written else math.nan
 
 
 def compress_many(
@@ -259,15 +263,23 @@ def compress_many(
     overwrite: bool = False,
     **options: Any,
 ) -> ManyReport:
-    """Compress volumes into `out_dir`, each to its name with the suffix .tinc.
+    """Compress volumes into `out_dir`, under their names with the suffix .tinc.
 
-    `options` are those of `tinc.compress`; a file that knows its channel axis needs none given. With `keep_metadata`
-    axes, spacing and orientation go into the files, and count for a target of size. `jobs`, `backend` and `done` (a
-    file by which an interrupted call of the same options goes on) are those of `visionkernels.sweeps.map`. A volume
-    that fails is reported and does not end the others.
+    A volume that fails is reported and does not end the others.
 
-    Raises ValueError for two volumes of one name and for unknown options, and FileExistsError for an output that is
-    there, both before any work.
+    Args:
+        paths: the volumes
+        out_dir: folder of the files
+        jobs: number of processes, as in `visionkernels.sweeps.map`
+        backend: processes of this machine, or a cluster, as in `visionkernels.sweeps.map`
+        as_type: sample type to convert to, as in `tinc.volumes.read_volume`
+        keep_metadata: store axes, spacing and orientation in the files; they count for a target of size
+        done: a file of finished volumes; a call with the same options skips these
+        overwrite: replace existing files
+        options: those of `tinc.compress`; the channel axis defaults to that of the file
+
+    Raises ValueError for two volumes of the same name and for unknown options, and FileExistsError for an existing
+    output, before any work.
     """
     out_dir = Path(out_dir)
     outputs = [out_dir / f"{_stem(Path(path))}.tinc" for path in paths]
@@ -278,8 +290,8 @@ def compress_many(
     known = set(inspect.signature(compress).parameters) - {"array", "metadata", "callback"}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise InputError(f"unknown options {', '.join(unknown)}; known are those of tinc.compress for one file")
-    # outputs that an interrupted call finished without noting it are its own
+        raise InputError(f"unknown options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    # an interrupted call may have written an output that is not in `done` yet
     is_resumed = done is not None and Path(done).exists()
     for output in outputs:
         if output.exists() and not (overwrite or is_resumed):
@@ -291,7 +303,7 @@ def compress_many(
         key=lambda path: f"{path} {target}",
     )  # fmt: skip
     files = [result for result in results if not isinstance(result, sweeps.SweepError)]
-    failures = {each.item: each.message for each in results if isinstance(each, sweeps.SweepError)}
+    failures = {result.item: result.message for result in results if isinstance(result, sweeps.SweepError)}
     return ManyReport(files, failures)
 
 
@@ -305,7 +317,7 @@ def _stem(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _VolumeWriter:
-    """Compresses the volume at a path, and returns what it came to, in JSON values."""
+    """Compresses the volume at a path, and returns its sizes and quality as JSON values."""
 
     out_dir: Path
     as_type: str | None

@@ -1,4 +1,4 @@
-"""The official configurations by name, the official YAML files, and their grids of variations."""
+"""The official configurations by name, official YAML files, and their grids of variations."""
 
 import itertools
 import logging
@@ -38,21 +38,22 @@ SchedulerName = Literal["MultiStepLR", "StepLR", "CyclicLR", "none"]
 _ROOT_KEY = "CompressFramwork"  # as the files spell it
 _MAX_YAML_BYTES = 1 << 20
 MAX_LEVELS = 7
-"""Of a tree; the deepest then has 262144 leaves."""
+"""Largest number of levels of a tree, which then has 262144 leaves."""
 _MAX_GRID = 10_000
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the tree: every node of it owns a segment of `layers` linear layers."""
+    """One level of the tree; each of its nodes owns a segment of `layers` linear layers."""
 
     ratio: float
-    """Share of the parameters, of one node relative to one node of another level."""
+    """Parameters of a node, relative to those of a node of another level."""
     layers: int
     activation: str = "Sine"
     """"Sine", "ReLU", "LeakyReLU" with its slope (as "LeakyReLU0.1"), "Sigmoid" or "Tanh"."""
     allocation: Allocation = "equal"
-    """How the level's parameters go to its nodes: evenly, by voxels above zero, or by variance. The root ignores it."""
+    """Distribution of the level's parameters over its nodes: equal, by voxels above zero (area of interest), or by
+    variance. The root ignores it."""
 
     def __post_init__(self) -> None:
         check(self.ratio > 0, "ratio", self.ratio, "above 0")
@@ -63,7 +64,7 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeight:
-    """Squared errors of targets in [low, high] count `scale` times; in units of the normalised range."""
+    """Weight of squared errors with targets in [low, high], in units of the normalised range; others have weight 1."""
 
     low: float = 2001
     high: float = 65535
@@ -75,7 +76,7 @@ class LossWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """A learning rate scheduler of torch, stepped with every update, and its arguments."""
+    """A learning rate scheduler of torch and its arguments; it is stepped after every update."""
 
     name: SchedulerName = "MultiStepLR"
     arguments: tuple[tuple[str, Any], ...] = (("milestones", (20_000, 50_000)), ("gamma", 0.2))
@@ -87,7 +88,7 @@ class Scheduler:
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialRecipe:
-    """One volume, one tree, one training; the defaults are those of the official files."""
+    """Settings of a tree and its training on one volume; the defaults are those of the official files."""
 
     name: str
     levels: tuple[Level, ...]
@@ -97,13 +98,13 @@ class OfficialRecipe:
     """Frequency of the first sine of a segment of two or more layers."""
     normal_min: float = 0.0
     normal_max: float = 100.0
-    """The range that voxels are scaled to."""
+    """Range that voxels are scaled to, from `normal_min` on."""
     output: int = 1
-    """Channels."""
+    """Number of channels."""
     batch_size: int = 262_144
-    """Points of an update, over all leaves."""
+    """Points of an update, summed over all leaves."""
     epochs: int = 10_000
-    """Passes over the voxels of a leaf, in number."""
+    """Passes over the voxels of a leaf, counted by the number of points."""
     optimizer: OptimizerName = "Adamax"
     lr: float = 1e-3
     scheduler: Scheduler = field(default_factory=Scheduler)
@@ -114,8 +115,8 @@ class OfficialRecipe:
     """Epochs between evaluations."""
     seed: int = 42
     compat: Compat = "official"
-    """"none" mends what the official code gets wrong: variance shared over a level, an unreachable ratio refused, any
-    batch size, sampling without replacement, rounding to nearest."""
+    """"official" reproduces the official code; "none" corrects it: variances are relative to the level, an unreachable
+    ratio is refused, any batch size works, points are drawn without replacement, and samples are rounded to nearest."""
 
     def __post_init__(self) -> None:
         check(1 <= len(self.levels) <= MAX_LEVELS, "levels", self.levels, f"1 to {MAX_LEVELS} levels")
@@ -144,32 +145,33 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> OfficialRecipe:
-    """Return the recipe of this name; InputError names the nearest one and all."""
+    """Return the recipe of this name. Raises ValueError with the nearest name and all names."""
     check_known("recipe", name, RECIPES)
     return RECIPES[name]
 
 
 def read_yaml(path: str | Path) -> OfficialRecipe:
-    """Return the recipe of an official single-task YAML file, under the file's name.
+    """Return the recipe of an official single-task YAML file, under the name of the file.
 
-    Device, logging and the volume's path are left out. Raises FileNotFoundError, ImportError without pyyaml, and
-    ValueError for a file that is no such YAML.
+    Device, logging and the path of the volume are ignored. Raises FileNotFoundError, ImportError without pyyaml, and
+    ValueError for any other file.
     """
     options = _load(path)
     if _ROOT_KEY not in options:
-        raise InputError(f"{path} has no {_ROOT_KEY!r}; a grid with Static and Dynamic goes through expand_grid")
+        raise InputError(f"{path} has no {_ROOT_KEY!r}; read a grid with Static and Dynamic by expand_grid")
     return from_options(options, name=Path(path).stem)
 
 
 def expand_grid(path: str | Path) -> list[OfficialRecipe]:
-    """Return the recipes of an official multi-task YAML file: `Static` options, varied by each choice of `Dynamic`.
+    """Return the recipes of an official multi-task YAML file: `Static` options, varied by the choices of `Dynamic`.
 
-    In `Dynamic`, PRODUCT stands over what is combined, each with each, and CONCAT over what is taken one after the
-    other; a list of options elsewhere gives one choice an entry. Errors as for `read_yaml`.
+    In `Dynamic`, PRODUCT combines every choice of its entries with every other, and CONCAT takes the choices of its
+    entries one after the other; any other list of tables has one choice for each entry. Raises the errors of
+    `read_yaml`, and ValueError for a `Dynamic` without choices.
     """
     options = _load(path)
     if not isinstance(options.get("Static"), Mapping):
-        raise InputError(f"{path} has no 'Static' options; a single task goes through read_yaml")
+        raise InputError(f"{path} has no 'Static' options; read a single task by read_yaml")
     static, stem = options["Static"], Path(path).stem
     dynamic = options.get("Dynamic")
     choices = _choices({} if dynamic is None else dynamic)
@@ -189,26 +191,26 @@ def _load(path: str | Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"configuration {path} is no YAML: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(f"configuration {path} is not valid YAML: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(options, dict):
-        raise InputError(f"configuration {path} holds a {type(options).__name__}; it must be a table of options")
+        raise InputError(f"configuration {path} holds a {type(options).__name__}; it must be a mapping of options")
     return options
 
 
 def _choices(tree: Any) -> list[dict[str, Any]]:
-    """Return the tables that a tree of PRODUCT and CONCAT stands for."""
+    """Return the choices of a tree of PRODUCT and CONCAT, as mappings of options."""
     if isinstance(tree, Sequence) and not isinstance(tree, str):
         return [choice for branch in tree for choice in _choices(branch)]
     if not isinstance(tree, Mapping):
-        raise InputError(f"Dynamic holds {tree!r}; it must be tables of options under PRODUCT and CONCAT")
+        raise InputError(f"Dynamic holds {tree!r}; it must hold mappings of options under PRODUCT and CONCAT")
     factors: list[list[dict[str, Any]]] = []
     for key, branch in tree.items():
         branches = list(branch.values()) if isinstance(branch, Mapping) else branch
         match key:
             case "CONCAT":
-                factors.append([choice for each in branches for choice in _choices(each)])
+                factors.append([choice for branch in branches for choice in _choices(branch)])
             case "PRODUCT":
-                factors += [_choices(each) for each in branches]
+                factors += [_choices(branch) for branch in branches]
             case _:
                 factors.append([{key: value} for value in _values(branch)])
     size = 1
@@ -225,7 +227,7 @@ def _choices(tree: Any) -> list[dict[str, Any]]:
 
 
 def _values(branch: Any) -> list[Any]:
-    """Return the values of an option; a table that holds a grid further down gives one value a choice."""
+    """Return the values of an option; a mapping that contains a grid has one value for each choice."""
     return list(_choices(branch)) if isinstance(branch, Mapping) else [branch]
 
 
@@ -238,9 +240,9 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 def from_options(options: Mapping[str, Any], *, name: str) -> OfficialRecipe:
-    """Return the recipe of the official options, as nested tables; what is absent keeps its default.
+    """Return the recipe of official options, which are nested mappings; missing options keep their defaults.
 
-    Unknown words for the allocation count as "equal", with a note in the log, as in the official code.
+    Unknown allocations count as "equal", as in the official code, with a warning in the log.
     """
     try:
         work = options.get(_ROOT_KEY, options)
@@ -266,7 +268,7 @@ def from_options(options: Mapping[str, Any], *, name: str) -> OfficialRecipe:
         check(network.get("input", 3) == 3, "Network.input", network.get("input"), "3, the axes of an octree")
         return OfficialRecipe(name=name, **{key: value for key, value in values.items() if value is not None})
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"the options of {name} are not the official ones: {type(error).__name__} {error}") from error
+        raise InputError(f"the options of {name} are not official ones: {type(error).__name__} {error}") from error
 
 
 def levels_from_options(level_info: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
@@ -294,8 +296,8 @@ def _weight(values: Sequence[float] | None) -> LossWeight | None:
 
 
 def to_options(recipe: OfficialRecipe) -> dict[str, Any]:
-    """Return the official options of a recipe, the content of opt.yaml; `from_options` leads back."""
-    levels = [[each.ratio, each.layers, each.activation, each.allocation] for each in recipe.levels]
+    """Return the official options of a recipe, the content of opt.yaml; `from_options` is the inverse."""
+    levels = [[level.ratio, level.layers, level.activation, level.allocation] for level in recipe.levels]
     arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.scheduler.arguments}
     weight = recipe.weight
     return {
@@ -314,5 +316,5 @@ def to_options(recipe: OfficialRecipe) -> dict[str, Any]:
 
 
 def equal_shares(recipe: OfficialRecipe) -> OfficialRecipe:
-    """Return the recipe with "equal" on every level, whose tree does not depend on the volume's values."""
+    """Return the recipe with equal allocation on every level, whose tree is independent of the volume's values."""
     return replace(recipe, levels=tuple(replace(level, allocation="equal") for level in recipe.levels))

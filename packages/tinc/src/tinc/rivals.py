@@ -1,7 +1,7 @@
 """Other codecs at the same bytes: HEVC by PyAV; JPEG 2000, SPERR, SZ3 and zfp by imagecodecs.
 
-Each has one knob of quality, which is turned until its coded bytes are at or under raw bytes / ratio. Containers are
-not counted, in its favour; of ours every byte of the file is.
+A bisection of the one quality setting of a codec finds its best result of at most raw bytes / ratio. Only its coded
+stream counts, without a container, while all bytes of a `.tinc` file count.
 """
 
 import io
@@ -38,9 +38,14 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each ratio and codec: bytes, ratio, PSNR and SSIM over the range of the type, CPU seconds.
 
-    The volume is uint8 or uint16 with 2 or 3 axes of more than one sample; "tinc tree", "tinc residual" and "tinc" (the
-    better of both) are ours. A codec that cannot reach a ratio has NaN for its figures. Raises ValueError for other
-    volumes and names.
+    A codec that cannot reach a ratio has NaN for its figures. Raises ValueError for other volumes and names.
+
+    Args:
+        source: a volume of uint8 or uint16, with 2 or 3 axes of more than one sample, or its path
+        ratios: bytes of the samples / bytes of the coded stream
+        against: names of `RIVALS`
+        preset: that of `tinc.compress`
+        layers: those of `tinc.compress`, one row of tinc for each; "auto" is the row "tinc"
     """
     if not isinstance(source, np.ndarray):
         from tinc.volumes import read_volume
@@ -49,14 +54,14 @@ def compare(
     source = np.squeeze(source)
     if source.dtype not in (np.uint8, np.uint16) or source.ndim not in (2, 3):
         raise InputError(
-            f"the volume is {source.dtype} {source.shape}; other codecs take uint8 or uint16 of 2 or 3 axes"
+            f"the volume is {source.dtype} {source.shape}; other codecs need uint8 or uint16 with 2 or 3 axes"
         )
     if unknown := sorted(set(against) - set(RIVALS)):
-        raise InputError(f"against={', '.join(unknown)} is not known; known are {', '.join(RIVALS)}")
+        raise InputError(f"against={', '.join(unknown)} is not known; known: {', '.join(RIVALS)}")
     for ratio in ratios:
-        for each in layers:
-            name = {"auto": "tinc", "tree": "tinc tree", "residual": "tinc residual"}.get(each, f"tinc {each}")
-            yield _row(source, ratio, name, partial(_own, source, ratio, preset, each))
+        for layer in layers:
+            name = {"auto": "tinc", "tree": "tinc tree", "residual": "tinc residual"}.get(layer, f"tinc {layer}")
+            yield _row(source, ratio, name, partial(_own, source, ratio, preset, layer))
         for name in against:
             yield _row(source, ratio, name, partial(match, name, source, ratio))
 
@@ -82,12 +87,12 @@ def _own(volume: np.ndarray, ratio: float, preset: Preset, layers: Layers) -> Co
 
 
 def match(name: str, volume: np.ndarray, ratio: float) -> Coded | None:
-    """Return what a codec of `RIVALS` comes to at a ratio: its bytes and the decoded volume, or None."""
+    """Return the bytes and the decoded volume of a codec of `RIVALS` at a ratio, or None if it is out of reach."""
     return _search(RIVALS[name], volume, volume.nbytes / ratio)
 
 
 def _search(codec: Codec, volume: np.ndarray, target: float) -> Coded | None:
-    """Return the best result at or under the target; a codec's knob runs from 0 (best) to 1 (smallest)."""
+    """Return the best result of at most `target` bytes; the knob of a codec runs from 0 (best) to 1 (smallest)."""
     low, high = 0.0, 1.0
     best = None
     for _ in range(12):
@@ -105,9 +110,9 @@ def _hevc(volume: np.ndarray, knob: float) -> Coded:
     av = require("av", "tinc-vision[bench]")
     quality = 51 * knob
     top = float(np.iinfo(volume.dtype).max)
-    # 12 bits are what x265 has; both ways are rounded
+    # x265 has 12 bits; both conversions round
     frames = np.rint(volume.reshape(-1, *volume.shape[-2:]) * (4095 / top)).astype(np.uint16)
-    # rows of other lengths than multiples of 32 corrupt the heap with PyAV 18.1
+    # PyAV 18.1 corrupts the heap with rows whose length is not a multiple of 32
     frames = np.pad(frames, [(0, 0), (0, -frames.shape[1] % 2), (0, -frames.shape[2] % 32)], mode="edge")
     stream = io.BytesIO()
     container = av.open(stream, "w", format="hevc")
@@ -129,7 +134,7 @@ def _hevc(volume: np.ndarray, knob: float) -> Coded:
 
 
 def _jpeg2k(volume: np.ndarray, knob: float) -> Coded:
-    """JPEG 2000, irreversible, slices stacked in one picture."""
+    """JPEG 2000, irreversible, with all slices stacked in one image."""
     imagecodecs = require("imagecodecs", "tinc-vision[bench]")
     stacked = volume.reshape(-1, volume.shape[-1])
     coded = imagecodecs.jpeg2k_encode(stacked, level=100 - 85 * knob, reversible=False, codecformat="j2k")

@@ -1,4 +1,4 @@
-"""The two volumes that tables, pictures and benches are measured on: nibabel's, and the official repository's."""
+"""The two volumes of tables, pictures and benches: one of nibabel's data, and that of the official repository."""
 
 import os
 from functools import cache
@@ -14,7 +14,7 @@ __all__ = ["has_official_volume", "official_path", "official_volume", "sample_vo
 
 @cache
 def sample_volume() -> np.ndarray:
-    """Return a brain volume of nibabel's own data as uint16 [24, 128, 96]."""
+    """Return a brain volume from nibabel's test data as uint16 [24, 128, 96]."""
     nibabel = require("nibabel", "tinc-vision[samples]")
     with as_file(files("nibabel") / "tests" / "data" / "example4d.nii.gz") as path:
         series = np.asarray(nibabel.load(path).dataobj)
@@ -22,14 +22,14 @@ def sample_volume() -> np.ndarray:
 
 
 def has_official_volume() -> bool:
-    """Tell whether the folder that TINC_DATA names holds test.tif."""
+    """Return whether the folder TINC_DATA holds test.tif."""
     return "TINC_DATA" in os.environ and _path().is_file()
 
 
 def official_path() -> Path:
-    """Return the path of the official repository's test.tif. Raises FileNotFoundError if there is none."""
+    """Return the path of test.tif of the official repository. Raises FileNotFoundError without it."""
     if not has_official_volume():
-        raise FileNotFoundError("TINC_DATA must name the folder of the official repository's test.tif")
+        raise FileNotFoundError("set TINC_DATA to the folder of test.tif, the volume of the official repository")
     return _path()
 
 

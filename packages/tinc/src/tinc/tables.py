@@ -1,7 +1,7 @@
-"""Tables as data. The paper's own figures could not be had, so the reference is what the official code came to.
+"""The tables. None of the paper's own figures could be retrieved, so the reference is measured.
 
-Its reference columns are measurements of the official implementation and of other codecs on the volume that its
-repository ships, test.tif (8 x 128 x 128, 16 bits, MIT); TINC_DATA names the folder that holds it.
+Reference columns are measurements of the official implementation and of other codecs on test.tif (8 x 128 x 128, 16
+bits, MIT), the volume of the official repository; set TINC_DATA to its folder.
 """
 
 import tempfile
@@ -21,14 +21,14 @@ from visionkernels.tables import DATASET, GPU, TIME, Cell, Figure, Measured, Nee
 __all__ = ["figures", "tables"]
 
 _RATIOS = (16, 64, 128, 256)
-# PSNR in dB over 65535, SSIM: at 16, 64, 128 and 256x, of the official repository's volume
+# PSNR in dB over 65535 and SSIM at 16, 64, 128 and 256x on test.tif
 _SIDE_BY_SIDE = {
     "hevc": ((40.74, 0.950), (35.99, 0.876), (34.78, 0.852), (33.53, 0.831)),
     "jpeg2k": ((39.11, 0.926), (33.79, 0.832), (31.82, 0.797), (29.36, 0.756)),
     "sperr": ((38.63, 0.926), (33.90, 0.840), (31.97, 0.807), (30.31, 0.777)),
     "sz3": ((36.65, 0.889), (29.60, 0.761), (27.53, 0.738), (24.37, 0.683)),
 }
-# parameters at 4, 16 and 64x
+# number of parameters at 4, 16 and 64x
 _STRUCTURE = {
     "default": (15158, 3836, 870),
     "multi0": (16129, 3956, 1004),
@@ -36,7 +36,7 @@ _STRUCTURE = {
     "multi2": (16062, 3836, 870),
 }
 _TRAINED = {"multi0": (64, 32.54), "multi1": (16, 30.55)}
-# zfp does not come to such ratios
+# zfp does not reach such ratios
 _REACHING = ("hevc", "jpeg2k", "sperr", "sz3")
 _LAYERS: tuple[Layers, ...] = ("residual", "tree", "auto")
 _CODECS = installed("av", "imagecodecs", pip="tinc-vision[bench]")
@@ -44,7 +44,7 @@ _SAMPLES = installed("nibabel", pip="tinc-vision[samples]")
 _TRAIN = installed("accelerate", "timm", pip="tinc-vision[train]")
 
 
-_TEST_TIF = Need("test.tif of the official repository, in the folder that TINC_DATA names", has_official_volume)
+_TEST_TIF = Need("test.tif of the official repository (set TINC_DATA to its folder)", has_official_volume)
 
 
 def tables() -> tuple[Table, ...]:
@@ -57,7 +57,7 @@ def figures() -> tuple[Figure, ...]:
     from tinc.figures import draw_curves, draw_slices
 
     return (
-        Figure("curves", "Rate and distortion", "PSNR against bits a sample on a brain volume of nibabel's; HEVC is "
+        Figure("curves", "Rate and distortion", "PSNR against bits a sample on a brain volume of nibabel; HEVC is "
                "x265 with 12 bits and its slowest preset.", draw_curves),
         Figure("slices", "The same bytes", "One slice of the brain volume at 64x, and the errors on one scale.",
                draw_slices),
@@ -88,8 +88,8 @@ def _brain() -> Table:
             needs = (_SAMPLES, _CODECS, *_time(name, ratio))
             cells.append(_cell(name, column, partial(_rival, name, ratio), needs))
     convention = (
-        "nibabel's example4d, volume 0, 24 x 128 x 96, times 56 in 16 bits. PSNR over 65535; every byte of a .tinc "
-        "file counts, of the others the coded stream."
+        "nibabel's example4d, volume 0, 24 x 128 x 96, times 56 in 16 bits. PSNR over 65535. All bytes of a .tinc file "
+        "count, but only the coded streams of other codecs."
     )
     return Table("brain", "A brain volume beside other codecs", convention, tuple(cells))
 
@@ -142,8 +142,8 @@ def _side_by_side() -> Table:
                      command=_command(needs)),
             ]  # fmt: skip
     convention = (
-        "test.tif of the official repository. Reference: measured, not printed in the paper; in our rows it is HEVC's. "
-        "PSNR over 65535, SSIM by slices."
+        "test.tif of the official repository. The reference is measured, not printed in the paper; in the rows of tinc "
+        "it is that of HEVC. PSNR over 65535, SSIM by slices."
     )
     return Table("side_by_side", "The official volume beside other codecs", convention, tuple(cells))
 
@@ -164,8 +164,8 @@ def _structure() -> Table:
         for name, row in _STRUCTURE.items()
         for ratio, parameters in zip((4, 16, 64), row, strict=True)
     ]  # fmt: skip
-    convention = "Parameters of the official trees for test.tif (263,562 bytes); widths are cut off to whole numbers."
-    return Table("structure", "What the official budget comes to", convention, tuple(cells))
+    convention = "Parameters of the official trees for test.tif (263,562 bytes); widths are rounded down."
+    return Table("structure", "Parameters of the official trees", convention, tuple(cells))
 
 
 def _parameters(name: str, ratio: int) -> float:
@@ -187,8 +187,8 @@ def _levels() -> Table:
         for levels in (1, 2, 3)
     ]  # fmt: skip
     convention = (
-        "Trees alone on the brain volume with the same bytes of weights, each level split in four; 1500 steps, seeds 0 "
-        "to 2, mean and spread. The paper finds more levels better at low ratios and worse at high ones."
+        "Trees alone on the brain volume with the same bytes of weights; each level splits a node in four; 1500 steps, "
+        "seeds 0 to 2, mean and spread. The paper finds more levels better at low ratios and worse at high ones."
     )
     return Table("levels", "Does a tree help?", convention, tuple(cells))
 
@@ -204,11 +204,11 @@ def _level_psnr(levels: int, ratio: int) -> Measured:
     shape = fit_widths(volume.shape, 1, splits, (), budget)
     samples = SampleFormat("uint16")
     whole = tuple(slice(0, size) for size in volume.shape)
-    found = []
+    values = []
     for seed in range(3):
         tree = fit_tree(shape, samples.to_working(volume[None]), budget, plan=FitPlan(steps=1500), seed=seed)
-        found.append(psnr(volume, samples.to_samples(tree.decode(whole))[0]))
-    return Measured(float(np.mean(found)), float(np.std(found)), f"{shape.num_weights} weights")
+        values.append(psnr(volume, samples.to_samples(tree.decode(whole))[0]))
+    return Measured(float(np.mean(values)), float(np.std(values)), f"{shape.num_weights} weights")
 
 
 def _trained() -> Table:
@@ -217,12 +217,12 @@ def _trained() -> Table:
              needs=(_TEST_TIF, _TRAIN, TIME), measure=partial(_train, name, ratio), command="tinc reproduce --full")
         for name, (ratio, reference) in _TRAINED.items()
     ]  # fmt: skip
-    convention = "The official procedure with fewer points a step, as the official code came out; single seeds."
+    convention = "The official procedure with fewer points a step, compared with the official code; single seeds."
     return Table("trained", "The official procedure", convention, tuple(cells))
 
 
 def _train(name: str, ratio: int) -> float:
-    """Train as long as the reference was trained: 10,000 steps of one level, 6,000 of two."""
+    """Train for the steps of the reference: 10,000 for one level, 6,000 for two."""
     from dataclasses import replace
 
     from tinc.official import find_recipe, train

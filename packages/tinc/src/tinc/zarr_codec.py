@@ -1,7 +1,7 @@
 """The Zarr v3 codec "tinc": `zarr.create_array(..., serializer=TincCodec(ratio=16), compressors=None)`.
 
-Every chunk is a `.tinc` file, by the rules of `tinc.chunks`. A part of an array decodes only the parts of chunks that
-it touches, in an array of its own as well as within shards; a compressor after the codec would cost just that.
+Every chunk is a `.tinc` file, by the rules of `tinc.chunks`. Reading a part of an array decodes only the touched parts
+of its chunks, also within shards; a compressor after the codec would prevent that.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = ["TincCodec"]
 
 @dataclass(frozen=True, kw_only=True)
 class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
-    """Arrays of uint8, uint16, int16 and float32 whose chunks have 1 to 4 axes longer than 1, and channels.
+    """Codec of arrays of uint8, uint16, int16 and float32 whose chunks have up to 4 axes longer than 1, and channels.
 
-    Options as `ChunkOptions`; without a target chunks are lossless. Creating an array of another type raises TypeError,
-    of chunks with more axes ValueError (within shards: writing to it). A chunk that is padded at the array's edge is
-    compressed with its padding; see `tinc.parallel.compress_chunks` for a writer that knows the edge.
+    The options are those of `ChunkOptions`; without a target chunks are lossless. Creating an array of another type
+    raises TypeError, and one with more axes ValueError; within shards, writing raises it. A chunk at the edge of the
+    array is compressed with its padding, which `tinc.parallel.compress_chunks` avoids.
     """
 
     is_fixed_size: ClassVar[bool] = False  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TincCodec:
-        """Return the codec of its metadata. Raises ValueError for another name and unknown options."""
+        """Return the codec with this metadata. Raises ValueError for another name and unknown options."""
         if data.get("name") != "tinc":
             raise InputError(f"name={data.get('name')!r} must be 'tinc'")
         configuration = data.get("configuration")
@@ -60,19 +60,19 @@ class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
         return {"name": "tinc", "configuration": self.as_json()}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> TincCodec:
-        """Return the codec itself; raises TypeError for types that it does not take."""
-        # the shape is not looked at: Zarr gives that of the array here, or that of a chunk in a shard
+        """Return the codec itself. Raises TypeError for other sample types."""
+        # the shape is not checked: it may be that of the array here, or that of a chunk in a shard
         self.check_type(array_spec.dtype.to_native_dtype())
         return self
 
     def validate(self, *, shape: tuple[int, ...], dtype: ZDType[Any, Any], chunk_grid: ChunkGrid) -> None:
-        """Raise TypeError or ValueError for an array with chunks that the codec does not take."""
+        """Raise TypeError or ValueError for an array whose chunks cannot be encoded."""
         chunk_shape = getattr(chunk_grid, "chunk_shape", None)
         if chunk_shape is not None:
             self.check(chunk_shape, dtype.to_native_dtype())
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Raise NotImplementedError, as codecs do whose size depends on the data."""
+        """Raise NotImplementedError, since the size depends on the data."""
         raise NotImplementedError
 
     def _encode_sync(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
@@ -103,14 +103,14 @@ class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
         file = self.open_chunk(content.to_bytes(), chunk_spec.shape, dtype)
         box, inner = _box(selection, chunk_spec.shape)
         samples = file.decode(self.arrange(chunk_spec.shape).region(box))
-        part = samples.reshape([each.stop - each.start for each in box])[inner]
+        part = samples.reshape([side.stop - side.start for side in box])[inner]
         return chunk_spec.prototype.nd_buffer.from_numpy_array(np.asarray(part, dtype=dtype))
 
 
 def _box(selection: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[Any, ...]]:
-    """Return the smallest box around a selection of a chunk, and the selection within it.
+    """Return the smallest box around a selection of a chunk, and the selection within the box.
 
-    A selection has a slice, an integer or an array of integers for each axis, as Zarr's indexers give them.
+    A selection of Zarr's indexers has a slice, an integer or an array of integers for each axis.
     """
     keys = selection if isinstance(selection, tuple) else (selection,)
     keys = (*keys, *(slice(None) for _ in range(len(shape) - len(keys))))

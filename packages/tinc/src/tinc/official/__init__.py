@@ -1,4 +1,4 @@
-"""The official procedure of TINC, number for number: tree, budget, training, and its folders of weights."""
+"""The official procedure of TINC with its exact numbers: tree, budget, training, and folders of weights."""
 
 from tinc.official.allocation import TreePlan, allocate, hidden_width, plan_tree
 from tinc.official.folder import OfficialModel, load_official, save_official
@@ -10,7 +10,7 @@ from tinc.recipes import RECIPES, Level, OfficialRecipe, expand_grid, find_recip
 try:
     from tinc.official import variants as _variants  # noqa: F401 - registers the timm models
 except ImportError as error:
-    # everything else here works without the extra `train`
+    # the rest of the package works without the extra `train`
     if error.name is None or error.name.partition(".")[0] not in ("timm", "torchvision"):
         raise
 

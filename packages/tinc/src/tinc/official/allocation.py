@@ -1,6 +1,6 @@
-"""How many parameters each node of the octree gets, and how wide its segment then is (TINC, sec. 3.2).
+"""Allocation of parameters to the nodes of the octree, and the widths of their segments (TINC, sec. 3.2).
 
-Nodes stand in depth-first pre-order everywhere: a node, then its eight children, depth slowest and width fastest.
+Nodes are in depth-first pre-order everywhere: a node, then its eight children, with depth slowest and width fastest.
 """
 
 import math
@@ -46,39 +46,39 @@ class Dims(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases."""
+        """Number of weights and biases."""
         return sum(after * (before + 1) for after, before in self.shapes())
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the tree: where it is, and the sizes of its segment."""
+    """A node of the tree: its place, and the sizes of its segment."""
 
     level: int
     index: tuple[int, int, int]
-    """Along depth, height and width, each from 0 to 2 ** level - 1."""
+    """Place along depth, height and width, from 0 to 2 ** level - 1."""
     dims: Dims
 
     @property
     def name(self) -> str:
-        """As official folders name it."""
+        """Name of the node in official folders."""
         return "-".join(map(str, (self.level, *self.index)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreePlan:
-    """All that defines an `OctreeMLP` but its weights."""
+    """Everything that defines an `OctreeMLP` but its weights."""
 
     nodes: tuple[Node, ...]
-    """A full octree in pre-order."""
+    """All nodes of a full octree, in pre-order."""
     volume_shape: tuple[int, int, int]
     activations: tuple[str, ...]
-    """One a level."""
+    """One for each level."""
     w0: float = 30.0
 
     @property
     def num_levels(self) -> int:
-        """Levels, the root among them."""
+        """Number of levels, including the root."""
         return len(self.activations)
 
     @property
@@ -95,7 +95,7 @@ class TreePlan:
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases of all nodes."""
+        """Number of weights and biases of all nodes."""
         return sum(node.dims.num_parameters for node in self.nodes)
 
     def on_level(self, level: int) -> list[Node]:
@@ -104,7 +104,7 @@ class TreePlan:
 
 
 class LevelStatistics(NamedTuple):
-    """Of the nodes of one level, each array [2 ** level] * 3, on normalised voxels."""
+    """Statistics of normalised voxels for the nodes of one level, arrays [2 ** level] * 3."""
 
     aoi: np.ndarray
     """Number of values above zero."""
@@ -113,15 +113,15 @@ class LevelStatistics(NamedTuple):
 
 
 def parameter_budget(origin_bytes: int, ratio: float) -> int:
-    """Return how many float32 parameters a file of `origin_bytes` may cost at this ratio."""
+    """Return the number of float32 parameters for a file of `origin_bytes` at this ratio."""
     return int(int(origin_bytes / ratio) / 4)
 
 
 def hidden_width(parameters: float, *, layers: int, input: int, output: int | None) -> int:
-    """Return the hidden width h whose segment costs about `parameters`, at least 1 (rounded down).
+    """Return the hidden width h of a segment with about `parameters` parameters, rounded down, at least 1.
 
-    With a given `output` width o (a leaf) h solves (n-2) h^2 + (i+n-1+o) h + o = p, for n layers of which there must
-    be two; without one (an inner node, whose output is as wide as its hidden layers) (n-1) h^2 + (i+n) h = p.
+    With a given `output` width o (a leaf) h solves (n-2) h^2 + (i+n-1+o) h + o = p for n >= 2 layers; without one (an
+    inner node, whose output is as wide as its hidden layers) h solves (n-1) h^2 + (i+n) h = p.
     """
     least = 1 if output is None else 2
     check(layers >= least, "layers", layers, f"at least {least}" + ("" if output is None else " in a leaf"))
@@ -134,25 +134,25 @@ def hidden_width(parameters: float, *, layers: int, input: int, output: int | No
 
 
 def check_divisible(volume_shape: Sequence[int], num_levels: int) -> None:
-    """Raise ValueError that names an axis which the leaves do not divide; the official code overlooks the width."""
+    """Raise ValueError with the first axis that leaves do not divide; the official code does not check the width."""
     parts = 2 ** (num_levels - 1)
     for axis, size in zip(_AXES, volume_shape, strict=True):
         if size % parts:
             raise InputError(
-                f"{axis}={size} is not divisible by the {parts} leaves along it of a tree of {num_levels} levels; "
+                f"{axis}={size} is not divisible by {parts}, the leaves along it of a tree of {num_levels} levels; "
                 f"crop or pad to {max(size // parts, 1) * parts} or {(size // parts + 1) * parts}, or use fewer levels"
             )
 
 
 def statistics(normalised: np.ndarray, num_levels: int) -> list[LevelStatistics]:
-    """Return the statistics of all nodes of volume [depth, height, width, channels], one entry a level."""
+    """Return the statistics of all nodes of a volume [depth, height, width, channels], one entry for each level."""
     check_divisible(normalised.shape[:3], num_levels)
     measured = []
     for level in range(num_levels):
         parts = 2**level
         depth, height, width = (size // parts for size in normalised.shape[:3])
         aoi, var = np.empty((parts,) * 3), np.empty((parts,) * 3)
-        # a slab at a time: variances take a float64 copy
+        # slab by slab, since a variance takes a float64 copy
         for place in range(parts):
             slab = normalised[place * depth : (place + 1) * depth]
             blocks = slab.reshape(depth, parts, height, parts, width, -1)
@@ -182,16 +182,22 @@ def allocate(
     compat: Compat = "none",
     origin_bytes: int | None = None,
 ) -> tuple[Node, ...]:
-    """Return the nodes, in pre-order, of the tree that spends about `budget` parameters.
+    """Return the nodes, in pre-order, of a tree with about `budget` parameters; widths are rounded down.
 
-    Level l has the share r_l 8^l / sum_k r_k 8^k; within a level a node has an equal part, or (from `measured`) one in
-    proportion to its values above zero ("aoi"), or to its variance ("var"). With compat="official" a variance counts
-    relative to the eight siblings instead of the level, so that levels from the third on spend 8 times too much or
-    more, and a budget that is too small gives a tree that is larger than asked. Widths are rounded down, so that trees
-    are mostly a little smaller than the budget.
+    Level l has the share r_l 8^l / sum_k r_k 8^k. Within a level the shares of nodes are equal, or proportional to
+    their values above zero ("aoi") or to their variance ("var").
 
-    Raises ValueError for a leaf of one layer, an allocation without its statistics or with no variance to share by,
-    and, unless compat="official", for a budget that the narrowest tree exceeds; `origin_bytes` lets it name the ratio.
+    Args:
+        levels: the levels, from the root on
+        budget: number of parameters
+        measured: statistics of the volume, for "aoi" and "var"
+        channels: values of a voxel
+        compat: "official" takes a variance relative to the eight siblings instead of the level, so that levels from the
+            third on exceed their share 8 times or more, and returns a tree above a budget that is too small
+        origin_bytes: size of the volume's file, for the largest ratio in an error message
+
+    Raises ValueError for a leaf of one layer, an allocation without its statistics or without any variance, and, unless
+    compat="official", for a budget below the narrowest tree.
     """
     check(budget >= 0, "budget", budget, "at least 0")
     check(channels >= 1, "channels", channels, "at least 1")
@@ -217,15 +223,15 @@ def allocate(
 def _node_budgets(
     levels: Sequence[Level], level: int, budget: int, measured: Sequence[LevelStatistics] | None, compat: Compat
 ) -> np.ndarray:
-    """Return the budget of every node of a level, an array [2 ** level] * 3."""
-    total = sum(each.ratio * 8**depth for depth, each in enumerate(levels))
+    """Return the budgets of the nodes of a level, an array [2 ** level] * 3."""
+    total = sum(other.ratio * 8**depth for depth, other in enumerate(levels))
     own = budget * (levels[level].ratio * 8**level) / total
     how = levels[level].allocation if level else "equal"
     parts = 2**level
     if how == "equal":
         return np.full((parts,) * 3, own / 8**level)
     if measured is None:
-        raise InputError(f"allocation {how!r} of level {level} needs statistics of a volume; without one use 'equal'")
+        raise InputError(f"allocation {how!r} of level {level} needs statistics of a volume; use 'equal' without one")
     if how == "aoi":
         counts, whole = measured[level].aoi, float(measured[0].aoi.item())
         if whole == 0:
@@ -248,14 +254,14 @@ def _node_budgets(
 def _check_reached(
     nodes: Sequence[Node], levels: Sequence[Level], budget: int, channels: int, origin_bytes: int | None
 ) -> None:
-    """Raise ValueError if widths of 1, which cannot become less, made the tree larger than its budget."""
+    """Raise ValueError if the tree exceeds its budget since widths cannot fall below 1."""
     used = sum(node.dims.num_parameters for node in nodes)
     if used <= budget or all(node.dims.hidden > 1 for node in nodes):
         return
     least = 0
-    for level, each in enumerate(levels):
+    for level, spec in enumerate(levels):
         is_leaf = level == len(levels) - 1
-        dims = Dims(1 if level else 3, 1, channels if is_leaf else 1, each.layers)
+        dims = Dims(1 if level else 3, 1, channels if is_leaf else 1, spec.layers)
         least += 8**level * dims.num_parameters
     ratios = "" if origin_bytes is None else f", the largest reachable ratio is {origin_bytes / (4 * least):.4g}"
     raise InputError(
@@ -265,10 +271,10 @@ def _check_reached(
 
 
 def plan_tree(recipe: OfficialRecipe, normalised: np.ndarray, origin_bytes: int) -> TreePlan:
-    """Return the tree that `recipe` gives a normalised volume [depth, height, width, channels].
+    """Return the tree of `recipe` for a normalised volume [depth, height, width, channels].
 
-    `origin_bytes` is the size of the file that it came from. Raises ValueError as `allocate` and `check_divisible` do,
-    and if the channels are not the recipe's.
+    `origin_bytes` is the size of the volume's file. Raises ValueError as `allocate` and `check_divisible` do, and for
+    other channels than those of the recipe.
     """
     channels = normalised.shape[3]
     check(channels == recipe.output, "output", recipe.output, f"{channels}, the channels of the volume")

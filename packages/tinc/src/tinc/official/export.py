@@ -1,4 +1,4 @@
-"""Official trees for other runtimes."""
+"""Export of official trees to other runtimes."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ __all__ = ["export_tree"]
 def export_tree(model: OctreeMLP, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a tree as ONNX (.onnx) or as a program of torch.export (.pt2).
 
-    From `points`, indices of a leaf's voxels [points], to `values` [leaves, points, channels]. Raises FileExistsError,
-    ValueError for another suffix, and ImportError without onnx.
+    The input `points` holds indices of a leaf's voxels [points], the output `values` is [leaves, points, channels].
+    Raises FileExistsError, ValueError for another suffix, and ImportError without onnx.
     """
     points = torch.arange(min(model.grid.shape[1], 8))
     export_program(model, points, path, install="tinc-vision[export]", names=("points", "values"), overwrite=overwrite)

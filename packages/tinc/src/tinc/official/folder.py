@@ -1,7 +1,7 @@
-"""Official folders of weights: a sub-folder for each node, raw float32 files in it, and opt.yaml with the options.
+"""Official folders of weights: a sub-folder of raw float32 files for each node, and opt.yaml with the options.
 
-A file holds no shape: names tell the levels, sizes the widths. What the official folder lacks, the volume's shape, type
-and range, stands in side_info.json of the folders that we write.
+The files have no shapes: levels follow from names, and widths from sizes. The volume's shape, type and range, which
+official folders lack, are in side_info.json of the folders that tinc writes.
 """
 
 import json
@@ -36,7 +36,7 @@ _MAX_TEXT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class OfficialModel:
-    """A loaded tree, what its decoder needs, and the options that it was trained by."""
+    """A loaded tree, its side info, and the options of its training."""
 
     model: OctreeMLP
     side_info: SideInfo
@@ -44,7 +44,7 @@ class OfficialModel:
 
 
 def official_state(model: OctreeMLP) -> dict[str, Tensor]:
-    """Return copies of all weights under official keys, e.g. "1-0-0-1/0-W" of shape (outputs, inputs)."""
+    """Return copies of all weights under official keys, e.g. "1-0-0-1/0-W" with the shape (outputs, inputs)."""
     return {name: value.detach().cpu().clone() for name, value in model.node_parameters()}
 
 
@@ -58,8 +58,12 @@ def save_official(
 ) -> int:
     """Write the tree as an official folder, whole or not at all, and return its bytes.
 
-    Weights are little-endian float32, row by row; opt.yaml has the options of `recipe`. Raises FileExistsError if the
-    folder exists, unless `overwrite`.
+    Args:
+        folder: the folder
+        model: the tree; weights are written as little-endian float32, row by row
+        recipe: the options in opt.yaml
+        side_info: the content of side_info.json; None leaves the file out, as the official code does
+        overwrite: replace an existing folder; otherwise it raises FileExistsError
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -72,7 +76,7 @@ def save_official(
             path = partial / key
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(value.numpy().astype("<f4").tobytes())
-        # JSON is YAML too, and needs no library
+        # JSON is valid YAML, and needs no library
         (partial / _OPTIONS).write_text(json.dumps(to_options(recipe)) + "\n", encoding="utf-8")
         if side_info is not None:
             (partial / _SIDE_INFO).write_text(json.dumps(asdict(side_info)) + "\n", encoding="utf-8")
@@ -98,17 +102,17 @@ def load_official(
 ) -> OfficialModel:
     """Load an official folder (or the folder above its `models`), or a .safetensors or .pth file with the same keys.
 
-    What a decoder needs besides weights comes from `side_info`, or the original `volume`, or the folder's own
-    side_info.json. Activations, w0 and range come from `recipe`, or opt.yaml, or else are those of all named
-    configurations: sines, w0 30, 0 to 100. No code of a file is run. Raises FileNotFoundError; CheckpointError for
-    weights that are missing, unexpected or misshapen, with the first five and the configuration that they seem to be
-    of; ImportError for a YAML without pyyaml; and ValueError without side info or for that of another volume.
+    The side info comes from `side_info`, from the original `volume`, or from side_info.json. Activations, w0 and range
+    come from `recipe`, from opt.yaml, or else are those of all named configurations: sines, w0 30, 0 to 100. No code of
+    a file is run. Raises FileNotFoundError; CheckpointError for weights that are missing, unexpected or misshapen, with
+    the first five and the configuration that the file seems to hold; ImportError for a YAML file without pyyaml; and
+    ValueError without side info, or with that of another volume.
     """
     path = Path(path)
     if (path / "models").is_dir():
         path = path / "models"
-    found = _read_folder(path) if path.is_dir() else dict(read_checkpoint(path).state)
-    dims = _tree_of(found, path)
+    state = _read_folder(path) if path.is_dir() else dict(read_checkpoint(path).state)
+    dims = _tree_of(state, path)
     layers = _layers(dims)
     if recipe is None:
         recipe = _stored_recipe(path)
@@ -116,7 +120,7 @@ def load_official(
         recipe = OfficialRecipe(name=path.stem, levels=tuple(Level(1.0, number) for number in layers))
     if tuple(level.layers for level in recipe.levels) != layers:
         stated = ", ".join(str(level.layers) for level in recipe.levels)
-        raise CheckpointError(f"{path} does not fit its options, with {stated} layers a level; {_seems(layers)}")
+        raise CheckpointError(f"{path} does not fit its options, which have {stated} layers a level; {_seems(layers)}")
     channels = list(dims.values())[-1].output
     side_info = _side_info(path, volume, side_info, recipe)
     if side_info.shape[3] != channels:
@@ -130,22 +134,22 @@ def load_official(
     model = OctreeMLP(plan)
     with torch.no_grad():
         for key, parameter in model.node_parameters():
-            parameter.copy_(found[key].view_as(parameter))
+            parameter.copy_(state[key].view_as(parameter))
     return OfficialModel(model.eval(), side_info, replace(recipe, output=channels))
 
 
 def decode_official(path: str | Path, volume: str | Path) -> tuple[np.ndarray, int]:
-    """Return what a folder or file of weights stands for, as depth, height, width, channels, and its bytes in all.
+    """Return the volume [depth, height, width, channels] of a folder or file of weights, and its bytes.
 
-    Errors are `load_official`'s.
+    Raises the errors of `load_official`.
     """
     loaded = load_official(path, volume=volume)
-    files = [each for each in (Path(path), *Path(path).rglob("*")) if each.is_file()]
-    return decode(loaded.model, loaded.side_info), sum(each.stat().st_size for each in files)
+    files = [file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
+    return decode(loaded.model, loaded.side_info), sum(file.stat().st_size for file in files)
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Return the numbers of every file of every sub-folder, flat, under "sub-folder/file"."""
+    """Return the values of all files in sub-folders as flat tensors, under "sub-folder/file"."""
     files = [path for node in sorted(folder.iterdir()) if node.is_dir() for path in sorted(node.iterdir())]
     sizes = [path.stat().st_size for path in files]
     if len(files) > _MAX_FILES or sum(sizes) > 4 * _MAX_PARAMETERS:
@@ -153,30 +157,30 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds {len(files)} files of {sum(sizes)} bytes; at most {_MAX_FILES} files of "
             f"{4 * _MAX_PARAMETERS} bytes are read"
         )
-    found = {}
+    state = {}
     for path, size in zip(files, sizes, strict=True):
         key = f"{path.parent.name}/{path.name}"
         if _KEY.fullmatch(key) and size % 4:
-            raise CheckpointError(f"{path} has {size} bytes, which are no whole number of float32; it is damaged")
-        # what is no weight is named by its key alone
+            raise CheckpointError(f"{path} has {size} bytes, not a whole number of float32; it is damaged")
+        # the key of any other file is enough to report it
         data = path.read_bytes() if _KEY.fullmatch(key) and path.is_file() else b""
-        found[key] = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
-    return found
+        state[key] = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+    return state
 
 
 Place = tuple[int, tuple[int, int, int]]
 
 
-def _tree_of(found: Mapping[str, Tensor], source: Path) -> dict[Place, Dims]:
-    """Return the sizes of each node, in pre-order; CheckpointError if the weights are no full octree."""
+def _tree_of(state: Mapping[str, Tensor], source: Path) -> dict[Place, Dims]:
+    """Return the sizes of the nodes, in pre-order. Raises CheckpointError unless the weights form a full octree."""
     counts: dict[int, Counter[str]] = {}
-    for key in found:
+    for key in state:
         if match := _KEY.fullmatch(key):
             level, layer = int(match[1]), int(match[5])
-            # the nodes of a level that have such a layer
+            # number of nodes of a level with such a layer
             counts.setdefault(level, Counter())[f"{layer}-{match[6]}"] += 1
     if not counts:
-        raise CheckpointError(f"{source} holds no weights of nodes, such as 0-0-0-0/0-W")
+        raise CheckpointError(f"{source} contains no weights of nodes, such as 0-0-0-0/0-W")
     depth = max(counts) + 1
     if depth > MAX_LEVELS:
         raise CheckpointError(f"{source} holds a tree of {depth} levels; at most {MAX_LEVELS} are read")
@@ -187,24 +191,24 @@ def _tree_of(found: Mapping[str, Tensor], source: Path) -> dict[Place, Dims]:
         for layer in range(layers[level])
         for kind in "WB"
     }
-    missing, unexpected = sorted(expected - set(found)), sorted(set(found) - expected)
+    missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
     dims: dict[Place, Dims] = {}
     misshapen: list[str] = []
     if not missing:
         for place in node_places(depth):
-            dims[place] = _node_dims(place, found, layers, dims, misshapen)
+            dims[place] = _node_dims(place, state, layers, dims, misshapen)
     if missing or unexpected or misshapen:
         kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
         problems = ", ".join(
             f"{len(names)} weights {kind}" + (f" (first: {', '.join(names[:5])})" if names else "")
             for kind, names in kinds.items()
         )
-        raise CheckpointError(f"{source} is no whole tree: {problems}; {_seems(layers)}")
+        raise CheckpointError(f"{source} is not a complete tree: {problems}; {_seems(layers)}")
     return dims
 
 
 def _usual_layers(counts: Counter[str]) -> int:
-    """Return the number of layers that at least half of a level's nodes have, so that one stray file tells nothing."""
+    """Return the number of layers of at least half of a level's nodes, so that a single stray file does not count."""
     most = max(counts.values(), default=0)
     return max((int(name.partition("-")[0]) + 1 for name, count in counts.items() if 2 * count >= most), default=1)
 
@@ -214,28 +218,36 @@ _NO_DIMS = Dims(0, 0, 0, 0)
 
 def _node_dims(
     place: Place,
-    found: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     layers: tuple[int, ...],
     above: Mapping[Place, Dims],
     misshapen: list[str],
 ) -> Dims:
-    """Return the sizes of a node by its biases; what of its weights does not fit is added to `misshapen`."""
+    """Return the sizes of a node from its biases, and append weights that do not fit to `misshapen`.
+
+    Args:
+        place: level and index of the node
+        state: all weights
+        layers: number of layers by level
+        above: sizes of the nodes before it, in pre-order
+        misshapen: messages about weights
+    """
     level, index = place
     name, number = Node(level, index, _NO_DIMS).name, layers[level]
     inputs = above[level - 1, (index[0] // 2, index[1] // 2, index[2] // 2)].output if level else 3
-    sizes = [found[f"{name}/{layer}-B"].numel() for layer in range(number)]
+    sizes = [state[f"{name}/{layer}-B"].numel() for layer in range(number)]
     is_leaf = level == len(layers) - 1
     dims = Dims(inputs, sizes[0], sizes[-1], number)
-    leaves = [each.output for (depth, _), each in above.items() if depth == level]
+    leaves = [sizes.output for (depth, _), sizes in above.items() if depth == level]
     allowed = {
         f"{number - 1}-B": leaves[0] if is_leaf and leaves else sizes[-1] if is_leaf else sizes[0],
         **{f"{layer}-B": sizes[0] for layer in range(number - 1)},
     }
     for file, size in allowed.items():
-        if found[f"{name}/{file}"].numel() != size or size == 0:
-            misshapen.append(f"{name}/{file} of {found[f'{name}/{file}'].numel()} values instead of {max(size, 1)}")
+        if state[f"{name}/{file}"].numel() != size or size == 0:
+            misshapen.append(f"{name}/{file} of {state[f'{name}/{file}'].numel()} values instead of {max(size, 1)}")
     for layer, (after, before) in enumerate(zip(sizes, [inputs, *sizes[:-1]], strict=True)):
-        weight = found[f"{name}/{layer}-W"]
+        weight = state[f"{name}/{layer}-W"]
         shapes = {(after, before), (after * before,)}
         if tuple(weight.shape) not in shapes or not weight.is_floating_point():
             misshapen.append(f"{name}/{layer}-W of {list(weight.shape)} {weight.dtype} instead of {[after, before]}")
@@ -250,7 +262,7 @@ def _seems(layers: tuple[int, ...]) -> str:
     names = [name for name, recipe in RECIPES.items() if tuple(level.layers for level in recipe.levels) == layers]
     counts = ", ".join(map(str, layers))
     return f"it seems to hold {len(layers)} levels of {counts} layers, " + (
-        f"as {' and '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else "which no named one has"
+        f"as {' and '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else "unlike any named one"
     )
 
 
@@ -267,7 +279,7 @@ def _stored_recipe(path: Path) -> OfficialRecipe | None:
         except yaml.YAMLError as error:
             raise CheckpointError(f"{path / _OPTIONS} is damaged: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(options, dict):
-        raise CheckpointError(f"{path / _OPTIONS} holds a {type(options).__name__}; it must be a table of options")
+        raise CheckpointError(f"{path / _OPTIONS} holds a {type(options).__name__}; it must be a mapping of options")
     return from_options(options, name=path.name)
 
 
@@ -281,9 +293,7 @@ def _side_info(
         return normalise(array, scale_min=recipe.normal_min, scale_max=recipe.normal_max)[1]
     text = _text(path, _SIDE_INFO)
     if text is None:
-        raise InputError(
-            f"{path} does not hold the volume's shape, type and range; give the original volume or side_info"
-        )
+        raise InputError(f"{path} lacks the shape, type and range of the volume; give the original volume or side_info")
     try:
         return SideInfo.from_dict(json.loads(text))
     except (KeyError, TypeError, ValueError) as error:
@@ -291,9 +301,9 @@ def _side_info(
 
 
 def _text(path: Path, name: str) -> str | None:
-    """Return the text of a small file in a folder, or in the folder above `models`."""
+    """Return the text of a small file in a folder, or in the folder above `models`; None without the file."""
     candidates = [path / name, path.parent / name] if path.name == "models" else [path / name]
-    file = next((each for each in candidates if each.is_file()), None)
+    file = next((place for place in candidates if place.is_file()), None)
     if file is None:
         return None
     if file.stat().st_size > _MAX_TEXT_BYTES:
@@ -301,4 +311,4 @@ def _text(path: Path, name: str) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is no text: {error}") from error
+        raise CheckpointError(f"{file} is not a text file: {error}") from error

@@ -1,7 +1,7 @@
-"""The octree of coordinate networks, all nodes of a level in a few batched products (TINC, sec. 3.1).
+"""The octree of coordinate networks; all nodes of a level are evaluated in a few batched products (TINC, sec. 3.1).
 
-Every leaf is a function of coordinates that are local to it, -1 to 1 along each axis, composed of the segments on the
-path from the root to it. So one grid serves all leaves, and a node's features are computed once for all below it.
+Every leaf is a function of local coordinates, -1 to 1 along each axis, composed of the segments on the path from the
+root to the leaf. One grid serves all leaves, and the features of a node are computed once for all leaves below it.
 """
 
 # K leaves, P points of a leaf, C channels, N nodes of a stack, I inputs, O outputs
@@ -30,10 +30,18 @@ def coordinate_grid(shape: Sequence[int]) -> Float[Tensor, "points axes"]:
 class SegmentStack(nn.Module):
     """Segments of equal sizes: one small network for each of N nodes.
 
-    Linear layers, each but perhaps the last followed by the activation. A sine takes its input times `w0` where it is
-    the first of a segment of two or more layers, and times 30 elsewhere. Weights [N, O, I] and biases [N, O, 1] come
-    from `generator`: uniform in ±sqrt(6 / I) / 30 before a sine, in ±1 / I in the first layer, biases in
-    ±1 / sqrt(I); for other activations all in ±1 / sqrt(I), PyTorch's default.
+    Every linear layer is followed by the activation, the last one only if `activates_output`. The first sine of a
+    segment of two or more layers multiplies its input by `w0`, all others by 30. Weights [N, O, I] are drawn uniformly
+    from ±1 / I in the first layer and ±sqrt(6 / I) / 30 before other sines, biases [N, O, 1] from ±1 / sqrt(I); for
+    other activations all are drawn from ±1 / sqrt(I), PyTorch's default.
+
+    Args:
+        dims: sizes of the layers
+        num_nodes: number of segments
+        activation: "Sine", "ReLU", "LeakyReLU" with its slope, "Sigmoid" or "Tanh"
+        w0: frequency of the first sine
+        activates_output: whether the activation follows the last layer
+        generator: source of the initial weights; None is torch's own
     """
 
     def __init__(
@@ -60,18 +68,18 @@ class SegmentStack(nn.Module):
                 values.append(nn.Parameter((2 * drawn - 1) * limit))
 
     def forward(self, x: Float[Tensor, "parents inputs points"]) -> Float[Tensor, "nodes outputs points"]:
-        """Compute each node's outputs; node n takes the input n * parents // nodes, so that siblings share one."""
+        """Return the outputs of each node; node n reads the input n * parents // nodes, which its siblings share."""
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             is_last = layer == self.dims.layers - 1
             is_active = self.activates_output or not is_last
             if is_active and self.activation == "Sine":
                 is_first = layer == 0 and not is_last
                 frequency = self.w0 if is_first else SINE_FREQUENCY
-                # on the weights: a node has fewer of them than it has points
+                # scaling the weights is cheaper: a node has more points than weights
                 weight, bias = weight * frequency, bias * frequency
             if layer == 0 and x.shape[0] != self.num_nodes:
-                # siblings stand in a row: one taller matrix for each parent
-                weight, bias = (each.reshape(x.shape[0], -1, each.shape[-1]) for each in (weight, bias))
+                # siblings are neighbours, so their weights form one taller matrix for each parent
+                weight, bias = (parameter.reshape(x.shape[0], -1, parameter.shape[-1]) for parameter in (weight, bias))
                 x = torch.baddbmm(bias, weight, x).reshape(self.num_nodes, -1, x.shape[-1])
             else:
                 x = torch.baddbmm(bias, weight, x)
@@ -81,7 +89,7 @@ class SegmentStack(nn.Module):
 
 
 class OctreeMLP(nn.Module):
-    """The tree of a `TreePlan`, evaluated at points of the leaf grid; weights are drawn from `seed`."""
+    """The tree of a `TreePlan`, evaluated at points of the leaf grid; `seed` determines the initial weights."""
 
     grid: Tensor
 
@@ -92,9 +100,9 @@ class OctreeMLP(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.levels = nn.ModuleList()
         self.sources: list[list[Tensor | None]] = []
-        """For each stack, which features of the level above, of the stack's width, each node takes; None: in order."""
+        """For each stack, the rows of its nodes' inputs among the features of its width above; None for their order."""
         self.members: list[list[list[int]]] = []
-        """For each stack, the places of its nodes among those of their level."""
+        """For each stack, the places of its nodes within their level."""
         for level, activation in enumerate(plan.activations):
             nodes = plan.on_level(level)
             groups: dict[Dims, list[int]] = {}
@@ -136,7 +144,7 @@ class OctreeMLP(nn.Module):
             yield stack
 
     def forward(self, points: Int[Tensor, "points"] | None = None) -> Float[Tensor, "leaves points channels"]:
-        """Evaluate all leaves, in pre-order, at the rows `points` of the leaf grid; None: at all of it, row-major."""
+        """Evaluate all leaves, in pre-order, at the rows `points` of the leaf grid; None evaluates the whole grid."""
         *_, leaves = self._walk(points)
         values = torch.cat(leaves) if len(leaves) > 1 else leaves[0]
         if self._leaf_order is not None:
@@ -148,21 +156,21 @@ class OctreeMLP(nn.Module):
         x = self.grid if points is None else self.grid.index_select(1, points)
         above = [x[None]]
         for level, sources in enumerate(self.sources):
-            found = []
+            outputs = []
             for stack, source in zip(self._stacks(level), sources, strict=True):
-                fitting = [each for each in above if each.shape[1] == stack.dims.input]
+                fitting = [features for features in above if features.shape[1] == stack.dims.input]
                 features = torch.cat(fitting) if len(fitting) > 1 else fitting[0]
-                found.append(stack(features if source is None else features[source.to(features.device)]))
-            yield found
-            above = found
+                outputs.append(stack(features if source is None else features[source.to(features.device)]))
+            yield outputs
+            above = outputs
 
     def features(self, points: Int[Tensor, "points"] | None = None) -> list[list[Float[Tensor, "points outputs"]]]:
-        """Return what each node computes at `points` of its leaf grid: a list a level, of one tensor a node."""
+        """Return the outputs of each node at `points` of the leaf grid: for each level, a list of one tensor a node."""
         levels = []
-        for members, found in zip(self.members, self._walk(points), strict=True):
+        for members, outputs in zip(self.members, self._walk(points), strict=True):
             by_place = {
                 place: values.T
-                for places, stack in zip(members, found, strict=True)
+                for places, stack in zip(members, outputs, strict=True)
                 for place, values in zip(places, stack, strict=True)
             }
             levels.append([by_place[place] for place in sorted(by_place)])
@@ -171,13 +179,13 @@ class OctreeMLP(nn.Module):
     def node_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights [O, I] and biases [O] of every node under official names, in the official order.
 
-        They are views of the stacked parameters: what is copied into them changes the model.
+        They are views of the stacked parameters: copying into them changes the model.
         """
         return self._by_node(lambda parameter: parameter)
 
     def node_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradients under the same names; zeros where nothing was propagated."""
-        return self._by_node(lambda each: torch.zeros_like(each) if each.grad is None else each.grad)
+        """Yield the gradients under the same names; a parameter without a gradient has zeros."""
+        return self._by_node(lambda weight: torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
     def _by_node(self, pick: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
         layers: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
@@ -197,7 +205,7 @@ class OctreeMLP(nn.Module):
 def split(
     volume: Float[Tensor, "depth height width channels"], num_levels: int
 ) -> Float[Tensor, "leaves points channels"]:
-    """Cut a volume into the leaves of a tree, in pre-order, each in row-major order; `assemble` is the inverse."""
+    """Cut a volume into the leaves of a tree, in pre-order, with points in row-major order; `assemble` inverts it."""
     check_divisible(volume.shape[:3], num_levels)
     boxes = volume[None]
     for _ in range(num_levels - 1):
@@ -210,7 +218,7 @@ def split(
 def assemble(
     leaves: Float[Tensor, "leaves points channels"], volume_shape: Sequence[int]
 ) -> Float[Tensor, "depth height width channels"]:
-    """Put the leaves of a full octree, in pre-order, together into a volume."""
+    """Join the leaves of a full octree, in pre-order, into a volume."""
     num_levels = (leaves.shape[0].bit_length() - 1) // 3 + 1
     check(8 ** (num_levels - 1) == leaves.shape[0], "leaves", leaves.shape[0], "a power of 8")
     check_divisible(volume_shape, num_levels)
@@ -227,10 +235,10 @@ def assemble(
 def decode(
     model: OctreeMLP, side_info: SideInfo, *, batch_size: int = 262_144, rounding: Rounding = "truncate"
 ) -> np.ndarray:
-    """Return the volume [depth, height, width, channels] that the tree stands for, in the source's type.
+    """Return the volume [depth, height, width, channels] that the tree represents, in the source's type.
 
-    `batch_size` is the number of points of a leaf that are evaluated at once; it changes no voxel by more than the
-    rounding of float32. Raises ValueError if the side info is that of another volume.
+    `batch_size` is the number of points of a leaf that are evaluated at once; it changes voxels by float32 rounding at
+    most. Raises ValueError if the side info belongs to another volume.
     """
     check(batch_size >= 1, "batch_size", batch_size, "at least 1")
     wanted = (*model.plan.volume_shape, model.plan.channels)

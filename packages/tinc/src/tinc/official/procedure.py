@@ -1,4 +1,4 @@
-"""How the official code trains: which points a step takes, its loss, its optimiser, and when it evaluates."""
+"""The training of the official code: points of a step, loss, optimiser, and times of evaluation."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +22,14 @@ __all__ = [
     "weighted_loss",
 ]
 
-# what the official code asserts of a step's points, both bounds excluded
+# bounds of the points a step in the official code, both excluded
 _FEWEST, _MOST = 512, 2_097_152
 
 
 def points_per_leaf(batch_size: int, num_levels: int, *, population: int, compat: Compat = "official") -> int:
-    """Return how many points of the leaf grid, of `population` in all, a step evaluates in every leaf.
+    """Return the number of points that a step evaluates in every leaf; `population` is that of the leaf grid.
 
-    Raises ValueError where the official code refuses the number. compat="none" takes any, at most all points.
+    Raises ValueError for numbers that the official code refuses. compat="none" accepts any, up to all points.
     """
     leaves = 8 ** (num_levels - 1)
     points = batch_size // leaves
@@ -38,15 +38,15 @@ def points_per_leaf(batch_size: int, num_levels: int, *, population: int, compat
     if not _FEWEST < points < _MOST:
         raise InputError(
             f"batch_size={batch_size} gives each of the {leaves} leaves {points} points a step; the official code "
-            f"takes more than {_FEWEST} and less than {_MOST}, so from {(_FEWEST + 1) * leaves} on"
+            f"needs more than {_FEWEST} and less than {_MOST}, so at least {(_FEWEST + 1) * leaves}"
         )
     return points
 
 
 def draw_points(population: int, points: int, generator: torch.Generator, *, compat: Compat = "official") -> Tensor:
-    """Return the places in the leaf grid that a step takes in all leaves, uniform with replacement.
+    """Return the points of the leaf grid that a step evaluates in all leaves, drawn uniformly with replacement.
 
-    With compat="none" they differ from each other.
+    compat="none" draws without replacement.
     """
     if compat == "official":
         return torch.randint(0, population, (points,), generator=generator)
@@ -54,19 +54,19 @@ def draw_points(population: int, points: int, generator: torch.Generator, *, com
 
 
 def steps_per_epoch(population: int, points: int) -> int:
-    """Return the steps that draw about as many points as a leaf has."""
+    """Return the number of steps that draw about as many points as a leaf has."""
     return math.ceil(population / points)
 
 
 def num_steps(population: int, points: int, epochs: int) -> int:
-    """Return the optimiser steps of a training."""
+    """Return the number of optimiser steps of a training."""
     return epochs * steps_per_epoch(population, points)
 
 
 def evaluation_label(step: int, *, per_epoch: int, epochs: int, every: int) -> int | None:
-    """Return the epoch under which the model is evaluated after `step` (from 1), or None.
+    """Return the epoch label of the evaluation after `step` (from 1), or None without an evaluation.
 
-    That is at the first step of every `every`-th epoch but epoch 0, and after the last step.
+    Evaluations follow the first step of every `every`-th epoch but epoch 0, and the last step.
     """
     epoch, within = divmod(step - 1, per_epoch)
     if within == 0 and epoch and epoch % every == 0:
@@ -89,12 +89,12 @@ def weighted_loss(
     target: Float[Tensor, "leaves points channels"],
     weight: LossWeight,
 ) -> Float[Tensor, ""]:
-    """Sum over leaves of the mean of w(y) (prediction - y)^2; w is `weight.scale` for y in [low, high], else 1."""
+    """Return the sum over leaves of mean(w(y) (prediction - y)^2), with w = `weight.scale` in [low, high], else 1."""
     errors = (prediction - target).square()
     if weight.scale != 1:
         inside = (target >= weight.low) & (target <= weight.high)
         errors = torch.where(inside, errors * weight.scale, errors)
-    # every leaf has as many points, so the sum of means is one mean times their number
+    # all leaves have the same number of points, so the sum of means is the mean times their number
     return errors.mean() * len(errors)
 
 
@@ -106,21 +106,21 @@ _OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def create_optimizer(parameters: Iterable[Tensor], recipe: OfficialRecipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser, with torch's defaults besides the rate."""
-    # all tensors in one call: they are many and small
+    """Return the recipe's optimiser, with torch's defaults for everything but the learning rate."""
+    # foreach updates many small tensors in one call
     return _OPTIMIZERS[recipe.optimizer](list(parameters), lr=recipe.lr, foreach=True)
 
 
 def create_scheduler(
     optimizer: torch.optim.Optimizer, recipe: OfficialRecipe
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the recipe's scheduler, stepped after every update. Raises ValueError for arguments that it lacks."""
+    """Return the recipe's scheduler, to be stepped after every update. Raises ValueError for unknown arguments."""
     if recipe.scheduler.name == "none":
         return None
     arguments: dict[str, Any] = dict(recipe.scheduler.arguments)
     kind = getattr(torch.optim.lr_scheduler, recipe.scheduler.name)
     if recipe.scheduler.name == "CyclicLR" and recipe.optimizer != "SGD":
-        # there is no momentum to cycle
+        # only SGD has a momentum to cycle
         arguments.setdefault("cycle_momentum", False)
     try:
         return kind(optimizer, **arguments)

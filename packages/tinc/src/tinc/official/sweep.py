@@ -1,4 +1,4 @@
-"""Every combination of an official YAML grid, each run in a folder of its own."""
+"""Runs of all combinations of an official YAML grid."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,10 +21,17 @@ def run_sweep(
     jobs: int = 1,
     backend: Literal["loky", "ray", "dask"] = "loky",
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run each combination in `out`/000, 001, ... and yield its name with PSNR, SSIM, parameters and ratio.
+    """Run the combinations in `out`/000, 001, ... and yield their names with PSNR, SSIM, parameters and ratio.
 
-    `out`/results.jsonl keeps what is done; a sweep that is started again goes on with the rest. Raises ValueError for a
-    YAML file without combinations, and SweepError with the first combination that fails.
+    Finished combinations are kept in `out`/results.jsonl: repeat an interrupted call to resume it. Raises ValueError
+    for a YAML file without combinations, and SweepError with the first combination that fails.
+
+    Args:
+        config: the YAML file
+        volume: the volume, .tif or .npy
+        out: folder of the runs
+        jobs: number of processes, as in `visionkernels.sweeps.map`
+        backend: processes of this machine, or a cluster, as in `visionkernels.sweeps.map`
     """
     recipes = expand_grid(config)
     Path(out).mkdir(parents=True, exist_ok=True)

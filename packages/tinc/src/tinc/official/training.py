@@ -1,9 +1,9 @@
-"""The official procedure on one volume, in a folder that survives a kill.
+"""The official procedure on one volume, in a run folder that can be resumed.
 
-The loop is its own: `visionkernels.training.fit` counts in epochs of a data set and of batches that a loader collates,
-while here an epoch is often a single step of milliseconds on points drawn with replacement, evaluation follows the
-first step of some epochs, and a scheduler of torch moves with every step. Folder, lock and log are the shared ones, and
-accelerate owns the processes: each takes its part of a step's points.
+It has a loop of its own: `visionkernels.training.fit` counts epochs of a data set and batches of a loader, while here
+an epoch is often a single step of milliseconds on points drawn with replacement, evaluation follows the first step of
+some epochs, and a scheduler of torch is stepped with every update. Folder, lock and log are the shared ones, and
+accelerate owns the processes, which share the points of a step.
 """
 
 import math
@@ -44,12 +44,12 @@ __all__ = ["TrainResult", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How well the last weights stand for the volume, and where they are."""
+    """Quality of the last weights, and the folders of weights."""
 
     psnr: float
-    """Decibels, by the range of the type (65535 for 16 bits), or of the values for types without one."""
+    """Decibels over the range of the type (65535 for 16 bits), or over that of the values for types without a range."""
     psnr_values: float
-    """Decibels, by the range of the volume's values."""
+    """Decibels over the range of the volume's values."""
     ssim: float
     best_psnr: float
     parameters: int
@@ -74,15 +74,22 @@ def train(
     precision: Literal["no", "bf16"] = "no",
     save_every_steps: int = 1000,
 ) -> TrainResult:
-    """Fit a tree to the volume in a .tif or .npy file; a run that `run_dir` holds goes on where it stopped.
+    """Train a tree on a volume; repeat the same call to resume an interrupted run.
 
-    `run_dir` gets run.json (recipe, versions, seed, device, command), log.jsonl (a line an evaluation), checkpoints/,
-    and the official folders best/ and last/. On a CPU a resumed run ends with the same weights, bit for bit.
-    `precision` is that of the products in training; weights and evaluation are float32. `device` is what accelerate
-    finds, or the CPU. Under `accelerate launch` the processes share the points of each step.
+    The run folder contains run.json (recipe, versions, seed, device, command), log.jsonl (a line for each evaluation),
+    checkpoints/, and the official folders best/ and last/. On a CPU a resumed run ends with the same weights, bit for
+    bit. Under `accelerate launch` the processes share the points of each step.
 
-    Raises ValueError for volumes and recipes that do not fit each other, and if `run_dir` holds another run or is in
-    use; FloatingPointError on a loss that is not finite; ImportError without the extra `train`; KeyboardInterrupt on
+    Args:
+        recipe: settings of the tree and of the training
+        volume: path of a .tif or .npy file
+        run_dir: the run folder
+        device: "auto" is the device that accelerate chooses
+        precision: precision of the products in training; weights and evaluation are float32
+        save_every_steps: steps between checkpoints, besides those at evaluations
+
+    Raises ValueError for a volume and a recipe that do not fit each other, and for a run folder of another run or in
+    use; FloatingPointError for a loss that is not finite; ImportError without the extra `train`; KeyboardInterrupt on
     Ctrl-C, after saving.
     """
     for module in ("accelerate", "filelock", "timm"):
@@ -93,14 +100,14 @@ def train(
     check(save_every_steps >= 1, "save_every_steps", save_every_steps, "at least 1")
     run = _Run(recipe, Path(volume), Path(run_dir), device, precision)
     with run.folder.lock() if run.is_main else nullcontext():
-        run.take_up()
+        run.resume()
         with catch_interrupt(run.interrupt):
-            run.go(save_every_steps)
+            run.finish(save_every_steps)
         return run.result()
 
 
 class _Run:
-    """A training and its files; `step` counts finished steps."""
+    """A training and its files; `step` is the number of finished steps."""
 
     def __init__(
         self,
@@ -123,7 +130,7 @@ class _Run:
         self.population = self.target.shape[1]
         self.points = points_per_leaf(recipe.batch_size, num_levels, population=self.population, compat=recipe.compat)
         reaches = ((self.target >= recipe.weight.low) & (self.target <= recipe.weight.high)).any()
-        # a scale that no voxel gets costs time in every step
+        # weighting costs time in every step, so it is skipped if no voxel is in the interval
         self.weight = recipe.weight if reaches else LossWeight(scale=1.0)
         self.per_epoch = steps_per_epoch(self.population, self.points)
         self.total = num_steps(self.population, self.points, recipe.epochs)
@@ -141,8 +148,8 @@ class _Run:
     def interrupt(self) -> None:
         self.interrupted = True
 
-    def take_up(self) -> None:
-        """Take the folder for this run, or go on with the one that it holds."""
+    def resume(self) -> None:
+        """Claim the run folder, and load its latest checkpoint."""
         if self.is_main:
             self._claim()
         self.accelerator.wait_for_everyone()
@@ -162,15 +169,15 @@ class _Run:
         )  # fmt: skip
         is_new = self.folder.claim(description)
         for leftover in (*self.folder.path.glob(".best-*"), *self.folder.path.glob(".last-*")):
-            shutil.rmtree(leftover)  # a kill in the middle of writing
+            shutil.rmtree(leftover)  # from a run that was killed while writing
         checkpoint = self.folder.latest()
         step = int(checkpoint.name) if checkpoint is not None else 0
         if not is_new and step < self.total:
             self.folder.note_resumption(description)
         self.folder.cut_history(sum(entry["step"] <= step for entry in self.folder.history()))
 
-    def go(self, save_every_steps: int) -> None:
-        """Take the remaining steps."""
+    def finish(self, save_every_steps: int) -> None:
+        """Run the remaining steps."""
         hidden = None if self.is_main else True
         with tqdm(total=self.total, initial=self.step, unit="step", desc=self.recipe.name, disable=hidden) as progress:
             while self.step < self.total:
@@ -187,7 +194,7 @@ class _Run:
                         self._save()
                 progress.update()
                 if stops and self.step < self.total:
-                    raise KeyboardInterrupt(f"stopped at step {self.step}; the same command goes on from there")
+                    raise KeyboardInterrupt(f"stopped at step {self.step}; rerun the same command to resume")
 
     def _advance(self) -> Tensor:
         points = draw_points(self.population, self.points, self.generator, compat=self.recipe.compat)
@@ -198,7 +205,7 @@ class _Run:
             prediction = self.module(points)
         loss = weighted_loss(prediction.float(), self.target.index_select(1, points), self.weight)
         if processes > 1:
-            # gradients are averaged over processes, whose parts may differ by a point
+            # gradients are averaged over processes, whose numbers of points may differ by one
             loss = loss * (len(points) * processes / self.points)
         loss.backward()
         self.optimizer.step()
@@ -208,14 +215,14 @@ class _Run:
         return loss.detach()
 
     def _is_interrupted(self) -> bool:
-        """Whether any process got Ctrl-C, so that all stop after the same step."""
+        """Return whether any process received Ctrl-C, so that all stop after the same step."""
         if self.accelerator.num_processes == 1:
             return self.interrupted
         flags = self.accelerator.gather(torch.tensor([int(self.interrupted)], device=self.device))
         return bool(flags.any())
 
     def _mean(self, loss: Tensor) -> float:
-        """Return the loss over all processes; FloatingPointError if it is not finite."""
+        """Return the loss over all processes. Raises FloatingPointError unless it is finite."""
         value = float(self.accelerator.gather(loss.reshape(1)).mean())
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -228,7 +235,7 @@ class _Run:
         return decode(self.model, self.side_info, batch_size=self.recipe.eval_batch_size, rounding=rounding)
 
     def _evaluate(self, label: int, loss: float) -> float:
-        """Log PSNR and SSIM, keep the weights if they are the best so far, and return the PSNR."""
+        """Log PSNR and SSIM, save the weights if they are the best so far, and return the PSNR."""
         decoded = self._decode()
         entry = {
             "step": self.step,
@@ -266,7 +273,7 @@ class _Run:
         self.step, self.best = state["step"], state["best"]
 
     def result(self) -> TrainResult:
-        """Write the last weights and measure them."""
+        """Write the last weights, and return their quality."""
         last = self.folder.path / "last"
         if self.is_main:
             save_official(last, self.model, self.recipe, side_info=self.side_info, overwrite=True)

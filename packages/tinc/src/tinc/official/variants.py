@@ -1,4 +1,4 @@
-"""The named trees as timm models, built for a volume's shape and a number of parameters, without its values."""
+"""The named trees as timm models, for the shape of a volume and a number of parameters."""
 
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 __all__ = ["tinc_default", "tinc_multi0", "tinc_multi1", "tinc_multi2"]
 
-# every volume is a model of its own, so that there is nothing to download
+# every volume is its own model, so there are no weights to download
 default_cfgs = generate_default_cfgs(
     {
         f"tinc_{name}": {"url": "", "num_classes": -1, "input_size": None, "license": "apache-2.0"}
@@ -25,12 +25,12 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> OctreeMLP:
     if pretrained:
-        raise InputError(f"pretrained=True: tinc_{name} has no weights to download, since each volume is its own model")
+        raise InputError(f"pretrained=True: tinc_{name} has no weights to download; every volume is its own model")
     for argument in ("num_classes", "in_chans", "img_size", "global_pool", "features_only"):
         if argument in kwargs:
             raise InputError(
-                f"tinc_{name} takes no {argument}; it reads coordinates, and takes volume_shape, parameters, channels "
-                "and seed"
+                f"tinc_{name} has no option {argument}, since it reads coordinates; it has volume_shape, parameters, "
+                "channels and seed"
             )
     for argument in ("volume_shape", "parameters"):
         if argument not in kwargs:
@@ -54,23 +54,23 @@ def _build(
 
 @register_model
 def tinc_default(pretrained: bool = False, **kwargs: Any) -> OctreeMLP:
-    """Three levels, 73 nodes; little for the middle level. At most `parameters` for `volume_shape` and `channels`."""
+    """Return a tree of three levels and 73 nodes, with at most `parameters`, for `volume_shape` and `channels`."""
     return _create("default", pretrained, **kwargs)
 
 
 @register_model
 def tinc_multi0(pretrained: bool = False, **kwargs: Any) -> OctreeMLP:
-    """One network of five layers. At most `parameters` for `volume_shape` and `channels`."""
+    """Return one network of five layers, with at most `parameters`, for `volume_shape` and `channels`."""
     return _create("multi0", pretrained, **kwargs)
 
 
 @register_model
 def tinc_multi1(pretrained: bool = False, **kwargs: Any) -> OctreeMLP:
-    """Two levels, 9 nodes. At most `parameters` for `volume_shape` and `channels`."""
+    """Return a tree of two levels and 9 nodes, with at most `parameters`, for `volume_shape` and `channels`."""
     return _create("multi1", pretrained, **kwargs)
 
 
 @register_model
 def tinc_multi2(pretrained: bool = False, **kwargs: Any) -> OctreeMLP:
-    """Three levels, 73 nodes. At most `parameters` for `volume_shape` and `channels`."""
+    """Return a tree of three levels and 73 nodes, with at most `parameters`, for `volume_shape` and `channels`."""
     return _create("multi2", pretrained, **kwargs)

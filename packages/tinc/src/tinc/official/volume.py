@@ -1,4 +1,4 @@
-"""Volumes as the official code takes them: four axes, scaled to a range of float32, and back by truncation."""
+"""Volumes in the form of the official code: four axes, scaled to a range of float32, and converted back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ Rounding = Literal["truncate", "nearest"]
 
 @dataclass(frozen=True, kw_only=True)
 class SideInfo:
-    """What a decoder needs besides the weights; the official folder does not hold it."""
+    """Facts about the volume that a decoder needs besides the weights; official folders lack them."""
 
     shape: tuple[int, int, int, int]
     """Depth, height, width, channels."""
     dtype: str
-    """Of the source, in native byte order, e.g. "uint16"."""
+    """Sample type of the source, in native byte order, e.g. "uint16"."""
     data_min: float
     data_max: float
     scale_min: float = 0.0
     scale_max: float = 100.0
-    """The range that the networks are trained on."""
+    """Range of the values that the networks are trained on, from `scale_min` on."""
 
     def __post_init__(self) -> None:
         sizes = len(self.shape) == 4 and all(isinstance(size, int) and size >= 1 for size in self.shape)
@@ -50,14 +50,15 @@ class SideInfo:
 def read_volume(path: str | Path) -> np.ndarray:
     """Read a .tif or .npy file as an array of depth, height, width, channels; a file of three axes has one channel.
 
-    Raises FileNotFoundError, CorruptFileError (a ValueError) for a damaged file, ValueError for others and for shapes.
+    Raises FileNotFoundError, CorruptFileError (a ValueError) for a damaged file, and ValueError for other suffixes and
+    shapes.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"volume {path} is not a file")
     readers = {".tif": read_tiff, ".tiff": read_tiff, ".npy": read_npy}
     if path.suffix.lower() not in readers:
-        raise InputError(f"volume {path} has the suffix {path.suffix!r}; the official procedure takes .tif and .npy")
+        raise InputError(f"volume {path} has the suffix {path.suffix!r}; the official procedure reads .tif and .npy")
     return with_channels(readers[path.suffix.lower()](path).array)
 
 
@@ -68,24 +69,24 @@ def with_channels(volume: np.ndarray) -> np.ndarray:
     elements.
     """
     if volume.dtype.kind not in "iuf":
-        raise TypeError(f"volume has dtype {volume.dtype}; it must be of integers or real floating numbers")
+        raise TypeError(f"volume has dtype {volume.dtype}; it must hold integers or real floating-point numbers")
     if volume.ndim not in (3, 4):
         raise InputError(
-            f"volume has shape {volume.shape}; the octree takes depth, height, width, and channels if there are several"
+            f"volume has shape {volume.shape}; an octree needs depth, height, width, and channels if there are several"
         )
     if volume.size == 0:
-        raise InputError(f"volume has shape {volume.shape} and so no voxels")
+        raise InputError(f"volume has shape {volume.shape}: it is empty")
     return volume if volume.ndim == 4 else volume[..., None]
 
 
 def normalise(volume: np.ndarray, *, scale_min: float = 0.0, scale_max: float = 100.0) -> tuple[np.ndarray, SideInfo]:
-    """Map all channels at once from their own range to [scale_min, scale_max], in float32 throughout.
+    """Map the range of all channels together to [scale_min, scale_max], in float32 throughout.
 
     y = (x - min) / (max - min) * (scale_max - scale_min) + scale_min. Raises ValueError for NaN and infinities, with
     their number, and for a constant volume, whose range is empty.
     """
     volume = with_channels(volume)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is counted below
+    with np.errstate(over="ignore"):  # values beyond float32 are counted below
         values = volume.astype(np.float32)
     if volume.dtype.kind == "f":
         num_bad = int(values.size - np.isfinite(values).sum())
@@ -109,15 +110,15 @@ def normalise(volume: np.ndarray, *, scale_min: float = 0.0, scale_max: float = 
 
 
 def denormalise(values: np.ndarray, side_info: SideInfo, *, rounding: Rounding = "truncate") -> np.ndarray:
-    """Clip to the trained range, undo `normalise` in float32 and cast to the source's type.
+    """Clip to the trained range, invert `normalise` in float32, and convert to the source's type.
 
-    `rounding` of integers: "truncate" towards zero as the official code does, half a count low on average, or
-    "nearest" with ties to even.
+    `rounding` applies to integers: "truncate" rounds towards zero as the official code does, half a count low on
+    average; "nearest" rounds ties to even.
     """
     check_choice("rounding", rounding, Rounding)
     low, high = np.float32(side_info.scale_min), np.float32(side_info.scale_max)
     data_min, data_max = np.float32(side_info.data_min), np.float32(side_info.data_max)
-    # scaled in place: whole volumes pass here
+    # in place, to save memory on whole volumes
     scaled = np.clip(values.astype(np.float32, copy=False), low, high)
     scaled -= low
     scaled /= high - low
@@ -129,9 +130,9 @@ def denormalise(values: np.ndarray, side_info: SideInfo, *, rounding: Rounding =
     if rounding == "nearest":
         np.rint(scaled, out=scaled)
     bounds = np.iinfo(dtype)
-    # in float64, since the largest 32-bit integers are no float32
+    # in float64, since float32 does not hold the largest 32-bit integers
     wide = scaled if dtype.itemsize <= 2 else scaled.astype(np.float64)
     most = float(bounds.max)
-    # the float64 next to the largest 64-bit integer is beyond it
+    # the float64 nearest to the largest 64-bit integer is above it
     most = most if most <= bounds.max else float(np.nextafter(most, 0))
     return np.clip(wide, float(bounds.min), most, out=wide).astype(dtype)

@@ -1,11 +1,12 @@
-"""Coding of quantised block transforms: which coefficients are likely zero, one, or more, is learned as they pass.
+"""Coding of quantised block transforms, with adaptive probabilities of a coefficient to be zero, one, or more.
 
-Coefficients go in waves: all of one sum of frequencies, first of the even blocks of the checkerboard, then of the odd
-ones. Whatever a coefficient's context looks at was coded in an earlier wave, so a wave is a handful of array operations
-in either direction. The context is the magnitude to be expected from lower frequencies of the block, lower frequencies
-of its neighbours and, on odd blocks, the same frequency of its neighbours; and how high the frequency is.
+Coefficients are coded in waves: all with the same sum of frequencies, first those of the even blocks of the
+checkerboard, then those of the odd blocks. The context of a coefficient depends on earlier waves alone, so that a wave
+takes a handful of array operations in either direction. The context is the frequency's class and the magnitude expected
+from lower frequencies of the block, lower frequencies of its neighbours and, in odd blocks, the same frequency of its
+neighbours.
 
-The means of the blocks go first, as a small volume of their own.
+The means of the blocks are coded first, as a small volume of their own.
 """
 
 # q signed quantised coefficient, G blocks along an axis, B coefficients of a block along an axis
@@ -27,20 +28,20 @@ __all__ = ["LARGEST", "MAX_UNARY", "CoefficientCoder"]
 
 LARGEST = 1 << 24
 MAX_UNARY = 15
-"""Magnitudes from here on are written as an Exp-Golomb code of the rest."""
+"""From this magnitude on, the rest is an Exp-Golomb code."""
 
 _CAP = 40
-"""Magnitudes count at most so much as neighbours."""
+"""Largest magnitude of a neighbour that counts."""
 _BUCKETS = 24
 _CLASSES = 8
-# of the expected magnitude, in 1 / 2**8: lower frequencies one step and two steps away, the same frequency in
-# neighbouring blocks (odd blocks only), and lower ones there
+# weights of the expected magnitude, in 1 / 2**8: lower frequencies one step and two steps away, the same frequency in
+# neighbouring blocks (odd blocks only), and lower frequencies there
 _EVEN_WEIGHTS = (128, 52, 0, 76)
 _ODD_WEIGHTS = (100, 26, 104, 26)
 
 
 def _thresholds() -> np.ndarray:
-    """Return the lower bounds of the buckets: the first widths are 1 / 24, then each is a fifth of its bound."""
+    """Return the lower bounds of the buckets: the first are 8 wide, later ones a fifth of their bound."""
     bounds, bound = [], 4
     for _ in range(_BUCKETS - 1):
         bounds.append(bound)
@@ -113,7 +114,7 @@ def _geometry(grid: tuple[int, ...], block: tuple[int, ...]) -> _Geometry:
     for first, last in pairwise(bounds.tolist()):
         chosen = by_wave[first:last]
         if first < last and order[chosen[0]] > 1:  # those below are the means
-            per_axis, per_neighbour = (256 // np.maximum(each[chosen], 1) for each in (lower, neighbours))
+            per_axis, per_neighbour = (256 // np.maximum(count[chosen], 1) for count in (lower, neighbours))
             is_odd = bool(order[chosen[0]] % 2)
             waves.append(_Wave(source[chosen], places[chosen], is_odd, per_axis, per_neighbour, classes[chosen]))
     return _Geometry(padded, inner, steps, across, tuple(waves))
@@ -122,7 +123,7 @@ def _geometry(grid: tuple[int, ...], block: tuple[int, ...]) -> _Geometry:
 class CoefficientCoder:
     """Codes the coefficients of a grid of blocks, an array [G1, ..., Gk, B1, ..., Bk] of int64.
 
-    One coder is for one stream, in one direction: its counts are those of what has passed.
+    A coder serves one stream, in one direction, since its counts adapt to the coded bits.
     """
 
     def __init__(self, grid: tuple[int, ...], block: tuple[int, ...]) -> None:
@@ -162,9 +163,9 @@ class CoefficientCoder:
         return coefficients
 
     def cost_table(self) -> np.ndarray:
-        """Return what each magnitude costs in each context, by the counts of what has passed.
+        """Return the bits of magnitudes by context [contexts, MAX_UNARY + 1] with the present counts, sign included.
 
-        Bits [contexts, MAX_UNARY + 1], sign included; magnitudes from MAX_UNARY on share the last column.
+        Magnitudes from MAX_UNARY on share the last column.
         """
         nonzero = self.is_nonzero.table().reshape(_BUCKETS, _CLASSES) / 65536
         more = self.is_more.table()[2 * np.arange(_BUCKETS), None] / 65536
@@ -181,7 +182,7 @@ class CoefficientCoder:
         return costs.reshape(-1, MAX_UNARY + 1)
 
     def contexts(self, coefficients: np.ndarray) -> np.ndarray:
-        """Return the row of `cost_table` for each coefficient; they decide it together."""
+        """Return the row of `cost_table` for each coefficient, which depends on its neighbours."""
         contexts = np.zeros(self.shape, dtype=np.int64)
         flat = contexts.reshape(-1)
         for wave, bucket in self._expected(self._seen(coefficients)):
@@ -189,7 +190,7 @@ class CoefficientCoder:
         return contexts
 
     def _seen(self, coefficients: np.ndarray) -> np.ndarray:
-        """Return the magnitudes that contexts look at: padded, capped, and without the means."""
+        """Return the magnitudes that contexts read: padded, capped, and without the means."""
         axes = len(self.shape) // 2
         seen = np.zeros(self.geometry.padded, dtype=np.int32)
         order = (*range(axes, 2 * axes), *range(axes))
@@ -198,9 +199,9 @@ class CoefficientCoder:
         return seen.reshape(-1)
 
     def _expected(self, seen: np.ndarray) -> Iterator[tuple[_Wave, np.ndarray]]:
-        """Yield each wave with the buckets of the magnitudes that are to be expected in it.
+        """Yield each wave with the buckets of its expected magnitudes.
 
-        A reader enters a wave's magnitudes in `seen` before it asks for the next one.
+        A reader enters the magnitudes of a wave in `seen` before it asks for the next wave.
         """
         steps, across, waves = self.geometry.steps, self.geometry.across, self.geometry.waves
         near = np.zeros_like(seen)
@@ -254,7 +255,7 @@ class CoefficientCoder:
         return values
 
     def _write_rest(self, writer: BitWriter, values: np.ndarray) -> None:
-        """Append values from 1 on, as an Exp-Golomb code whose lengths are learned."""
+        """Append values of at least 1, as an Exp-Golomb code with adaptive lengths."""
         lengths = np.floor(np.log2(values)).astype(np.int64)
         for length in range(int(lengths.max(initial=0)) + 1):
             left = lengths[lengths >= length]
@@ -273,11 +274,11 @@ class CoefficientCoder:
 
 
 def _means(coefficients: np.ndarray) -> np.ndarray:
-    """Return a view of the lowest frequencies."""
+    """Return a view of the lowest frequency of each block."""
     key: Any = (..., *[0] * (coefficients.ndim // 2))
     return coefficients[key]  # type: ignore[no-any-return]
 
 
 def _guess(mean: np.ndarray) -> np.ndarray:
-    """Return the probability out of 2**16 that a geometric magnitude of this mean is not its least."""
+    """Return the probability out of 2**16 that a geometric magnitude of this mean is above its minimum."""
     return np.round(65536 * mean / (1 + mean)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What to put where a volume is background, so that block transforms see no step: the decoder never looks there."""
+"""Values for the background of a volume, which the decoder never reads, so that block transforms meet no edge."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ __all__ = ["continue_blocks", "spread_inside"]
 def spread_inside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return `values` [channels, ...] inside the mask, and outside of it a smooth continuation.
 
-    From fine to coarse, halves are averaged over what is inside; from coarse to fine, what is missing is taken from the
-    level above.
+    From fine to coarse, cells are averaged over their voxels inside the mask; from coarse to fine, missing values are
+    taken from the coarser level.
     """
     weight = mask.astype(np.float64)
     levels = [(values * weight, weight)]
@@ -27,9 +27,9 @@ def spread_inside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def continue_blocks(blocks: np.ndarray, inside: np.ndarray, step: float, iterations: int = 8) -> np.ndarray:
-    """Return blocks [N, B1, ..., Bk] whose values outside of the mask cost few coefficients at this step.
+    """Return blocks [N, B1, ..., Bk] with values outside of the mask that cost few coefficients at this step.
 
-    In turns, coefficients that would hardly survive the quantiser are dropped, and what is inside is put back.
+    Each iteration drops coefficients that the quantiser would hardly keep, and restores the values inside the mask.
     """
     axes = blocks.ndim - 1
     ones = (1,) * (axes - 1)
@@ -59,7 +59,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     for axis in range(1, values.ndim):
         if values.shape[axis] > 1:
             padded = np.pad(
-                values, [(int(axis == each), int(axis == each)) for each in range(values.ndim)], mode="edge"
+                values, [(int(axis == other), int(axis == other)) for other in range(values.ndim)], mode="edge"
             )
             size = values.shape[axis]
             before, after = (np.take(padded, np.arange(size) + by, axis=axis) for by in (0, 2))

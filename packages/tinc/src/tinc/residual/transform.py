@@ -17,7 +17,7 @@ def split_blocks(volume: np.ndarray, block: Sequence[int]) -> np.ndarray:
 
 
 def join_blocks(blocks: np.ndarray) -> np.ndarray:
-    """Undo `split_blocks`."""
+    """Return the volume of blocks; the inverse of `split_blocks`."""
     axes = blocks.ndim // 2
     order = [axis for pair in zip(range(axes), range(axes, 2 * axes), strict=True) for axis in pair]
     return blocks.transpose(order).reshape(
@@ -26,7 +26,7 @@ def join_blocks(blocks: np.ndarray) -> np.ndarray:
 
 
 def forward_blocks(blocks: np.ndarray, *, inverse: bool = False) -> np.ndarray:
-    """Return the orthonormal coefficients of blocks [G1, ..., Gk, B1, ..., Bk], or the blocks of such, as float64."""
+    """Return orthonormal coefficients of blocks [G1, ..., Gk, B1, ..., Bk] as float64, or with `inverse` the blocks."""
     axes = blocks.ndim // 2
     result = blocks.astype(np.float64)
     for axis in range(axes, 2 * axes):
@@ -38,10 +38,9 @@ def forward_blocks(blocks: np.ndarray, *, inverse: bool = False) -> np.ndarray:
 def inverse_blocks(coefficients: np.ndarray, steps: Sequence[int] | None = None) -> np.ndarray:
     """Return the blocks of integer coefficients, in integers: each axis is summed exactly, then rounded half up.
 
-    With `steps`, an axis has only its lowest frequencies, and a value is the mean of so many places (nearly: what the
-    other frequencies add to it is left out).
-
-    Magnitudes are at most 2**33 and axes at most 32 long, so that float64 holds every sum.
+    `steps` are places of a cell by axis: an axis then has only its lowest frequencies, and a value is the mean of a
+    cell, apart from the share of the other frequencies. Magnitudes are at most 2**33 and axes at most 32 long, so that
+    float64 holds every sum.
     """
     axes = coefficients.ndim // 2
     result = coefficients.astype(np.float64)

@@ -1,8 +1,8 @@
-"""Fitting a tree to a volume: its weights are trained as the integers that the file will hold.
+"""Training of a tree on a volume, with the integer weights that the file will hold.
 
-The loss is ln(mean squared error) + rate * bits, with the bits of the weights as they will be coded and a rate that is
-steered to a byte budget, so both terms are free of the volume's scale. First the weights move freely, then they are
-rounded in the forward pass, each layer by a step of its own that is learned too.
+The loss is ln(mean squared error) + rate * bits, where the bits are those of the coded weights and the rate is steered
+to a number of bytes, so that both terms are independent of the volume's scale. The weights are real numbers at first;
+later the forward pass rounds them to multiples of a learned step of each layer.
 """
 
 # N nodes of a level, P points, K inputs and M outputs of a layer, C channels
@@ -36,30 +36,30 @@ LOOKAHEAD = 100
 
 @dataclass(frozen=True)
 class FitPlan:
-    """How a tree is trained. The defaults were chosen on microscopy and MRI volumes and on photographs together."""
+    """Settings of a training. The defaults were chosen on microscopy and MRI volumes and on photographs together."""
 
     steps: int = 3000
     points: int = 1024
-    """Points of a leaf that a step looks at, the same for all leaves."""
+    """Points of a leaf in a step, the same for all leaves."""
     max_points: int = 16384
-    """Of all leaves together."""
+    """Largest number of points of all leaves together."""
     learning_rate: float = 0.04
     free_share: float = 0.6
-    """Of the steps, before weights are rounded."""
+    """Share of the steps before weights are rounded."""
     first_frequency: float = 12.0
-    """Largest weight of the first layer, in radians per half a leaf; less along axes of few voxels."""
+    """Largest initial weight of the first layer, in radians per half a leaf; less along axes of few voxels."""
     start_bits: int = 8
-    """Of a weight when rounding begins."""
+    """Bits of a weight when rounding begins."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a fit is."""
+    """State of a running training."""
 
     step: int
     steps: int
     mse: float
-    """Of the last step's points, in squared units of the volume."""
+    """Mean squared error of the last step's points, in squared units of the volume."""
 
 
 def fit_tree(
@@ -72,10 +72,16 @@ def fit_tree(
     deadline: float | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> QuantizedTree:
-    """Return the tree of `shape` that fits `values` [channels, ...] with weights of about `budget` bytes.
+    """Return a tree that is trained on a volume. The result depends on the arguments alone, unless training ends early.
 
-    The result depends on the seed and the arguments, not on the time, unless `deadline` (of `time.monotonic`) or
-    KeyboardInterrupt from `callback` ends the training: then the remaining schedule is left out.
+    Args:
+        shape: shape of the tree
+        values: the volume [channels, ...] in working units
+        budget: bytes of the weights
+        plan: settings of the training
+        seed: seed of the initial weights and of the points
+        deadline: when to end training, on the clock of `time.monotonic`
+        callback: receives the progress every ten steps; KeyboardInterrupt from it ends training
     """
     generator = torch.Generator().manual_seed(seed)
     labels, mask = _labels(shape, values)
@@ -94,14 +100,14 @@ def fit_tree(
         except KeyboardInterrupt:
             is_late = True
         if is_late and steps == started:
-            # some steps are left in which weights learn to be integers
+            # a few steps remain for the weights to adapt to rounding
             left = min(started // 20, step // 4 + 20)
             steps = min(started, step + left)
     return fit.quantize(centre, spread)
 
 
 class _Fit:
-    """The state of a training."""
+    """A running training."""
 
     def __init__(
         self, shape: TreeShape, labels: Tensor, mask: Tensor | None, plan: FitPlan, generator: torch.Generator
@@ -110,8 +116,8 @@ class _Fit:
         sizes = [weights for _, weights in shape.layers]
         self.sizes = sizes
         start = _initial_weights(shape, labels, mask, plan, generator)
-        self.flat = torch.cat([each.reshape(-1) for each in start]).requires_grad_()
-        # weights and biases of a layer are coded apart
+        self.flat = torch.cat([weights.reshape(-1) for weights in start]).requires_grad_()
+        # weights and biases of a layer are coded with spreads of their own
         self.part = torch.cat([_parts(number, size).reshape(-1) for number, size in enumerate(sizes)])
         self.layer = self.part // 2
         self.counts = torch.bincount(self.part, minlength=2 * len(sizes)).float()
@@ -129,7 +135,7 @@ class _Fit:
         return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def step(self, done: float, budget: float) -> Tensor:
-        """Train on some points; `done` is the share of the schedule behind. Returns their mean squared error."""
+        """Train on some points and return their mean squared error; `done` is the finished share of the schedule."""
         plan = self.plan
         chosen = self._next_points()
         rounding = done >= plan.free_share
@@ -155,14 +161,14 @@ class _Fit:
         return mse.detach()
 
     def _steer(self, excess: float) -> None:
-        """Raise the rate where the bytes will be above the budget, a hundred steps ahead at their present trend."""
+        """Raise the rate if the present trend leads to more bytes than the budget in a hundred steps, else lower it."""
         self.trend += 0.05 * (excess - self.excess - self.trend)
         self.excess = excess
         self.rate *= math.exp(0.02 * min(max(10 * (excess + LOOKAHEAD * self.trend), -1), 1))
 
     @property
     def _parents(self) -> list[Tensor | None]:
-        """Of each layer, which outputs of the one before its nodes take; None for the same level."""
+        """For each layer, the rows of its nodes' inputs in the layer before; None within a level."""
         parents: list[Tensor | None] = []
         before = 0
         for level, _ in self.shape.layers:
@@ -188,13 +194,13 @@ class _Fit:
         steps = self.log_steps.exp()[self.layer]
         scaled = self.flat / steps
         mean = torch.zeros_like(self.counts).index_add(0, self.part, scaled.abs()) / self.counts
-        # of a Laplace distribution with this mean magnitude; right where it is large, and zero at zero
+        # entropy of a Laplace distribution of this mean magnitude where it is large, and zero at zero
         bits = (self.counts * torch.log2(1 + 2 * math.e * mean)).sum()
         return (scaled + (scaled.round() - scaled).detach()) * steps, bits
 
     @torch.no_grad()
     def quantize(self, centre: float, spread: float) -> QuantizedTree:
-        """Return the integers, for values that are `centre` + `spread` * output."""
+        """Return the tree in integers; values of the volume are `centre` + `spread` * output."""
         if not self.is_rounding:
             self._start_rounding()
         layers = []
@@ -202,7 +208,7 @@ class _Fit:
             step = math.exp(float(self.log_steps[number]))
             is_first, is_last = number == 0, number == len(self.sizes) - 1
             in_bits = COORDINATE_BITS if is_first else ACTIVATION_BITS
-            # what a weight of 1 and an input of 1 come to
+            # output for a weight of 1 and an input of 1
             unit = spread if is_last else 2**PHASE_BITS / (2 * math.pi)
             multiplier, shift = to_fixed(step * unit / 2**in_bits, mantissa_bits=MULTIPLIER_BITS, max_shift=MAX_SHIFT)
             exact = multiplier / 2**shift / unit * 2**in_bits
@@ -221,7 +227,15 @@ def _parts(number: int, size: Sequence[int]) -> Tensor:
 def _initial_weights(
     shape: TreeShape, labels: Tensor, mask: Tensor | None, plan: FitPlan, generator: torch.Generator
 ) -> list[Tensor]:
-    """Sines of the first layer have frequencies up to `first_frequency`; later ones keep the variance (SIREN)."""
+    """Draw initial weights: frequencies up to `first_frequency` in the first layer, later the variance of SIREN.
+
+    Args:
+        shape: shape of the tree
+        labels: target values of the leaves [leaves, points, channels]
+        mask: 1 for points inside the volume; None if all are
+        plan: settings of the training
+        generator: source of the weights
+    """
     start = []
     for number, (_, size) in enumerate(shape.layers):
         nodes, rows, outputs = size

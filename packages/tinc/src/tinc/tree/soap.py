@@ -1,7 +1,7 @@
-"""SOAP for stacks of small matrices: Adam in the basis in which a gradient's rows and columns are uncorrelated.
+"""SOAP for stacks of small matrices: Adam in the bases in which the rows and columns of gradients are uncorrelated.
 
-Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (2024). torch.optim and timm have no such optimiser,
-and a tree's layers are stacks [nodes, inputs, outputs] that a matrix optimiser would take apart.
+Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (2024). torch.optim and timm have no optimiser for
+stacks of matrices [nodes, inputs, outputs], which the layers of a tree are.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class _State:
 
 
 class BatchedSoap:
-    """Steps of tensors [N, K, M], each of the N matrices with bases of its own; gradients are given to `step`."""
+    """Optimiser of tensors [N, K, M], with bases for each of the N matrices; `step` receives the gradients."""
 
     def __init__(
         self, parameters: Sequence[Tensor], *, betas: tuple[float, float] = (0.95, 0.95), refresh: int = 10
     ) -> None:
-        """`refresh` is in how many steps the bases are computed anew."""
+        """`refresh` is the number of steps between updates of the bases."""
         self.parameters = list(parameters)
         self.betas, self.refresh = betas, refresh
         self.count = 0
@@ -37,7 +37,7 @@ class BatchedSoap:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rate: float) -> None:
-        """Move the parameters; the first call only looks at the gradients."""
+        """Update the parameters; the first call only initialises the state from the gradients."""
         self.count += 1
         if not self.states:
             self.states = [self._start(gradient) for gradient in gradients]
@@ -81,7 +81,7 @@ class BatchedSoap:
 
 
 def _power_step(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the basis after one step of orthogonal iteration, and the order in which its vectors were taken."""
+    """Return the basis after a step of orthogonal iteration, and the order of its vectors in the given basis."""
     order = (basis * (covariance @ basis)).sum(-2).argsort(-1, descending=True)
     basis = basis.gather(2, order[:, None].expand_as(basis))
     return torch.linalg.qr(covariance @ basis)[0], order

@@ -1,4 +1,4 @@
-"""Volumes as files: TIFF, OME-TIFF, NIfTI, NumPy, Zarr and PNG, with what they say of axes, spacing and units."""
+"""Files of volumes: TIFF, OME-TIFF, NIfTI, NumPy, Zarr and PNG, with their metadata of axes, spacing and units."""
 
 from tinc.volumes.description import Volume, as_metadata
 from tinc.volumes.files import SUFFIXES, read_volume, write_volume

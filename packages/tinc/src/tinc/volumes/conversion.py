@@ -1,4 +1,4 @@
-"""Arrays of other types than the codec's: kept exactly where one of these holds every value, or as asked for."""
+"""Conversion to the codec's sample types: exact where one of them holds every value, or to a requested type."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +15,13 @@ __all__ = ["with_type"]
 
 
 def with_type(volume: Volume, path: Path, as_type: str | None) -> Volume:
+    """Return the volume with samples of `as_type`; None keeps its type or converts exactly, with a note."""
     dtype = np.dtype(volume.array.dtype)
     name = dtype.newbyteorder("=").name
     if name == as_type or (as_type is None and name in DTYPES):
         return volume
     if dtype.kind not in "biuf":
-        raise TypeError(f"volume {path} holds {dtype}; it must hold numbers, one a voxel: {', '.join(DTYPES)}")
+        raise TypeError(f"volume {path} holds {dtype}; it must hold a number for each voxel: {', '.join(DTYPES)}")
     samples = np.asarray(volume.array)
     if as_type is not None:
         converted, how = _converted(samples, as_type, path), f"{name} values are rounded to {as_type}"
@@ -36,7 +37,7 @@ def _exactly_converted(samples: np.ndarray, path: Path) -> np.ndarray:
     for candidate in candidates:
         with np.errstate(over="ignore", invalid="ignore"):
             converted = samples.astype(candidate)
-            # values that wrapped come back, large integers compare as float64: each test alone would miss one
+            # one comparison misses values that wrap around, the other large integers, which compare as float64
             sides = (converted, converted.astype(samples.dtype))
             if all(np.array_equal(side, samples, equal_nan=samples.dtype.kind == "f") for side in sides):
                 return converted

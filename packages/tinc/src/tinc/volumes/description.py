@@ -1,7 +1,7 @@
-"""What a volume's file says of it: axes, spacing and units, in one form for all formats.
+"""Volumes and their metadata: axes, spacing and units, in one form for all formats.
 
-Metadata are JSON values: `axes` (a letter an axis), `spacing` and `units` (a list with an entry an axis, None where
-unknown; units as OME-Zarr spells them), and what one format alone has under its name.
+Metadata are JSON values: `axes` (a letter for each axis), `spacing` and `units` (lists with an entry for each axis,
+None where unknown; units as OME-Zarr spells them), and details of a single format under the name of the format.
 """
 
 import math
@@ -27,15 +27,15 @@ __all__ = ["SYMBOLS", "Layout", "Volume", "as_metadata", "damage_named", "descri
 
 @dataclass(frozen=True)
 class Volume:
-    """An array and what its file says about it."""
+    """An array and the metadata of its file."""
 
     array: Any
-    """A NumPy array, a memory map, or a Zarr array that is read where it is indexed."""
+    """A NumPy array, a memory map, or a Zarr array that is read when it is indexed."""
     channel_axis: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON values; see the module."""
+    """JSON values, described in the module."""
     note: str | None = None
-    """What a user should hear: a conversion, a part that was not read."""
+    """A message for the user, about a conversion or a part that was not read."""
 
 
 _UNITS = {
@@ -51,7 +51,7 @@ SYMBOLS = {"micrometer": "µm", "second": "s", "millisecond": "ms", "microsecond
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of an array's axes, for a writer."""
+    """Axes, spacing and units of an array, for a writer."""
 
     axes: str
     spacing: list[float | None]
@@ -60,7 +60,7 @@ class Layout:
     metadata: dict[str, Any]
 
     def moved(self, array: np.ndarray, order: str) -> tuple[np.ndarray, "Layout"]:
-        """Return the array with its axes sorted as in `order`; letters that it lacks go first."""
+        """Return the array with its axes sorted as in `order`; other axes come first."""
         places = sorted(range(array.ndim), key=lambda axis: order.find(self.axes[axis]))
         channel_axis = None if self.channel_axis is None else places.index(self.channel_axis)
         axes = "".join(self.axes[axis] for axis in places)
@@ -68,7 +68,7 @@ class Layout:
         return array.transpose(places), Layout(axes, spacing, units, channel_axis, self.metadata)
 
     def spacing_of(self, letter: str) -> tuple[float | None, str | None]:
-        """Return spacing and unit of an axis, None if it has none."""
+        """Return spacing and unit of an axis, None where unknown."""
         axis = self.axes.find(letter)
         return (None, None) if axis < 0 else (self.spacing[axis], self.units[axis])
 
@@ -81,6 +81,7 @@ def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
+    """Return the layout of an array, by its metadata or with default axes. Raises ValueError if they do not fit."""
     if channel_axis is not None:
         if not -ndim <= channel_axis < ndim:
             raise InputError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
@@ -105,7 +106,7 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
 def described(
     format: str, axes: str, spacing: Mapping[str, float | None], units: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """Return metadata; spacing that is no positive number is unknown."""
+    """Return metadata in the common form; spacing that is not a positive number is unknown."""
     steps = [spacing.get(letter) for letter in axes]
     known = [step if step is not None and math.isfinite(step) and step > 0 else None for step in steps]
     metadata: dict[str, Any] = {"format": format, "axes": axes}
@@ -117,7 +118,7 @@ def described(
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what libraries raise on damaged files into one line with the file's name."""
+    """Turn the errors of libraries on damaged files into CorruptFileError with the name of the file."""
     try:
         yield
     except (ImportError, PermissionError):

@@ -1,4 +1,4 @@
-"""Reading and writing a volume in the format of its path's suffix."""
+"""Reading and writing of volumes, in the format of the path's suffix."""
 
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,17 @@ SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".npy", ".nii", ".nii.gz",
 def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
     """Read a volume by the suffix of its path.
 
-    Uncompressed TIFF, .npy and .nii files are memory-mapped and Zarr arrays stay where they are. Of a TIFF the first
-    series is read, of a Zarr group the finest level of its first picture, else its first array. NIfTI gives the
-    integers of the file, not scaled; slope and intercept are in `metadata["nifti"]`.
+    Uncompressed TIFF, .npy and .nii files are memory-mapped, and Zarr arrays are read when they are indexed. The first
+    series of a TIFF is read, and of a Zarr group the finest level of its first image, or else its first array. Samples
+    of NIfTI are the integers of the file, not scaled; slope and intercept are in `metadata["nifti"]`.
 
-    Arrays of a type that `tinc.compress` does not take are converted where another type holds every value exactly
-    (bool and integers to the smallest, float16 and float64 to float32), with a `note`. `as_type` ("uint8", "uint16",
-    "int16", "float32") converts in any case: values are rounded, and must be in the type's range.
+    Arrays of other types than those of `tinc.compress` are converted if one of these holds every value exactly (bool
+    and integers to the smallest, float16 and float64 to float32), with a `note`. `as_type` ("uint8", "uint16", "int16",
+    "float32") converts any numbers: values are rounded, and must be in the type's range.
 
     Raises FileNotFoundError, ImportError for a missing extra, CorruptFileError (a ValueError) for a damaged file,
-    ValueError for another suffix or kind of picture or values beyond `as_type`, TypeError for types with no way.
+    ValueError for another suffix, another kind of image and values beyond `as_type`, and TypeError for types without a
+    conversion.
     """
     path = Path(path)
     format = _format_of(path)
@@ -56,11 +57,18 @@ def write_volume(
 ) -> None:
     """Write a volume in the format of the path's suffix, whole or not at all.
 
-    `metadata` is that of `read_volume`. .ome.tif has Y and X last and NIfTI the order XYZTC, so an array with
-    other axes is transposed; the others keep the order. .npy and .png have no place for metadata.
+    An array is transposed for .ome.tif, where Y and X come last, and for NIfTI, whose order is XYZTC; other formats
+    keep the order of the axes.
 
-    Raises FileExistsError, ImportError for a missing extra, ValueError for another suffix, for metadata that do not fit
-    the array, and for arrays that the format cannot hold.
+    Args:
+        path: the file
+        array: the samples
+        metadata: those of `read_volume`; .npy and .png cannot store them
+        channel_axis: axis of the channels; None without channels
+        overwrite: replace an existing file
+
+    Raises FileExistsError, ImportError for a missing extra, TypeError for metadata that are not a dict, and ValueError
+    for another suffix, for metadata that do not fit the array, and for arrays that the format cannot hold.
     """
     path = Path(path)
     format = _format_of(path)
@@ -94,4 +102,4 @@ def _format_of(path: Path) -> str:
     ):
         if name.endswith(endings):
             return format
-    raise InputError(f"volume {path} has the suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+    raise InputError(f"volume {path} has the suffix {path.suffix!r}; known: {', '.join(SUFFIXES)}")

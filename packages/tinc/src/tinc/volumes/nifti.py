@@ -14,6 +14,7 @@ __all__ = ["read_nifti", "write_nifti"]
 
 
 def read_nifti(path: Path) -> Volume:
+    """Read a NIfTI file, without scaling its samples."""
     nibabel = require("nibabel", "tinc-vision[nifti]")
     problems = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     with damage_named(path):
@@ -21,7 +22,7 @@ def read_nifti(path: Path) -> Volume:
             image = nibabel.load(path)
             header = image.header
             if not hasattr(header, "get_sform"):
-                raise InputError(f"it is {type(image).__name__}")
+                raise InputError(f"it is of the kind {type(image).__name__}")
             array = image.dataobj.get_unscaled()
         except problems as error:
             raise InputError(str(error)) from error
@@ -30,7 +31,7 @@ def read_nifti(path: Path) -> Volume:
         units = dict.fromkeys("XYZ", None if space == "unknown" else space)
         units["T"] = None if time == "unknown" else time
         zooms = dict(zip(axes, map(float, header.get_zooms()), strict=False))
-        metadata = described("nifti", axes, {each: zooms.get(each) for each in "XYZT"}, units)
+        metadata = described("nifti", axes, {letter: zooms.get(letter) for letter in "XYZT"}, units)
         metadata["nifti"] = _orientation(header) | {"xyzt_units": int(header["xyzt_units"])}
         if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
             metadata["nifti"] |= {"slope": float(image.dataobj.slope), "inter": float(image.dataobj.inter)}
@@ -38,15 +39,16 @@ def read_nifti(path: Path) -> Volume:
 
 
 def _orientation(header: Any) -> dict[str, Any]:
-    """Return the affines [3, 4] that have a code, else the affine that stands in for them."""
-    found: dict[str, Any] = {}
+    """Return the affines [3, 4] that have a code, or else the default affine."""
+    affines: dict[str, Any] = {}
     for name, (affine, code) in (("sform", header.get_sform(coded=True)), ("qform", header.get_qform(coded=True))):
         if affine is not None and code > 0:
-            found |= {name: affine[:3].tolist(), f"{name}_code": int(code)}
-    return found or {"affine": header.get_best_affine()[:3].tolist()}
+            affines |= {name: affine[:3].tolist(), f"{name}_code": int(code)}
+    return affines or {"affine": header.get_best_affine()[:3].tolist()}
 
 
 def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
+    """Write a NIfTI file, with the orientation of the file that the metadata come from."""
     nibabel = require("nibabel", "tinc-vision[nifti]")
     if not set(layout.axes) <= set("XYZTCS") or len(set(layout.axes)) < len(layout.axes):
         raise InputError(f"NIfTI has the axes X, Y, Z, T and channels; the array has {layout.axes}")
@@ -65,12 +67,12 @@ def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
     header.set_data_offset(header.single_vox_offset)
     header["magic"] = header.single_magic
     dtype = array.dtype.newbyteorder("<")
-    # the level is nibabel's; a fixed time keeps files of equal content equal
+    # nibabel's level; a fixed time makes files of equal content equal
     with path.open("wb") as raw:
         file: Any = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix.lower() == ".gz" else raw
         header.write_to(file)
         file.write(bytes(header.single_vox_offset - file.tell()))
-        # slab by slab, since the file's order is not that of most arrays
+        # slab by slab, since the order of the file differs from that of most arrays
         for slab in range(array.shape[-1]):
             file.write(array[..., slab].astype(dtype, copy=False).tobytes(order="F"))
         if file is not raw:
@@ -86,7 +88,7 @@ def _set_geometry(header: Any, array: np.ndarray, layout: Layout) -> None:
     known = {"meter": "mm", "millimeter": "mm", "micrometer": "micron", "second": "sec", "millisecond": "msec"}
     known |= {"meter": "meter", "microsecond": "usec"}
     header.set_xyzt_units(*("unknown" if name is None else known.get(name, "unknown") for name in names))
-    # it may tell a unit of an axis that the array lacks
+    # the code of the original file may include the unit of an axis that the array lacks
     header["xyzt_units"] = kept.get("xyzt_units", header["xyzt_units"])
     whole = {name: np.array([*kept[name], [0, 0, 0, 1]]) for name in ("sform", "qform", "affine") if name in kept}
     affine = whole.get("affine", np.diag([*zooms[:3], 1.0]))

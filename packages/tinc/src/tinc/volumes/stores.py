@@ -17,6 +17,7 @@ __all__ = ["move_folder", "read_zarr", "refuse_folder", "write_zarr", "zarr_attr
 
 
 def read_zarr(path: Path) -> Volume:
+    """Open a Zarr array, or the finest level of the first image of a group."""
     zarr = require("zarr", "tinc-vision[zarr]")
     with damage_named(path):
         node = zarr.open(str(path), mode="r")
@@ -25,11 +26,11 @@ def read_zarr(path: Path) -> Volume:
         while not hasattr(node, "shape"):
             inside = _multiscale(attributes) or inside
             with warnings.catch_warnings():
-                # some writers put folders of their own beside the arrays
+                # some writers add other folders to a group
                 warnings.filterwarnings("ignore", message="Object at .* is not recognized")
                 names = sorted(name for name, _ in node.members())
             if not names:
-                raise InputError("it holds no array")
+                raise InputError("it contains no array")
             # the finest level comes first in the list of an OME-Zarr
             node = node[inside["datasets"][0]["path"] if _multiscale(attributes) else names[0]]
             attributes = dict(node.attrs)
@@ -37,8 +38,8 @@ def read_zarr(path: Path) -> Volume:
 
 
 def _multiscale(attributes: dict[str, Any]) -> dict[str, Any]:
-    found = attributes.get("ome", attributes).get("multiscales") or [{}]
-    return dict(found[0])
+    multiscales = attributes.get("ome", attributes).get("multiscales") or [{}]
+    return dict(multiscales[0])
 
 
 def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, Any]) -> Volume:
@@ -49,29 +50,30 @@ def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, A
         if "axes" not in metadata and len(set(named) - {"?"}) == array.ndim:
             metadata["axes"] = named
         return Volume(array, kept.get("channel_axis"), {"format": "zarr"} | metadata)
-    axes = [each if isinstance(each, dict) else {"name": each} for each in multiscale.get("axes", [])]
-    letters = "".join(str(each["name"])[0].upper() for each in axes)
+    axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in multiscale.get("axes", [])]
+    letters = "".join(str(axis["name"])[0].upper() for axis in axes)
     if len(letters) != array.ndim:
         letters = "TCZYX"[-array.ndim :]
     scale = [1.0] * array.ndim
     transforms = [*multiscale["datasets"][0].get("coordinateTransformations", ())]
-    for each in [*transforms, *multiscale.get("coordinateTransformations", ())]:
-        if each.get("type") == "scale":
-            scale = [a * b for a, b in zip(scale, each["scale"], strict=True)]
-    has_scale = any(each.get("type") == "scale" for each in transforms)
+    for transform in [*transforms, *multiscale.get("coordinateTransformations", ())]:
+        if transform.get("type") == "scale":
+            scale = [a * b for a, b in zip(scale, transform["scale"], strict=True)]
+    has_scale = any(transform.get("type") == "scale" for transform in transforms)
     spacing = dict(zip(letters, scale, strict=True)) if has_scale else {}
     spacing.pop("C", None)
-    units = {str(each["name"])[0].upper(): each.get("unit") for each in axes}
+    units = {str(axis["name"])[0].upper(): axis.get("unit") for axis in axes}
     channel_axis = letters.find("C")
     return Volume(array, None if channel_axis < 0 else channel_axis, described("zarr", letters, spacing, units))
 
 
 def zarr_attributes(metadata: dict[str, Any], channel_axis: int | None) -> dict[str, Any]:
-    """Return the attributes of a Zarr array from which `read_volume` takes metadata and channels."""
+    """Return the attributes of a Zarr array in which `read_volume` finds metadata and the axis of channels."""
     return {"tinc": {"metadata": metadata, "channel_axis": channel_axis}}
 
 
 def write_zarr(path: Path, array: np.ndarray, layout: Layout, overwrite: bool) -> None:
+    """Write a Zarr array with its metadata, whole or not at all."""
     zarr = require("zarr", "tinc-vision[zarr]")
     refuse_folder(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,17 +89,17 @@ def write_zarr(path: Path, array: np.ndarray, layout: Layout, overwrite: bool) -
 
 
 def refuse_folder(path: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError if `path` is there and may not be replaced: without `overwrite`, or being no Zarr."""
+    """Raise FileExistsError if `path` exists, unless it is a Zarr folder and `overwrite` is given."""
     if not path.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
     if not any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
-        raise FileExistsError(f"{path} exists and is no Zarr folder; remove it yourself")
+        raise FileExistsError(f"{path} exists and is not a Zarr folder; remove it yourself")
 
 
 def move_folder(new: Path, path: Path, *, overwrite: bool) -> None:
-    """Rename the finished folder `new` to `path`, and remove what was there. Raises FileExistsError."""
+    """Rename the finished folder `new` to `path`, and remove a folder that it replaces. Raises FileExistsError."""
     refuse_folder(path, overwrite=overwrite)
     old = path.with_name(f".{path.name}-{os.getpid()}.old")
     if path.exists():

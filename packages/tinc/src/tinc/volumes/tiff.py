@@ -1,4 +1,4 @@
-"""TIFF, OME-TIFF and ImageJ's TIFF."""
+"""TIFF, OME-TIFF and TIFF of ImageJ."""
 
 import math
 from pathlib import Path
@@ -15,14 +15,15 @@ __all__ = ["read_tiff", "write_tiff"]
 
 
 def read_tiff(path: Path) -> Volume:
+    """Read the first series of a TIFF file; uncompressed samples are mapped into memory."""
     with damage_named(path), tifffile.TiffFile(path) as tif:
         series = tif.series[0]
         metadata = _tiff_metadata(tif, series.axes)
         is_mapped = series.dataoffset is not None and math.prod(series.shape) > 0
         array = tifffile.memmap(path, series=0, mode="r") if is_mapped else series.asarray()
-        # of a file that was cut off, tifffile gives what there is
+        # tifffile returns the pixels that a truncated file has
         if array.shape != series.shape:
-            raise InputError(f"it has pixels for {array.shape} of {series.shape}")
+            raise InputError(f"it has pixels for the shape {array.shape} instead of {series.shape}")
         note = f"the first of {len(tif.series)} series is read" if len(tif.series) > 1 else None
         axis = max(series.axes.find("S"), -1 if "S" in series.axes else series.axes.find("C"))
     return Volume(array, None if axis < 0 else axis, metadata, note)
@@ -32,9 +33,9 @@ def _tiff_metadata(tif: tifffile.TiffFile, axes: str) -> dict[str, Any]:
     if tif.is_ome and tif.ome_metadata:
         return _ome_metadata(tif.ome_metadata, axes)
     if tif.is_imagej:
-        found = tif.imagej_metadata or {}
-        unit = found.get("unit")
-        spacing = {"Z": found.get("spacing"), "T": found.get("finterval")}
+        details = tif.imagej_metadata or {}
+        unit = details.get("unit")
+        spacing = {"Z": details.get("spacing"), "T": details.get("finterval")}
         for letter, name in (("X", "XResolution"), ("Y", "YResolution")):
             tag = tif.pages.first.tags.get(name)
             if tag is not None and unit not in (None, "", "pixel") and tag.value[0] > 0:
@@ -54,9 +55,9 @@ def _ome_metadata(xml: str, axes: str) -> dict[str, Any]:
     if pixels is None:
         return described("ome", axes, {}, {})
     values = pixels.attrib
-    spacing = {each: float(values.get(f"PhysicalSize{each}", "nan")) for each in "XYZ"}
+    spacing = {letter: float(values.get(f"PhysicalSize{letter}", "nan")) for letter in "XYZ"}
     spacing["T"] = float(values.get("TimeIncrement", "nan"))
-    units = {each: values.get(f"PhysicalSize{each}Unit", "µm") for each in "XYZ"}
+    units = {letter: values.get(f"PhysicalSize{letter}Unit", "µm") for letter in "XYZ"}
     units["T"] = values.get("TimeIncrementUnit", "s")
     metadata = described("ome", axes, spacing, units)
     names = [node.get("Name") for node in pixels if node.tag.endswith("}Channel")]
@@ -66,6 +67,7 @@ def _ome_metadata(xml: str, axes: str) -> dict[str, Any]:
 
 
 def write_tiff(path: Path, array: np.ndarray, layout: Layout, *, is_ome: bool) -> None:
+    """Write a TIFF file as OME-TIFF, as ImageJ does, or with a plain description, as the metadata suggest."""
     if is_ome:
         array, layout = layout.moved(array, "YXS")
     is_colour = layout.axes.endswith("S") and array.shape[-1] in (3, 4) and array.dtype.kind == "u"
