@@ -59,7 +59,12 @@ class TestTrain:
 
     def test_description(self, undisturbed: TrainResult) -> None:
         run = json.loads((undisturbed.last.parent / "run.json").read_text())
-        assert run["recipe"]["levels"][1]["layers"] == 3 and run["details"]["volume"]["shape"] == [8, 16, 16, 1]
+        assert run["recipe"]["levels"][1]["layers"] == 3 and run["trained"]["details"]["volume"]["shape"] == [
+            8,
+            16,
+            16,
+            1,
+        ]
 
     def test_learns(self, volume: Path, tmp_path: Path) -> None:
         """Clearly better than the volume's mean, in fewer values than it has voxels."""

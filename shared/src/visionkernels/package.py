@@ -8,9 +8,9 @@ A distribution announces its record as an entry point of the group `visionkernel
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -90,9 +90,24 @@ def resolve(reference: str) -> Any:
 
 
 @functools.cache
-def installed_packages() -> dict[str, Package]:
-    """Return the records of all installed packages by name."""
-    return {point.name: point.load() for point in entry_points(group=_GROUP)}
+def installed_packages() -> Mapping[str, Package]:
+    """Return the records of all installed packages by name; each is loaded when it is looked up."""
+    return _Installed({point.name: point for point in entry_points(group=_GROUP)})
+
+
+class _Installed(Mapping[str, Package]):
+    def __init__(self, points: Mapping[str, EntryPoint]) -> None:
+        self.points = points
+
+    def __getitem__(self, name: str) -> Package:
+        package: Package = self.points[name].load()
+        return package
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
 
 
 def is_command(name: str) -> bool:

@@ -9,7 +9,7 @@ from visionkernels.checks import InputError
 __all__ = ["OutOfReachError", "Request", "Target", "one_request"]
 
 
-class OutOfReachError(ValueError):
+class OutOfReachError(InputError):
     """No file meets the target."""
 
 
