@@ -30,7 +30,7 @@ class Package:
     distribution: str
     """Name on PyPI."""
     summary: str
-    """What the command does, in a line of its help."""
+    """One line of the command's help."""
     models: tuple[str, ...] = ()
     """Modules that register models in timm when they are imported."""
     recipes: str | None = "NAME.recipes:RECIPES"
@@ -45,7 +45,7 @@ class Package:
     create: str = "visionkernels.models:create"
     """From a model name and options to a model with random weights."""
     sources: tuple[str, ...] = ()
-    """What stands before the colon in names of models that `create` builds itself."""
+    """Prefixes of model names, before the colon, that `create` builds itself."""
     upgrade: str | None = None
     """From metadata and weights of a file of earlier releases to its record, or None."""
     evaluate: str = f"{_TASKS}:evaluate"

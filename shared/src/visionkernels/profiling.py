@@ -1,4 +1,4 @@
-"""What a computation costs: parameters, multiply-adds, memory, and time as a ratio to a baseline beside it."""
+"""The cost of a computation: parameters, multiply-adds, memory, and time as a ratio to a baseline beside it."""
 
 import copy
 import gc

@@ -222,7 +222,7 @@ _COLUMNS = ("row", "column", "paper_text", "measured_text", "difference_text", "
 
 
 def render(table: dict[str, Any], style: Style = "terminal") -> str:
-    """What `as_dict` returned, for reading: title, convention, the figures, then what each open cell needs."""
+    """Render the result of `as_dict`: title, convention, figures, then the needs of the cells that were not run."""
     rows = [[cell[column] for column in _COLUMNS] for cell in table["cells"]]
     notes = _notes(table["cells"])
     align = ("left", "left", "right", "right", "right", "left")
@@ -243,7 +243,7 @@ def render(table: dict[str, Any], style: Style = "terminal") -> str:
 
 
 def _notes(cells: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What stands under a table, with the command that redoes the cell; one line for cells that share both."""
+    """The lines under a table, each with the command that redoes a cell; cells that share both share a line."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         if cell["detail"]:
@@ -305,7 +305,7 @@ def _draw(figure: Figure, path: Path) -> dict[str, str | None]:
 
 
 def _versions() -> dict[str, str]:
-    """What the figures depend on."""
+    """Versions and hardware that the figures depend on."""
     versions = {"python": platform.python_version()}
     for name in ("visionkernels", "torch", "timm", "numpy", "triton"):
         # a module may come from a distribution of another name, as triton does for ROCm

@@ -69,7 +69,7 @@ class FitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What to measure, and where to write it."""
+    """Cells to measure, and files to write."""
 
     full: bool = False
     """also the cells that take more than minutes"""

@@ -1,4 +1,4 @@
-"""What commands print and write: metrics in words, a training's outcome, rows of a bench."""
+"""Output of commands: metrics in words, a training's outcome, rows of a bench."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What pictures with a class a pixel and pictures with objects have in common."""
+"""The common part of images with a class per pixel and of images with objects."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

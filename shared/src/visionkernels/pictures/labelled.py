@@ -87,7 +87,7 @@ def open_pictures(
     elif kind == "hfds":
         require("datasets", "datasets")
         opened = _from_timm(create_dataset(str(data), split=split), transform)
-    elif (cifar := next((each for each in _CIFAR if (Path(data) / each.base_folder).is_dir()), None)) is not None:
+    elif (cifar := next((kind for kind in _CIFAR if (Path(data) / kind.base_folder).is_dir()), None)) is not None:
         opened = _open_cifar(cifar, Path(data), split, transform)
     else:
         opened = _open_folder(Path(data), split, transform, class_names)

@@ -84,7 +84,7 @@ def _cityscapes(root: Path, split: Split) -> Layout:
     classes = np.arange(256, dtype=np.uint8)
     if not is_ready:
         classes[:] = IGNORED
-        for each in Cityscapes.classes:
-            if each.id >= 0:
-                classes[each.id] = each.train_id
+        for kind in Cityscapes.classes:
+            if kind.id >= 0:
+                classes[kind.id] = kind.train_id
     return Layout(pairs, classes)

@@ -68,7 +68,7 @@ def open_objects(
         if not path.exists():
             raise FileNotFoundError(f"--data {data} has no {path}; it must be in the layout of COCO, or be shapes")
     coco = _open_coco(file, num_classes=num_classes, has_masks=has_masks, is_ranked=is_ranked)
-    with_objects = {each["image_id"] for each in coco.dataset["annotations"] if _is_usable(each)}
+    with_objects = {item["image_id"] for item in coco.dataset["annotations"] if _is_usable(item)}
     numbers = [number for number in sorted(coco.imgs) if not is_train or number in with_objects]
     if not with_objects.intersection(numbers):
         raise InputError(f"{file} has no objects of a pixel or more a side in its pictures")

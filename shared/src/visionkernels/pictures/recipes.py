@@ -21,7 +21,7 @@ class PictureRecipe:
     """Pixels of the shorter side before the centre crop in evaluation."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of the channels in 0..1."""
+    """Mean and standard deviation of the channels, in 0..1."""
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class SceneRecipe:
     crop: int = 512
     """Pixels a side of a training crop."""
     max_class_share: float = 0.75
-    """Of a crop that one class may fill; ten crops are tried."""
+    """Largest share of a crop that one class may fill; ten crops are tried."""
     multiple: int = 32
     """In evaluation both sides are rounded up to a multiple of this."""
     inference: Literal["whole", "slide"] = "whole"
@@ -105,7 +105,7 @@ class SceneRecipe:
     test_flip: bool = False
     """Average over the mirrored picture as well."""
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of the channels in 0..1."""
+    """Mean and standard deviation of the channels, in 0..1."""
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ __all__ = ["NUM_PICTURES", "SHAPES", "check_classes", "draw_shapes", "read_shape
 SHAPES = ("background", "disc", "triangle", "square")
 """The classes of `draw_shapes`."""
 NUM_PICTURES = {"train": 512, "validation": 32}
-"""Of each split of the set "shapes"."""
+"""Number of images in each split of the set "shapes"."""
 
 
 def draw_shapes(

@@ -1,4 +1,4 @@
-"""What defines a training run, as frozen data that checks itself."""
+"""The settings that define a training run, as frozen data that checks itself."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,7 +18,7 @@ class OptimizerRecipe:
     """The optimiser and its settings."""
 
     name: str = "adamw"
-    """Of `timm.optim`, or "module:Class", which takes parameter groups, `lr` and `momentum`."""
+    """A name in `timm.optim`, or "module:Class", which takes parameter groups, `lr` and `momentum`."""
     lr: float = 1e-3
     """Peak learning rate, for the global batch as it is."""
     weight_decay: float = 0.05
@@ -72,7 +72,7 @@ class ScheduleRecipe:
     """Or updates, with `unit="update"`."""
     decay_rate: float = 0.1
     power: float = 1.0
-    """Of poly."""
+    """Exponent of the "poly" schedule."""
     lag_epochs: int = 0
     """Epoch e trains at the rate of epoch max(e - lag_epochs, 0)."""
 
@@ -112,7 +112,7 @@ class FitRecipe:
     """Autocast type; weights, losses and optimiser stay float32."""
     seed: int = 0
     ema_decay: float | None = None
-    """Of the averaged weights; None: none are kept."""
+    """Decay of the averaged weights; None: no averaging."""
     norm_eval: bool = False
     """Whether BatchNorm layers keep their running statistics in training."""
     evaluate_every_epochs: int = 1
@@ -128,7 +128,7 @@ class FitRecipe:
     keep_checkpoints: int = 2
     trackers: tuple[Tracker, ...] = ()
     device: Literal["auto", "cpu"] = "auto"
-    """"auto" is what accelerate finds or is told."""
+    """"auto": the device that accelerate chooses, or that its environment variables name."""
 
     def __post_init__(self) -> None:
         both = (self.epochs, self.updates)

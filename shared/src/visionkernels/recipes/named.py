@@ -1,4 +1,4 @@
-"""What every recipe has, how one is found by its name, and how one is read back from a run.json."""
+"""The base of all recipes; looking one up by its name, and reading one back from a run.json."""
 
 import json
 import typing

@@ -85,7 +85,7 @@ class DetectionTask(Task):
 
 
 def has_masks(model: nn.Module) -> bool:
-    """Tell whether a detector outlines what it finds."""
+    """Tell whether a detector predicts masks."""
     heads: Any = getattr(model, "roi_heads", None)
     return heads is not None and bool(heads.has_mask())
 
@@ -111,13 +111,13 @@ def evaluate(
     device = next(model.parameters()).device
     model.eval()
     for image, target in shard_loader(pictures, workers, show_progress=show_progress):
-        (found,) = model([image.to(device)])
-        found = {key: value.cpu() for key, value in found.items()}
+        (output,) = model([image.to(device)])
+        predicted = {key: value.cpu() for key, value in output.items()}
         if is_outlined:
-            found["masks"] = found["masks"][:, 0] > 0.5
+            predicted["masks"] = predicted["masks"][:, 0] > 0.5
             target = target | {"masks": target["masks"].bool()}
         for metric in metrics.values():
-            metric.update([found], [target])
+            metric.update([predicted], [target])
     result: dict[str, float] = {}
     for kind, metric in metrics.items():
         _share(metric)
@@ -125,7 +125,7 @@ def evaluate(
             raise InputError(f"none of the {len(pictures)} pictures has an object, so there is nothing to measure")
         measured = metric.compute()
         parts = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
-        # where nothing at all was found, torchmetrics has -1 for masks
+        # without any prediction, torchmetrics has -1 for masks
         result |= {f"{kind}_{name}": 100 * max(float(measured[key]), 0.0) for name, key in parts.items()}
     return result
 
@@ -163,4 +163,4 @@ def _share(metric: Any) -> None:
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, metric.metric_state)
     for name in metric.metric_state:
-        setattr(metric, name, [each for state in states for each in state[name]])
+        setattr(metric, name, [item for state in states for item in state[name]])

@@ -110,7 +110,7 @@ class SegmentationTask(Task):
         """Take images and class indices, 255 for pixels that do not count; return the losses and the main logits."""
         given = self.trainable_module(images)
         logits: list[Tensor] = [given] if isinstance(given, Tensor) else given
-        losses = [pixel_loss(each, labels) for each in logits]
+        losses = [pixel_loss(output, labels) for output in logits]
         loss = losses[0] + self.auxiliary_weight * sum(losses[1:])
         return {"loss": loss, "main_loss": losses[0], "output": logits[0]}
 

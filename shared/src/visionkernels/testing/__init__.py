@@ -1,1 +1,1 @@
-"""What the tests of every package share: golden cases, tolerances, the checks of an op and of its compiled kernels."""
+"""Shared by the tests of every package: golden cases, tolerances, the checks of an op and of its compiled kernels."""

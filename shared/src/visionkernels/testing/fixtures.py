@@ -1,4 +1,4 @@
-"""What the tests of every package start from; a conftest.py imports it."""
+"""The fixture of all tests of a package; its conftest.py imports it."""
 
 import socket
 from collections.abc import Iterator

@@ -100,7 +100,7 @@ class RunFolder:
         if is_new:
             write_json(path, run)
         else:
-            old, new = (_defining_fields(each) for each in (json.loads(path.read_text(encoding="utf-8")), run))
+            old, new = map(_defining_fields, (json.loads(path.read_text(encoding="utf-8")), run))
             fields = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if fields:
                 changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in fields)

@@ -88,7 +88,7 @@ class LearningRate:
             warmup_lr=recipe.warmup_lr,
             min_lr=recipe.min_lr,
             # timm multiplies one tick before a milestone
-            decay_milestones=[each * (ticks_per_epoch if in_epochs else 1) + 1 for each in recipe.milestones],
+            decay_milestones=[milestone * (ticks_per_epoch if in_epochs else 1) + 1 for milestone in recipe.milestones],
             decay_rate=recipe.power if recipe.name == "poly" else recipe.decay_rate,
         )
 

@@ -1,7 +1,7 @@
-"""What one training step computes: timm's task with the hooks of this loop."""
+"""The computation of one training step: timm's task with the hooks of this loop."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from timm.task import TrainingTask
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Task(TrainingTask):
         self.trainable_module: Any = module
         self.teacher: Any = None if teacher is None else teacher.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Task":
         """Set the mode of all but the teacher."""
         super().train(mode)
         if self.teacher is not None:

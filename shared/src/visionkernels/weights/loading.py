@@ -45,8 +45,8 @@ def load_strict(
     if any(value.is_meta for value in ours.values()):
         raise InputError(f"{type(module).__name__} is on the meta device; build it on a real one to load weights")
     wanted = {key: tuple(value.shape) for key, value in ours.items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    misfit = "" if found == wanted else _misfit(module, found, wanted) + _fit(found, candidates)
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    misfit = "" if given == wanted else _misfit(module, given, wanted) + _fit(given, candidates)
     strange = [key for key in ours if not misfit and not _are_of_a_kind(state[key], ours[key])]
     if strange:
         kinds = [f"{key} {state[key].dtype} instead of {ours[key].dtype}" for key in strange]

@@ -36,7 +36,7 @@ class Checkpoint:
     metadata: dict[str, str]
     """Plain entries (epoch, accuracy) as text."""
     trained: Trained | None
-    """What a file of this project says of itself."""
+    """The record of a file of this project; None for other files."""
 
 
 def read_checkpoint(

@@ -28,7 +28,7 @@ _OUTCOME = ("fit", "versions", "update")
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a weights file says of itself, as plain data; lists come back as tuples."""
+    """The record of a weights file, as plain data; lists come back as tuples."""
 
     kind: str
     """"classifier", "segmenter", "detector", "autoencoder", ...: what `package` opens by this name."""
@@ -46,7 +46,7 @@ class Trained:
     settings: Mapping[str, Any] | None = None
     """The recipe, without its `fit`."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else the package keeps: weights that it started from, a teacher, category ids."""
+    """Further facts that the package keeps: initial weights, a teacher, category ids."""
     fit: Mapping[str, Any] | None = None
     """The settings of the run."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def trained_of(metadata: Mapping[str, str], state: Mapping[str, Tensor], path: P
         return None
     if _KEY not in metadata:
         upgrades = [package.upgrade for package in installed_packages().values() if package.upgrade is not None]
-        upgraded: Trained | None = next(filter(None, (resolve(each)(metadata, state) for each in upgrades)), None)
+        upgraded: Trained | None = next(filter(None, (resolve(upgrade)(metadata, state) for upgrade in upgrades)), None)
         return None if upgraded is None else Trained(**_tuples(vars(upgraded)))
     try:
         record = dict(_tuples(json.loads(metadata[_KEY])))
@@ -110,9 +110,9 @@ _TYPES: dict[str, Any] = {
 
 
 def _checked(trained: Trained) -> Trained:
-    for each in fields(trained):
-        if not isinstance(value := getattr(trained, each.name), _TYPES[each.name]):
-            raise TypeError(f"{each.name} is a {type(value).__name__}")
+    for item in fields(trained):
+        if not isinstance(value := getattr(trained, item.name), _TYPES[item.name]):
+            raise TypeError(f"{item.name} is a {type(value).__name__}")
     return trained
 
 
