@@ -157,7 +157,7 @@ def test_other_optimisers_are_let_through(net, images):
 
 
 def test_step_after_an_evaluation():
-    """What the layer keeps from a forward pass without autograd serves the next step."""
+    """A tensor that the layer keeps from a forward pass without autograd serves the next step."""
     layer = CompactConv2d(3, 4, 3, padding=1)
     optimizer, x = torch.optim.SGD(layer.parameters(), 0.1), torch.randn(2, 3, 6, 6)
     layer(x).sum().backward()

@@ -34,8 +34,8 @@ def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     out = layer(x)
     trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(out, [x, *trained.values()], grad)
-    return {"output": out.detach(), **dict(zip(["input", *trained], found, strict=True))}
+    results = torch.autograd.grad(out, [x, *trained.values()], grad)
+    return {"output": out.detach(), **dict(zip(["input", *trained], results, strict=True))}
 
 
 def same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -75,21 +75,21 @@ class TestFilteredConv2d:
         same(dict(layer.state_dict()), dict(conv.state_dict()))
         assert all(ours is theirs for ours, theirs in zip(layer.parameters(), conv.parameters(), strict=True))
         grad = torch.randn_like(conv(x))
-        found = gradients(layer, x, grad)
-        assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+        results = gradients(layer, x, grad)
+        assert {name: (value.dtype, value.shape) for name, value in results.items()} == {
             name: (value.dtype, value.shape) for name, value in gradients(conv, x, grad).items()
         }
-        torch.testing.assert_close(found["weight"], found["weight"][:, :, :1, :1].expand_as(found["weight"]))
+        torch.testing.assert_close(results["weight"], results["weight"][:, :, :1, :1].expand_as(results["weight"]))
         if conv.bias is not None:
             exact = grad.double().sum((0, 2, 3))
             scale = max(1.0, float(grad.double().abs().sum((0, 2, 3)).max()))
-            torch.testing.assert_close(found["bias"].double(), exact, rtol=rtol, atol=atol * scale)
+            torch.testing.assert_close(results["bias"].double(), exact, rtol=rtol, atol=atol * scale)
 
     @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
     @few
     @given(layers())
     def test_gradients_are_those_of_the_surrogate(self, drawn):
-        """Of ordinary operations on a map that is padded beforehand: the function whose own gradients these are."""
+        """Filtered gradients are those of ordinary operations on a map that is padded beforehand."""
         _, layer, x = drawn
         layer, x = copy.deepcopy(layer).double(), x.double()
 
@@ -100,7 +100,7 @@ class TestFilteredConv2d:
             geometry = (layer.stride, padding, layer.dilation, layer.groups, layer.radius)
             return filtered_conv2d(x, weight, bias, *geometry, straight_through=True)
 
-        leaves = [each.detach().clone().requires_grad_() for each in (x, *layer.parameters())]
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in (x, *layer.parameters())]
         out = surrogate(*leaves)
         grad = torch.randn_like(out)
         ours = list(gradients(layer, x, grad).values())
@@ -130,7 +130,7 @@ class TestFilteredConv2d:
     @few
     @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 2), sides, sides)
     def test_same_padding_of_timm(self, kernel, stride, dilation, height, width):
-        """Of a stock layer, and of one that was converted already."""
+        """timm's same padding is kept, also by a layer that was converted before."""
         conv = Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
         x = torch.randn(2, 3, height + 8, width + 8)
         expected = conv(x)
@@ -161,8 +161,8 @@ class TestFilteredConv2d:
         ids=["standardised", "parametrised", "weight-norm", "pruned", "compact"],
     )
     def test_other_convolutions(self, conv, name):
-        """A layer that makes its weight at each call is refused, since its raw weight would be convolved."""
-        with pytest.raises(TypeError, match=f"^{name} computes its weight anew"):
+        """A layer that computes its weight at each call is refused."""
+        with pytest.raises(TypeError, match=f"^{name} computes its weight at each call"):
             FilteredConv2d.from_conv(conv())
 
     def test_has_its_own_hooks(self):
@@ -186,7 +186,7 @@ class TestFilteredConv2d:
                 make(border="x")
 
     def test_exportable_has_a_second_derivative(self):
-        """Of the ordinary expression that it is; its value is that of the convolution to the bit."""
+        """An exportable layer is an ordinary expression; its value equals that of the convolution to the bit."""
         conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6, requires_grad=True)
         layer = FilteredConv2d.from_conv(conv)
         layer.exportable = True
@@ -210,7 +210,7 @@ class TestFilteredConv2d:
         assert isinstance(CompactConv2d(3, 4, 3), FilteredConv2d)
 
     def test_called_twice(self):
-        """One layer on two maps keeps a sum for each: the gradients add up, those of a converted network too."""
+        """Gradients of a layer on two maps add up, also in a converted network."""
         first, second = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 5, 7)
         layer = FilteredConv2d(3, 3, 3, padding=1)
         grads = []
@@ -241,16 +241,16 @@ class TestFilteredConv2d:
     @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
     def test_empty_batch(self, kind):
         layer = kind(3, 4, 3, padding=1)
-        found = gradients(layer, torch.ones(0, 3, 6, 5), torch.ones(0, 4, 6, 5))
-        assert found["output"].shape == (0, 4, 6, 5) and found["input"].shape == (0, 3, 6, 5)
-        assert not any(grad.any() for grad in found.values())
+        results = gradients(layer, torch.ones(0, 3, 6, 5), torch.ones(0, 4, 6, 5))
+        assert results["output"].shape == (0, 4, 6, 5) and results["input"].shape == (0, 3, 6, 5)
+        assert not any(grad.any() for grad in results.values())
 
     @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
     def test_one_output_and_wide_patches(self, kind):
         """A map that one window covers, and patches larger than any map: a single cell for each."""
         layer = kind(3, 4, (5, 6), radius=9)
-        found = gradients(layer, torch.randn(2, 3, 5, 6), torch.ones(2, 4, 1, 1))
-        assert found["output"].shape == (2, 4, 1, 1)
+        results = gradients(layer, torch.randn(2, 3, 5, 6), torch.ones(2, 4, 1, 1))
+        assert results["output"].shape == (2, 4, 1, 1)
         wide, all_of_it = kind(3, 4, 3, padding=1, radius=100), kind(3, 4, 3, padding=1, radius=(7, 8))
         all_of_it.load_state_dict(wide.state_dict())
         x, grad = torch.randn(2, 3, 7, 8), torch.randn(2, 4, 7, 8)
@@ -259,15 +259,15 @@ class TestFilteredConv2d:
     def test_unused_rows(self):
         """A stride that leaves the last row and column unread: they get no gradient."""
         layer = FilteredConv2d(2, 3, 2, stride=2)
-        found = gradients(layer, torch.randn(1, 2, 7, 9), torch.randn(1, 3, 3, 4))
-        assert not found["input"][:, :, 6:].any() and not found["input"][:, :, :, 8:].any()
-        assert found["input"][:, :, :6, :8].all()
+        results = gradients(layer, torch.randn(1, 2, 7, 9), torch.randn(1, 3, 3, 4))
+        assert not results["input"][:, :, 6:].any() and not results["input"][:, :, :, 8:].any()
+        assert results["input"][:, :, :6, :8].all()
 
     def test_infinity_spoils_its_image_alone(self):
         x, grad = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
         grad[0, 0, 3, 4] = torch.inf
-        found = gradients(FilteredConv2d(3, 4, 3, padding=1), x, grad)
-        assert not found["input"][0, :, 2:4, 4:6].isfinite().any() and found["input"][1].isfinite().all()
+        results = gradients(FilteredConv2d(3, 4, 3, padding=1), x, grad)
+        assert not results["input"][0, :, 2:4, 4:6].isfinite().any() and results["input"][1].isfinite().all()
 
     @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
     def test_no_second_derivative(self, kind):

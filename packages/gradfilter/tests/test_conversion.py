@@ -45,7 +45,7 @@ class TestConvert:
 
     @pytest.mark.parametrize("lean", [False, True, "all"])
     def test_gradients_of_a_chain(self, net, images, lean):
-        """Those of the network built from `filtered_conv2d` by hand."""
+        """Gradients equal those of the same network written with `filtered_conv2d`."""
         net.eval()
         twin = copy.deepcopy(net)
         convert(net, radius=(2, 3), last_n=2, example_input=images, lean_activations=lean)
@@ -91,7 +91,7 @@ class TestConvert:
         restore(net)
 
     def test_restore_after_surgery(self, net, images):
-        """What was put in or taken out since converting is left alone."""
+        """Modules and parameters that were added or removed since converting are left alone."""
         convert(net, last_n=1, example_input=images)
         net.head, net.stem.bias = nn.Identity(), nn.Parameter(torch.zeros(8), requires_grad=False)
         nn.utils.parametrizations.weight_norm(net.norm3)
@@ -100,7 +100,7 @@ class TestConvert:
         assert nn.utils.parametrize.is_parametrized(net.norm3)
 
     def test_restore_of_a_whole(self, net, images):
-        """From a part to the whole, and from the whole to a part."""
+        """`restore` may get a larger model than `convert` got, or a part of it."""
         whole = nn.Sequential(net)
         convert(net, last_n=1, example_input=images)
         restore(whole)
@@ -112,7 +112,7 @@ class TestConvert:
     @pytest.mark.parametrize("kind", [FilteredConv2d, CompactConv2d])
     @pytest.mark.parametrize("options", [{}, {"radius": None}, {"compact": True}, {"last_n": 1}], ids=str)
     def test_own_layer(self, kind, options):
-        """A layer that was filtered before takes the radius while converted, and comes back as it was."""
+        """A layer that was filtered before takes the new radius while converted, and is restored afterwards."""
         own = kind(4, 4, 3, padding=1, radius=4)
         model, x = nn.Sequential(own, nn.Conv2d(4, 4, 3, padding=1)), torch.randn(1, 4, 9, 8)
         parameters, before = dict(own.named_parameters()), trainable(own)
@@ -121,15 +121,16 @@ class TestConvert:
         assert ("0" in report.filtered) == chosen
         assert own.radius == ((3, 3) if chosen and "radius" not in options else (4, 4))
         model(x).sum().backward()
-        assert any(each.grad is not None for each in own.parameters()) == chosen
+        assert any(parameter.grad is not None for parameter in own.parameters()) == chosen
         restore(model)
         assert type(own) is kind and own.radius == (4, 4) and trainable(own) == before
-        found = dict(own.named_parameters())
-        assert list(found) == list(parameters) and all(found[name] is parameters[name] for name in found)
+        restored = dict(own.named_parameters())
+        assert list(restored) == list(parameters)
+        assert all(restored[name] is parameters[name] for name in restored)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointed(self, reentrant):
-        """Filtered layers in a checkpoint are warned of, once, and listed."""
+        """Filtered layers in a checkpoint give one warning and are listed."""
 
         class Checkpointed(nn.Module):
             def __init__(self) -> None:
@@ -143,8 +144,8 @@ class TestConvert:
         model, x = Checkpointed(), torch.randn(1, 3, 9, 8, requires_grad=True)
         with pytest.warns(UserWarning) as caught:
             report = convert(model, example_input=x)
-        assert [str(each.message) for each in caught] == [
-            "2 filtered convolutions run in an activation checkpoint (first: body.0); it drops their inputs already, "
+        assert [str(warning.message) for warning in caught] == [
+            "2 filtered convolutions run in an activation checkpoint (first: body.0); it already drops their inputs, "
             "so both together save little memory"
         ]
         assert report.checkpointed == ("body.0", "body.1")
@@ -189,7 +190,7 @@ class TestConvert:
         assert type(net.norm1) is nn.SyncBatchNorm
 
     def test_norms_that_move(self, net, images):
-        """Of classes that convert does not know: said, and nothing else."""
+        """Norms of unknown classes are reported and left alone."""
 
         class OwnNorm(nn.BatchNorm2d):
             pass
@@ -199,7 +200,7 @@ class TestConvert:
         report = convert(net, last_n=2, example_input=images)
         assert report.frozen_norms == ("norm2",)
         assert report.moving_norms == ("norm1: OwnNorm", "head.0: BatchNorm1d")
-        assert "statistics not frozen, since of another class: norm1: OwnNorm" in str(report)
+        assert "statistics not frozen, unknown class: norm1: OwnNorm" in str(report)
         assert convert(net, last_n=2, example_input=images, norm_stats="update").moving_norms == ()
 
     def test_not_frozen(self, net, images):
@@ -208,7 +209,7 @@ class TestConvert:
         assert type(net.norm1) is nn.BatchNorm2d
 
     def test_coverage(self, net):
-        """A map of 2 x 2 pixels: most taps read padding."""
+        """On a map of 2 x 2 pixels most taps read padding."""
         small = torch.randn(1, 3, 4, 4)
         with pytest.warns(UserWarning, match=r"left exact: last \(gradient overestimated: coverage 0.44\); name them"):
             report = convert(net, last_n=2, example_input=small)
@@ -228,7 +229,7 @@ class TestConvert:
         report = convert(model, example_input=x)
         assert {layer.name: (layer.status, layer.reason) for layer in report.layers} == {
             "0": ("filtered", ""),
-            "1": ("exact", "ScaledStdConv2d computes its weight anew"),
+            "1": ("exact", "ScaledStdConv2d computes its weight at each call"),
             "2": ("frozen", "ConvTranspose2d has no filter"),
             "3": ("filtered", ""),
         }
@@ -242,15 +243,15 @@ class TestConvert:
         assert report.filtered == ()
 
     def test_nothing_left(self):
-        """Every chosen layer was skipped: both warnings, a report without filtered layers, and all are trained."""
+        """If every chosen layer is skipped there are both warnings, no filtered layer, and all are trained."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
         with pytest.warns(UserWarning) as caught:
             report = convert(model, example_input=torch.ones(1, 3, 1, 1))
         reasons = [f"{name}{{}}gradient overestimated: coverage 0.11" for name in "01"]
-        assert [str(each.message) for each in caught] == [
-            f"left exact: {', '.join(each.format(' (') + ')' for each in reasons)}; name them in layers, or pass "
+        assert [str(warning.message) for warning in caught] == [
+            f"left exact: {', '.join(reason.format(' (') + ')' for reason in reasons)}; name them in layers, or pass "
             "border='covered'",
-            f"no convolution is filtered: {'; '.join(each.format(': ') for each in reasons)}",
+            f"no convolution is filtered: {'; '.join(reason.format(': ') for reason in reasons)}",
         ]
         assert report.filtered == () and trainable(model) == set(dict(model.named_parameters()))
 
@@ -269,7 +270,7 @@ class TestConvert:
         assert type(model[2]) is nn.Conv3d and type(model[5]) is nn.Conv1d
 
     def test_image_without_a_batch(self):
-        """As an example and in training: a batch of one."""
+        """An image without a batch axis counts as a batch of one, as example and in training."""
         model, image = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), torch.randn(3, 9, 8)
         assert convert(model, example_input=image).filtered == ("0",)
         grads = [torch.autograd.grad(model(x).square().sum(), model[0].weight)[0] for x in (image, image[None])]
@@ -296,7 +297,7 @@ class TestConvert:
     def test_report_reads(self, net, images):
         text = str(convert(net, last_n=2, example_input=images))
         assert "middle" in text and "2x2" in text and "2 convolutions frozen" in text
-        assert "not lean, since called as a function: the model: relu" in text
+        assert "not lean, called as a function: the model: relu" in text
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -309,7 +310,7 @@ class TestConvert:
             ({"last_n": "2"}, r"last_n='2' must be an integer in \[1, 4\]"),
             ({"layers": []}, r"layers=\[\] names no convolution; give names or patterns, or None for all"),
             ({"layers": 3}, "layers=3 names no convolution"),
-            ({"layers": ["last", 3]}, "3 is no name or pattern of a convolution"),
+            ({"layers": ["last", 3]}, "3 must be a string: the name or pattern of a convolution"),
             ({"border": "x"}, "border='x' must be one of 'plain', 'covered'"),
             ({"last_n": 1, "layers": ["last"]}, "exclude each other"),
             ({"layers": ["lst"]}, "'lst' names no convolution that the model runs; the nearest are last, stem, "),
@@ -338,9 +339,9 @@ class TestConvert:
         with pytest.raises(ValueError, match=message):
             convert(net, **({"example_input": images} | options))
         assert net.last.radius == (3, 3) and kinds == [type(module) for module in net.modules()]
-        found = dict(net.named_parameters())
-        assert found.keys() == parameters.keys() and all(found[name] is parameters[name] for name in found)
-        assert trainable(net) == {name for name, each in parameters.items() if each.requires_grad}
+        after = dict(net.named_parameters())
+        assert after.keys() == parameters.keys() and all(after[name] is parameters[name] for name in after)
+        assert trainable(net) == {name for name, parameter in parameters.items() if parameter.requires_grad}
 
     def test_wrong_example(self, net, images):
         convert(net, last_n=2, example_input=images)
@@ -349,7 +350,7 @@ class TestConvert:
         assert isinstance(net.middle, FilteredConv2d)
 
     def test_failed_measurement(self, net, images, monkeypatch):
-        """Whatever fails while the layers are judged, those of a converted model being judged as stock ones."""
+        """A failing measurement leaves a converted model as it was; it gets stock layers."""
         convert(net, 3, last_n=2, example_input=images, compact=True)
 
         def fails(call, radius, **_):

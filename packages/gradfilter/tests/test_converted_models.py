@@ -1,7 +1,5 @@
 """Converted models at work: known networks, compilation, layouts, autocast, checkpoints, and what exports."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -42,7 +40,7 @@ class TestKnownModels:
         assert missing == []
 
     def test_memory(self):
-        """The last four convolutions of ResNet-18, one image of 224 pixels: 13 % of what the stock model keeps."""
+        """Training the last four convolutions of ResNet-18 keeps 13 % of the stock model's memory, at 224 pixels."""
         x, model = torch.randn(1, 3, 224, 224), torchvision.models.resnet18()
         convert(
             model, {"*": None}, last_n=4, lean_activations=False, train_norm="none", norm_stats="update", warns=False
@@ -95,11 +93,6 @@ class TestRunsElsewhere:
         net.zero_grad()
         checkpoint(net, images, use_reentrant=False).square().sum().backward()
         torch.testing.assert_close(net.last.weight.grad, expected)
-
-    def test_import_is_light(self):
-        """Models without layers of timm do without it."""
-        code = "import sys, gradfilter; print({'timm', 'torchvision', 'torch._dynamo'} & sys.modules.keys())"
-        assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
     def test_weight_of_a_hook_is_left_exact(self):
         model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))

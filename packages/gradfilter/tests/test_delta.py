@@ -57,7 +57,7 @@ class TestDelta:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("norm_stats", ["frozen", "update"])
 def test_statistics_that_move(net, images, affine, norm_stats):
-    """Of norms in training that are not trained themselves; what is frozen stays out."""
+    """The delta holds the moving statistics of norms that are not trained, but no frozen ones."""
     if not affine:
         net.norm1, net.norm3 = nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(12, affine=False)
     base, tuned, model = tune(net, images, train_norm="none", norm_stats=norm_stats)
@@ -103,7 +103,7 @@ def test_errors(net, images, tmp_path):
     with pytest.raises(CheckpointError, match=r"last.bias.offset is \[16\]; the base's kernel is \[16\]"):
         apply_delta(base, {"last.bias.scale": torch.ones(()), "last.bias.offset": torch.ones(16)})
     torch.save(base, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="is no file of `gradfilter delta save`"):
+    with pytest.raises(CheckpointError, match="is not a file of `gradfilter delta save`"):
         read_delta(tmp_path / "weights.pth", base)
 
 
@@ -114,7 +114,7 @@ def test_types_must_agree():
 
 
 def test_other_classes(net, images, tmp_path):
-    """A new classifier stands whole, and the base is still told from others."""
+    """A new classifier is stored whole, and other bases are still detected."""
     base = copy.deepcopy(net.state_dict())
     net.head = nn.Linear(16, 3)
     _, tuned, model = tune(net, images, targets=[0, 1, 2, 0])

@@ -1,4 +1,4 @@
-"""Diagnosis of layers that pad otherwise than by zeros in numbers, or are filtered by themselves."""
+"""Diagnosis of layers with other padding than given zeros, and of layers that were built filtered."""
 
 import pytest
 import torch
@@ -25,17 +25,19 @@ class TestDiagnosis:
         ids=["timm", "timm-even", "same", "same-even", "valid", "reflect"],
     )
     def test_padding(self, conv, pad):
-        """Whatever pads, all that concerns the weight is as for a map that was padded beforehand."""
+        """Figures of the weight equal those for a map that was padded beforehand."""
         layer, x = conv(), torch.randn(2, 3, 9, 10)
         bare = nn.Conv2d(3, 4, layer.kernel_size, layer.stride)
         bare.load_state_dict(layer.state_dict())
         target = torch.randn_like(layer(x))
-        found = []
+        compared = []
         for model in (nn.Sequential(layer), nn.Sequential(pad, bare)):
             (figures,) = diagnose(model, (x, target), lambda out, target: (out * target).sum()).layers
             assert 0 < figures.weight_error <= figures.weight_error_bound
-            found.append([value for name, value in vars(figures).items() if name.startswith(("w", "gr", "input_en"))])
-        assert found[0] == pytest.approx(found[1])
+            compared.append(
+                [value for name, value in vars(figures).items() if name.startswith(("w", "gr", "input_en"))]
+            )
+        assert compared[0] == pytest.approx(compared[1])
 
     @pytest.mark.parametrize("conv", [Conv2dSame(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3, padding="same")], ids=str)
     def test_bound_with_covered_border(self, conv):
@@ -51,8 +53,8 @@ class TestDiagnosis:
         """A layer that was built filtered is compared with its exact twin, and stays what it is."""
         layer, x = kind(3, 4, 3, padding=1, radius=4), torch.randn(2, 3, 9, 10)
         model = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
-        (found,) = diagnose(model, (x, None), lambda out, _: out.square().sum()).layers
-        assert found.radius == (4, 4) and found.weight_error > 0.01
+        (figures,) = diagnose(model, (x, None), lambda out, _: out.square().sum()).layers
+        assert figures.radius == (4, 4) and figures.weight_error > 0.01
         assert type(layer) is kind
 
     def test_wrong_border(self):

@@ -108,7 +108,7 @@ class TestFrozenNorm:
 
     @pytest.mark.parametrize("axes", [(), (7,), (3, 4, 5)], ids=str)
     def test_other_axes(self, axes):
-        """What a synchronised norm takes besides images."""
+        """A synchronised norm also takes other shapes than images."""
         norm, x = nn.SyncBatchNorm(6).eval().requires_grad_(False), torch.randn(4, 6, *axes)
         norm.running_mean.normal_()
         expected = norm(x)

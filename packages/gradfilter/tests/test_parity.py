@@ -11,7 +11,8 @@ check = load_check(__file__)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "index.json").read_text())["cases"]
-MEASURED = [case for case in CASES if case["file"] is not None]
+# the small cases of all kinds with stored outputs
+SMALL = [case for case in CASES if case["file"] is not None and "torchvision" not in case["config"].get("model", "")]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def _write(folder: Path, case: dict, arrays: dict[str, np.ndarray] | None) -> No
         np.savez(folder / case["file"], **arrays)
 
 
-@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case["name"])
 def test_finds_perturbed_outputs(tmp_path, case):
     """Every output moved by ten times its tolerance in a single element is reported, by its name."""
     stored = dict(np.load(GOLDEN / case["file"]))
@@ -47,6 +48,7 @@ def test_finds_perturbed_outputs(tmp_path, case):
 def test_finds_perturbed_accounts(tmp_path):
     (case,) = (case for case in CASES if case["kind"] == "accounting")
     changed = json.loads(json.dumps(case))
+    changed["expected"] = changed["expected"][:2]
     changed["expected"][0]["layers"][0]["saved_elems_filtered"] += 1
     changed["expected"][1]["backward_mflops_exact"] *= 1.001
     _write(tmp_path, changed, None)

@@ -1,4 +1,4 @@
-"""What the filter is made of: patch means, saved inputs, kernel sums, for any shape and type."""
+"""Patch means, saved inputs and kernel sums for any shape and type."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ dtypes, sides = st.sampled_from(DTYPES), st.integers(1, 12)
     ids=["mean", "input", "sum"],
 )
 def test_wrong_tensors(take, name):
-    """What the pieces refuse: other axes, and numbers that have no mean."""
+    """Other numbers of axes and types without a mean are refused."""
     for shape in ((3, 4), (3, 4, 4), (1, 1, 3, 4, 4)):
         with pytest.raises(ValueError, match=rf"{name} has shape \[{', '.join(map(str, shape))}\]; .* takes \["):
             take(torch.ones(shape))
@@ -37,7 +37,7 @@ class TestPatchMean:
     @few
     @given(sides, sides, st.tuples(sides, sides), dtypes)
     def test_is_the_mean_of_each_patch(self, height, width, radius, dtype):
-        """Of the pixels that it has, in float32 at least."""
+        """The mean is over the pixels of the patch, at least in float32."""
         grad = torch.randn(2, 3, height, width, dtype=dtype)
         expected = torch.stack(
             [torch.stack([part.mean((2, 3)) for part in rows.split(radius[1], 3)], 2)
@@ -88,7 +88,7 @@ class TestSavedInput:
         expected = patch_mean(means, radius)
         for axis, (count, side) in enumerate(zip((rows, columns), radius, strict=True), 2):
             lengths = torch.tensor([min(side, count - start) for start in range(0, count, side)])
-            expected = expected * lengths.view([-1 if each == axis else 1 for each in range(4)])
+            expected = expected * lengths.view([-1 if other == axis else 1 for other in range(4)])
         torch.testing.assert_close(saved_input(x, kernel, radius=radius, **geometry), expected)
 
     @few
@@ -106,7 +106,7 @@ class TestKernelSum:
     @few
     @given(st.lists(st.integers(1, 6), min_size=4, max_size=4), dtypes, st.booleans())
     def test_is_the_sum_over_taps(self, shape, dtype, is_channels_last):
-        """Of any layout; one tap is itself; linear in the kernel."""
+        """The sum takes any layout, is the identity for one tap, and is linear in the kernel."""
         weight = torch.randn(shape, dtype=dtype)
         if is_channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What a layer costs, what fits a budget, and how near filtered gradients are."""
+"""Profiles, budgets, and diagnosis of filtered gradients."""
 
 import copy
 from statistics import median
@@ -41,8 +41,8 @@ class TestProfile:
 
     @pytest.mark.parametrize("train_norm", ["none", "after", "all"])
     def test_autograd_bytes(self, net, images, train_norm):
-        """The filters make one column another, and what is lean the other way: that, and nothing else."""
-        found = profile(net, images, last_n=2, radii=[2], train_norm=train_norm).autograd_bytes
+        """Columns differ by the filters alone, or by lean layers alone."""
+        costs = profile(net, images, last_n=2, radii=[2], train_norm=train_norm).autograd_bytes
         expected = {}
         for name, radius in (("exact", None), ("2x2", 2)):
             for suffix, is_lean, statistics in (("", False, "update"), (" lean", True, "frozen")):
@@ -50,8 +50,8 @@ class TestProfile:
                 gradfilter.convert(twin, radius, last_n=2, example_input=images, train_norm=train_norm, warns=False,
                                    norm_stats=statistics, lean_activations=is_lean)  # fmt: skip
                 expected[name + suffix] = saved_activation_bytes(lambda twin=twin: twin(images))
-        assert list(found) == ["exact", "exact lean", "2x2", "2x2 lean"] and found == expected
-        assert found["exact"] > found["2x2"] > found["2x2 lean"]
+        assert list(costs) == ["exact", "exact lean", "2x2", "2x2 lean"] and costs == expected
+        assert costs["exact"] > costs["2x2"] > costs["2x2 lean"]
         assert type(net.last) is nn.Conv2d and net.last.weight.requires_grad
 
     def test_trained_norms_keep_more(self, net, images):
@@ -62,24 +62,24 @@ class TestProfile:
             profile(net, images, train_norm="before")
 
     def test_shared_head(self):
-        """A layer that runs on maps of several sizes costs what it costs on each."""
+        """A layer that runs on maps of several sizes costs the sum over its calls."""
         torch.manual_seed(0)
         head = nn.Conv2d(4, 4, 3, padding=1)
         model = nn.Sequential(nn.Conv2d(3, 4, 1), head, nn.MaxPool2d(2), head)
         options = {"radii": [2, 4], "measures_memory": False, "measures_time": True}
-        found = profile(model, torch.randn(2, 3, 16, 12), last_n=1, **options)
-        (shared,) = found.layers
+        costs = profile(model, torch.randn(2, 3, 16, 12), last_n=1, **options)
+        (shared,) = costs.layers
         single = [profile(nn.Sequential(head), torch.randn(2, 4, *size), **options).layers[0]
                   for size in ((16, 12), (8, 6))]  # fmt: skip
         assert (shared.num_calls, single[0].num_calls) == (2, 1)
         for cost in ("saved_bytes", "flops"):
             for name in ("exact", "2x2", "4x4"):
-                assert getattr(shared, cost)[name] == sum(getattr(each, cost)[name] for each in single)
+                assert getattr(shared, cost)[name] == sum(getattr(layer, cost)[name] for layer in single)
         assert shared.predicted_seconds["exact"] == pytest.approx(
-            sum(each.predicted_seconds["exact"] for each in single)
+            sum(layer.predicted_seconds["exact"] for layer in single)
         )
         assert shared.input_size == (2, 4, 16, 12) and set(shared.measured_seconds) == {"exact", "2x2", "4x4"}
-        assert "1 runs 2 times; its figures are sums" in str(found)
+        assert "1 runs 2 times; its figures are sums" in str(costs)
 
     def test_measures_each_call(self, monkeypatch):
         """A later call of the first layer has a trained one before it, so it makes the gradient of its input."""
@@ -96,10 +96,10 @@ class TestProfile:
         assert calls == [(16, False), (8, True)] and layer.measured_seconds == {"exact": 24, "2x2": 24}
 
     def test_measured_time(self, net, images):
-        found = profile(net, images, last_n=2, radii=[2], measures_time=True, measures_memory=False)
-        assert all(set(layer.measured_seconds) == {"exact", "2x2"} for layer in found.layers)
-        assert "ms exact" in str(found)
-        assert all(min(layer.predicted_seconds.values()) > 0 for layer in found.layers)
+        costs = profile(net, images, last_n=2, radii=[2], measures_time=True, measures_memory=False)
+        assert all(set(layer.measured_seconds) == {"exact", "2x2"} for layer in costs.layers)
+        assert "ms exact" in str(costs)
+        assert all(min(layer.predicted_seconds.values()) > 0 for layer in costs.layers)
 
     def test_errors(self, net):
         with pytest.raises(ValueError, match=r"radii=\(\) must be one or more radii"):
@@ -151,7 +151,7 @@ class TestFit:
     ids=["fast", "slow", "noisy", "hardly"],
 )
 def test_wins_time(monkeypatch, filtered, wins):
-    """Only where most filtered steps are faster than most exact ones, which take 10 here, and by a margin."""
+    """Filtering wins if most filtered steps are faster by a margin than most exact ones, which take 10 here."""
 
     def compare(candidates, **_):
         for step in candidates.values():
@@ -195,9 +195,9 @@ class TestDiagnose:
 
     def test_converted_model(self, net, images):
         gradfilter.convert(net, {"middle": 2, "last": 4}, last_n=2, example_input=images)
-        found = diagnose(net, (images, torch.arange(4)))
-        assert [(layer.name, layer.radius) for layer in found.layers] == [("middle", (2, 2)), ("last", (4, 4))]
-        assert "weight" in str(found)
+        diagnosis = diagnose(net, (images, torch.arange(4)))
+        assert [(layer.name, layer.radius) for layer in diagnosis.layers] == [("middle", (2, 2)), ("last", (4, 4))]
+        assert "weight" in str(diagnosis)
         assert type(net.last).__name__ == "FilteredConv2d" and net.last.weight.grad is None
 
     def test_is_the_gradient_of_the_converted_model(self, net, images):
@@ -230,7 +230,7 @@ class TestSamePadding:
 
     @pytest.mark.parametrize("size", [2, 7, 16])
     def test_coverage(self, size):
-        """As a count over a map of ones that was padded says."""
+        """Coverage equals a count on a padded map of ones."""
         net, x = self.net(), torch.ones(1, 3, size, size)
         for call in trace(net, x).convolutions:
             ones = torch.ones(call.input_size)[:, :1]
@@ -245,26 +245,25 @@ class TestSamePadding:
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_converted_model(compact):
-    """The costs of a converted model are those of what it was."""
-    model, x = torchvision.models.resnet18(num_classes=5), torch.randn(1, 3, 64, 64)
-    before = profile(model, x, last_n=2, radii=[2])
-    gradfilter.convert(model, 2, last_n=2, compact=compact, example_input=x, border="plain", warns=False)
-    after = profile(model, x, last_n=2, radii=[2])
+def test_converted_model(net, images, compact):
+    """The costs of a converted model are those of the original."""
+    before = profile(net, images, last_n=2, radii=[2])
+    gradfilter.convert(net, 2, last_n=2, compact=compact, example_input=images, warns=False)
+    after = profile(net, images, last_n=2, radii=[2])
     assert (after.layers[0].saved_bytes, after.autograd_bytes) == (before.layers[0].saved_bytes, before.autograd_bytes)
 
 
 class TestStaysExact:
-    """What convert would leave exact is counted as exact, and said to be."""
+    """Layers that convert would leave exact are counted and reported as exact."""
 
     def test_small_maps(self):
         model = torchvision.models.resnet18(num_classes=5)
-        found = profile(model, torch.randn(2, 3, 32, 32), last_n=2, radii=[2])
-        for layer in found.layers:
+        costs = profile(model, torch.randn(2, 3, 32, 32), last_n=2, radii=[2], measures_memory=False)
+        for layer in costs.layers:
             assert "coverage 0.11" in layer.stays_exact
             assert (layer.flops["2x2"], layer.saved_bytes["2x2"]) == (layer.flops["exact"], layer.saved_bytes["exact"])
-        assert "layer4.1.conv2 stays exact: gradient overestimated" in str(found)
-        plan = found.fit(memory_kib=1e6)
+        assert "layer4.1.conv2 stays exact: gradient overestimated" in str(costs)
+        plan = costs.fit(memory_kib=1e6)
         report = gradfilter.convert(
             model, plan.radius, layers=plan.layers, example_input=torch.randn(2, 3, 32, 32), warns=False
         )
@@ -272,18 +271,19 @@ class TestStaysExact:
 
     def test_named_layers_are_filtered(self):
         model = torchvision.models.resnet18(num_classes=5)
-        (layer,) = profile(model, torch.randn(2, 3, 32, 32), layers=["layer4.1.conv2"], radii=[2]).layers
+        options = {"layers": ["layer4.1.conv2"], "radii": [2], "measures_memory": False}
+        (layer,) = profile(model, torch.randn(2, 3, 32, 32), **options).layers
         assert layer.stays_exact == "" and layer.flops["2x2"] < layer.flops["exact"]
 
     def test_weights_computed_anew(self):
         layers = profile(timm.create_model("resnetv2_50x1_bit"), torch.randn(1, 3, 64, 64), last_n=2, radii=[2],
                          measures_memory=False).layers  # fmt: skip
-        assert "computes its weight anew" in layers[0].stays_exact
+        assert "computes its weight at each call" in layers[0].stays_exact
 
     def test_training_mode_that_fails(self):
-        found = profile(torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), last_n=1, radii=[2])
-        assert found.autograd_bytes == {}
-        assert "training mode fails on this example: Expected more than 1 value per channel" in str(found)
+        costs = profile(torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), last_n=1, radii=[2])
+        assert costs.autograd_bytes == {}
+        assert "training mode fails on this example: Expected more than 1 value per channel" in str(costs)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="radii=2 must be one or more radii"):

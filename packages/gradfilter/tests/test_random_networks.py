@@ -1,4 +1,4 @@
-"""What holds for any small network: converting changes no value, undoing leaves no trace, a delta leads back."""
+"""Properties of any small network: convert changes no value, restore undoes it, a delta holds all changes."""
 
 import copy
 from itertools import pairwise
@@ -75,7 +75,7 @@ def images() -> Tensor:
 
 
 def outline(network: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Of each module its class, mode and own settings, and of each of its parameters whether it is trained."""
+    """Return class, mode, settings and trained parameters of every module."""
     return {
         name: (
             type(module),
@@ -97,7 +97,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 
 
 def output(network: nn.Module) -> Tensor:
-    """Of a copy in evaluation mode: as a user infers, and so that dropout and running statistics do not matter."""
+    """Return the output of a copy in evaluation mode, where dropout and batch statistics do not matter."""
     return copy.deepcopy(network).eval()(images()).detach()
 
 
@@ -133,13 +133,13 @@ class TestConvert:
         network = data.draw(networks(has_norms=True))
         options = data.draw(arguments(network))
         report = convert(network, **options, example_input=images(), warns=False)
-        found = gradients(network)
-        assert set(found) == {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-        assert all(grad.isfinite().all() for grad in found.values())
+        grads = gradients(network)
+        assert set(grads) == {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        assert all(grad.isfinite().all() for grad in grads.values())
         if options.get("border") == "covered":
             return
         for name in report.filtered:
-            if (grad := found.get(f"{name}.weight")) is not None:
+            if (grad := grads.get(f"{name}.weight")) is not None:
                 torch.testing.assert_close(grad, grad[:, :, :1, :1].expand_as(grad), rtol=0, atol=0)
 
     @few
@@ -150,7 +150,7 @@ class TestConvert:
         twin = copy.deepcopy(network)
         first, second = (data.draw(arguments(network)) for _ in range(2))
         convert(network, **first, example_input=images(), warns=False)
-        reports = [convert(each, **second, example_input=images(), warns=False) for each in (network, twin)]
+        reports = [convert(model, **second, example_input=images(), warns=False) for model in (network, twin)]
         assert reports[0] == reports[1] and outline(network) == outline(twin)
         ours, expected = gradients(network), gradients(twin)
         assert ours.keys() == expected.keys()
@@ -172,8 +172,9 @@ class TestRestore:
             restore(network)
             assert outline(network) == before
             assert {name: set(vars(module)) for name, module in network.named_modules()} == attributes
-            found = dict(network.named_parameters())
-            assert found.keys() == parameters.keys() and all(found[name] is parameters[name] for name in found)
+            restored = dict(network.named_parameters())
+            assert restored.keys() == parameters.keys()
+            assert all(restored[name] is parameters[name] for name in restored)
             torch.testing.assert_close(output(network), expected, rtol=0, atol=0)
 
     @few
@@ -183,7 +184,7 @@ class TestRestore:
         network = data.draw(networks(has_norms=True))
         before = list(network.parameters())
         convert(network, **data.draw(arguments(network)), example_input=images(), warns=False)
-        assert [each for each in network.parameters() if any(each is one for one in before)] == before
+        assert [new for new in network.parameters() if any(new is old for old in before)] == before
         for module in network.modules():
             if isinstance(module, CompactConv2d):
                 assert list(module._parameters) == ["base", "scale", "offset", "bias"]
@@ -219,13 +220,13 @@ class TestDelta:
         is_compact = any(isinstance(module, CompactConv2d) for module in network.modules())
         restore(network)
         tuned = network.state_dict()
-        for found in (delta, compute_delta(base, tuned)):
-            ours = apply_delta(base, found)
+        for changes in (delta, compute_delta(base, tuned)):
+            ours = apply_delta(base, changes)
             assert ours.keys() == base.keys()
             for key, value in tuned.items():
                 assert ours[key].dtype == value.dtype
                 torch.testing.assert_close(ours[key], value, msg=key)
-        # all but composed kernels stands in the delta as it is
+        # only composed kernels are rounded
         if not is_compact:
             assert all(torch.equal(apply_delta(base, delta)[key], value) for key, value in tuned.items())
 

@@ -1,4 +1,4 @@
-"""What the table of small maps rests on: taps that read padding, counted as pixels or not."""
+"""Borders of small maps, where taps read padding, and the tables of digits."""
 
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from gradfilter.diagnosis import diagnose
 from gradfilter.digits import compare_gradients, digits, evaluate, train
 from gradfilter.models import TinyConv
 from gradfilter.recipes import RECIPES, FilterRecipe
+from visionkernels.tables import SAMPLES
 from visionkernels.weights import open_trained
 
 # side of a map: share of outputs, along one axis, for which the three taps of a kernel padded by 1 read the map
@@ -31,17 +32,17 @@ class TestDiagnoseBorders:
         """Each tap's exact gradient goes with its share: covered is exact, plain too large by a known factor."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Flatten())
         x, target = torch.randn(2, 3, 1, 1).expand(2, 3, side, side), torch.randn(2, 4, 1, 1).expand(2, 4, side, side)
-        found = {
+        layers = {
             border: diagnose(
                 model, (x, target.flatten(1)), lambda out, target: (out * target).sum(), layers=["0"], border=border
             ).layers[0]
             for border in ("plain", "covered")
         }
-        assert found["covered"].weight_error == pytest.approx(0, abs=1e-6)
+        assert layers["covered"].weight_error == pytest.approx(0, abs=1e-6)
         shares = torch.tensor(SHARES[side])
         mean, square = float(shares.mean()) ** 2, float(shares.square().mean())
-        assert found["plain"].weight_cosine == pytest.approx(mean / square, abs=1e-6)
-        assert found["plain"].weight_norm_ratio == pytest.approx(1 / square, abs=1e-6)
+        assert layers["plain"].weight_cosine == pytest.approx(mean / square, abs=1e-6)
+        assert layers["plain"].weight_norm_ratio == pytest.approx(1 / square, abs=1e-6)
 
     @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 3, "padding": 3}, {"groups": 4}])
     def test_bound_holds(self, options):
@@ -91,6 +92,12 @@ class TestBorderTable:
         model = open_trained(tmp_path / "weights.safetensors").model
         assert evaluate(model, digits("test"))["top1"] == pytest.approx(metrics["top1"])
         assert model.reduction == 3
+
+    def test_quick_cells_train_one_seed(self):
+        """Without --full digits are measured on seed 0 alone."""
+        quick = [cell for table in tables.tables() for cell in table.cells if cell.needs == (SAMPLES,)]
+        assert [cell.row for cell in quick if "top-1" in cell.column] == [f"last 4: {x}" for x in tables._ONE_SEED]
+        assert {cell.measure.func.__name__ for cell in quick} == {"_of_seed_0"}
 
     def test_errors(self):
         with pytest.raises(ValueError, match="border='zeros' must be one of 'plain', 'covered'"):

@@ -1,4 +1,4 @@
-"""Tracing: which convolutions run, in which order and how often, without a trace of it in the model."""
+"""Tracing: which convolutions run, in which order and how often; the model does not change."""
 
 import copy
 from functools import partial
@@ -14,12 +14,12 @@ from gradfilter.trace import trace
 
 class TestTrace:
     def test_order(self, net, images):
-        found = trace(net, images)
-        assert [call.name for call in found.convolutions] == ["stem", "depthwise", "middle", "last"]
-        assert found.convolutions[2].input_size == (4, 8, 16, 12)
-        assert found.convolutions[2].output_size == (4, 12, 8, 6)
-        assert found.order.count("relu") == 2
-        assert found.functions == ["the model: relu"]
+        traced = trace(net, images)
+        assert [call.name for call in traced.convolutions] == ["stem", "depthwise", "middle", "last"]
+        assert traced.convolutions[2].input_size == (4, 8, 16, 12)
+        assert traced.convolutions[2].output_size == (4, 12, 8, 6)
+        assert traced.order.count("relu") == 2
+        assert traced.functions == ["the model: relu"]
 
     def test_default_input(self, net):
         assert trace(net).convolutions[0].input_size == (1, 3, 224, 224)
@@ -52,14 +52,14 @@ class TestTrace:
     def test_shared_convolution(self):
         """Each call of a layer, on maps of two sizes; among the convolutions it stands once."""
         shared = nn.Conv2d(3, 3, 3, padding=1)
-        found = trace(nn.Sequential(shared, nn.MaxPool2d(2), shared, nn.Conv2d(3, 4, 1)), torch.empty(2, 3, 8, 6))
-        assert [(call.name, call.input_size) for call in found.calls] == [
+        traced = trace(nn.Sequential(shared, nn.MaxPool2d(2), shared, nn.Conv2d(3, 4, 1)), torch.empty(2, 3, 8, 6))
+        assert [(call.name, call.input_size) for call in traced.calls] == [
             ("0", (2, 3, 8, 6)), ("0", (2, 3, 4, 3)), ("3", (2, 3, 4, 3)),
         ]  # fmt: skip
-        assert found.convolutions == [found.calls[0], found.calls[2]]
+        assert traced.convolutions == [traced.calls[0], traced.calls[2]]
 
     def test_hooks_do_not_run(self, net, images):
-        """Of those who watch the model: it stays as it was, hooks included."""
+        """Forward hooks do not see the trace, and the model keeps them."""
         calls, handed = [], {}
         net.stem.register_forward_hook(lambda *_: calls.append("forward"))
         net.last.register_forward_hook(partial(lambda name, *_: calls.append(name), "last"), always_call=True)
@@ -78,18 +78,18 @@ class TestTrace:
     def test_features_by_hooks(self):
         """timm gathers maps by methods as hooks, without which the model returns nothing."""
         net = timm.create_model("resnet18", features_only=True, feature_cls="hook", out_indices=(1, 2))
-        found = []
-        model = nn.Sequential(net, _Note(found))
+        counts = []
+        model = nn.Sequential(net, _Note(counts))
         trace(model, torch.empty(1, 3, 32, 32))
-        assert found == [2]
+        assert counts == [2]
 
 
 class _Note(nn.Module):
     """Notes how many maps come, in a list that copies share."""
 
-    def __init__(self, found: list[int]) -> None:
+    def __init__(self, counts: list[int]) -> None:
         super().__init__()
-        self.append = found.append
+        self.append = counts.append
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         self.append(len(maps))

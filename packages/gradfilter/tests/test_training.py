@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def classifier_recipe(**changes) -> ClassificationRecipe:
-    """The smallest network of timm on pictures of 128 pixels, so that no map is so small that it stays exact."""
+    """Return a recipe for timm's smallest network, on 128 pixels, so that no map is too small to filter."""
     recipe = RECIPES["resnet18_in1k_last4_r2"]
     fit = replace(recipe.fit, epochs=4, batch_size=16, num_workers=0)
     pictures = PictureRecipe(size=128, resize=128, interpolation="bilinear")
@@ -33,11 +33,11 @@ def classifier_recipe(**changes) -> ClassificationRecipe:
 
 
 def segmenter_recipe(label: str = "r2", **changes) -> SegmentationRecipe:
-    """A few updates on crops of 128 pixels, under torchvision's head."""
+    """Return a recipe of a few updates on crops of 128 pixels, with the smallest encoder and torchvision's head."""
     recipe = RECIPES[f"pspnet_resnet18_shapes_last5_{label}"]
     scenes = {name: replace(getattr(recipe, name), crop=128, stride=64) for name in ("scene", "pretraining_scene")}
     fit = replace(recipe.fit, updates=2, batch_size=2)
-    return replace(recipe, head="fcn", fit=fit, pretraining=fit, **scenes, **changes)
+    return replace(recipe, head="fcn", encoder="test_resnet", fit=fit, pretraining=fit, **scenes, **changes)
 
 
 @pytest.fixture(scope="module")
