@@ -1,4 +1,4 @@
-"""What the tests share: seeds, one thread, no network, small volumes, and a small file of each kind."""
+"""Shared fixtures: seeds, one thread, no network, small volumes, and a small file of each kind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +24,11 @@ EXAMPLES = (
 
 @pytest.fixture(scope="session")
 def wavy() -> Wavy:
-    """Waves around 100 with an amplitude of 40, and some noise: `wavy(shape, dtype, noise=3)`."""
+    """Return a function `wavy(shape, dtype, noise=3)` of waves around 100 with an amplitude of 40, and noise."""
 
     def make(shape: tuple[int, ...], dtype: str = "uint8", noise: float = 3) -> np.ndarray:
         grid = np.meshgrid(*(np.linspace(0, 3, size) for size in shape), indexing="ij")
-        waves = np.sin(sum((axis + 1) * each for axis, each in enumerate(grid)))
+        waves = np.sin(sum((axis + 1) * item for axis, item in enumerate(grid)))
         return (waves * 40 + 100 + np.random.default_rng(0).normal(size=shape) * noise).astype(dtype)
 
     return make
@@ -43,7 +43,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def examples(wavy: Wavy) -> dict[str, tinc.TincFile]:
-    """A small file of every kind."""
+    """Return a small file of every kind, by name."""
     make, draw = tinc.compress, np.random.default_rng(0)
     masked, half = wavy((6, 12, 10)), wavy((3, 34, 4))
     masked[:, :4] = masked[:3, :6] = 0
@@ -85,11 +85,11 @@ def examples(wavy: Wavy) -> dict[str, tinc.TincFile]:
 
 @pytest.fixture(params=EXAMPLES)
 def example(request: pytest.FixtureRequest, examples: dict[str, tinc.TincFile]) -> tinc.TincFile:
-    """Each of `examples`."""
+    """Return every file of `examples`, one a test."""
     return examples[request.param]
 
 
 @pytest.fixture(scope="session")
 def decoder() -> ModuleType:
-    """The second decoder."""
+    """Return the second decoder."""
     return load_module(Path(__file__).with_name("decoder.py"))

@@ -19,7 +19,7 @@ Index = tuple[int, ...]
 
 
 class Reader:
-    """The header's numbers, in order."""
+    """Reads the numbers of the header in order."""
 
     def __init__(self, content: bytes) -> None:
         self.content, self.place = content, 0
@@ -53,7 +53,7 @@ class Reader:
 
 @dataclass
 class Header:
-    """What a file says of itself."""
+    """The fields of the header, and the streams."""
 
     dtype: str = ""
     shape: Index = ()
@@ -76,7 +76,7 @@ class Header:
 
 
 def read_header(content: bytes) -> Header:
-    """Return all fields and streams."""
+    """Return the fields of the header and the streams."""
     magic, version, flags, length, checksum = struct.unpack("<4sHHQI", content[:20])
     assert (magic, version, length) == (b"TINC", 1, len(content)) and flags in (0, 1)
     prefix = Reader(content[20:])
@@ -146,7 +146,7 @@ def read_tree_shape(read: Reader, axes: int) -> dict[str, Any]:
         splits.append(read.numbers(axes))
         widths.append(read.bytes())
     widths[0] = read.bytes()
-    levels = [level for level, each in enumerate(widths) for _ in each]
+    levels = [level for level, level_widths in enumerate(widths) for _ in level_widths]
     fixed, spreads = (read.take(2 * len(levels)) for _ in range(2))
     base = read.signed()
     leaves = math.prod(math.prod(split) for split in splits)
@@ -196,17 +196,17 @@ class Bits:
 
 
 class Adaptive:
-    """A set of contexts, named by anything; `guess` gives the first probability of each."""
+    """Contexts with any hashable names; `guess` returns their initial probabilities."""
 
     def __init__(self, bits: Bits, guess: Any) -> None:
         self.bits, self.guess, self.coded = bits, guess, 0
         self.counts: dict[Any, list[int]] = {}
 
     def read(self, contexts: Sequence[Any]) -> list[int]:
-        found: list[int] = []
-        while len(found) < len(contexts):
+        bits: list[int] = []
+        while len(bits) < len(contexts):
             size = min(max(self.coded >> 3, 16), 4096)
-            portion = contexts[len(found) : len(found) + size]
+            portion = contexts[len(bits) : len(bits) + size]
             probabilities = {context: self.probability(context) for context in portion}
             read = [self.bits.bit(probabilities[context]) for context in portion]
             for context, bit in zip(portion, read, strict=True):
@@ -215,8 +215,8 @@ class Adaptive:
                 while sum(self.counts[context]) > 9600:
                     self.counts[context] = [max(count >> 1, 1) for count in self.counts[context]]
             self.coded += len(portion)
-            found += read
-        return found
+            bits += read
+        return bits
 
     def probability(self, context: Any) -> int:
         if context not in self.counts:
@@ -261,17 +261,17 @@ def read_integers(bits: Bits, shape: Index) -> np.ndarray:
             left = [i for i, bit in zip(left, going, strict=True) if bit]
             for i in left:
                 lengths[i] = length + 1
-        found = [int(length > 0) for length in lengths]
+        values = [int(length > 0) for length in lengths]
         for place in (0, 1):
             chosen = [i for i, length in enumerate(lengths) if length > place + 1]
-            read = top.read([(lengths[i], place, found[i] - (1 << place)) for i in chosen])
+            read = top.read([(lengths[i], place, values[i] - (1 << place)) for i in chosen])
             for i, bit in zip(chosen, read, strict=True):
-                found[i] = 2 * found[i] + bit
+                values[i] = 2 * values[i] + bit
         widths = [max(length - 3, 0) for length in lengths]
         low = bits.raw(widths)
-        found = [(high << width) + rest for high, width, rest in zip(found, widths, low, strict=True)]
-        signs = iter(bits.raw([1] * sum(value > 0 for value in found)))
-        return [-value if value and next(signs) else value for value in found]
+        values = [(high << width) + rest for high, width, rest in zip(values, widths, low, strict=True)]
+        signs = iter(bits.raw([1] * sum(value > 0 for value in values)))
+        return [-value if value and next(signs) else value for value in values]
 
     first = (0,) * len(shape)
     values[first], missing[first] = rests([0])[0], 0
@@ -285,7 +285,7 @@ def read_integers(bits: Bits, shape: Index) -> np.ndarray:
             if right in values:
                 guess = (values[left] + values[right]) >> 1
                 around = abs(values[right] - values[left]) + missing[left] + missing[right]
-            if is_cubic and all(each in values for each in (right, far_left, far_right)):
+            if is_cubic and all(place in values for place in (right, far_left, far_right)):
                 guess = (9 * (values[left] + values[right]) - values[far_left] - values[far_right] + 8) >> 4
             guesses.append(guess)
             activity.append(min(around.bit_length(), 41))
@@ -305,7 +305,7 @@ def read_mask(bits: Bits, shape: Index) -> np.ndarray:
     mask[(0,) * len(shape)] = bits.raw([1])[0]
     for axis, step, places in passes(shape):
         # distance of known places along each axis
-        grid = [step if each < axis else 2 * step for each in range(len(shape))]
+        grid = [step if other < axis else 2 * step for other in range(len(shape))]
 
         def known(place: Index, *moves: tuple[int, int], grid: list[int] = grid) -> int:
             for along, by in moves:
@@ -339,7 +339,7 @@ while len(THRESHOLDS) < 23:
 
 
 def read_levels(bits: Bits, grid: Index, block: Index) -> dict[tuple[Index, Index], int]:
-    """Return the level of each (block, frequency) of a tile."""
+    """Return the levels of a tile by (block, frequency)."""
     axes = len(grid)
 
     def first(share: float) -> Any:
@@ -363,19 +363,19 @@ def read_levels(bits: Bits, grid: Index, block: Index) -> dict[tuple[Index, Inde
 
     def context(place: Index, frequency: Index) -> tuple[int, int]:
         beside = [moved(place, axis, by) for axis in range(axes) for by in (-1, 1)]
-        beside = [each for each in beside if all(0 <= at < n for at, n in zip(each, grid, strict=True))]
+        beside = [other for other in beside if all(0 <= at < n for at, n in zip(other, grid, strict=True))]
         near, far = lower(place, frequency, 1), lower(place, frequency, 2)
-        below = sum(lower(each, frequency, 1) for each in beside)
+        below = sum(lower(other, frequency, 1) for other in beside)
         a, c = 256 // max(sum(f > 0 for f in frequency), 1), 256 // max(len(beside), 1)
         if sum(place) % 2:
-            same = sum(seen(each, frequency) for each in beside)
+            same = sum(seen(other, frequency) for other in beside)
             expected = (100 * near + 26 * far + (26 * below * c >> 8)) * a + 104 * same * c
         else:
             expected = (128 * near + 52 * far + (76 * below * c >> 8)) * a
         radius = sum((16 * f // b) ** 2 for f, b in zip(frequency, block, strict=True))
         return (
-            sum(each <= expected >> 8 for each in THRESHOLDS),
-            sum(each <= radius for each in (1, 3, 8, 20, 48, 110, 260)),
+            sum(bound <= expected >> 8 for bound in THRESHOLDS),
+            sum(bound <= radius for bound in (1, 3, 8, 20, 48, 110, 260)),
         )
 
     blocks = list(product(*map(range, grid)))
@@ -384,7 +384,7 @@ def read_levels(bits: Bits, grid: Index, block: Index) -> dict[tuple[Index, Inde
         wave = [(g, f) for f in frequencies if sum(f) == total for g in blocks if sum(g) % 2 == odd]
         if not wave:
             continue
-        contexts = [context(*each) for each in wave]
+        contexts = [context(*coefficient) for coefficient in wave]
         chosen = [i for i, bit in enumerate(nonzero.read(contexts)) if bit]
         signs = bits.raw([1] * len(chosen))
         magnitudes = dict.fromkeys(chosen, 1)
@@ -410,24 +410,24 @@ def read_levels(bits: Bits, grid: Index, block: Index) -> dict[tuple[Index, Inde
 
 
 def rounded(value: float) -> int:
-    """Round what a mathematics library gives; a value next to a tie could differ elsewhere."""
+    """Round a result of the mathematics library; values next to a tie may differ between machines."""
     assert abs(value - math.floor(value) - 0.5) > 1e-7, value
     return round(value)
 
 
 @cache
 def basis(size: int, step: int) -> np.ndarray:
-    """b[k, n] for `size` places, of `step` voxels each."""
-    found = np.zeros((size, size), dtype=np.int64)
+    """Return the basis b[k, n] of `size` places of `step` voxels."""
+    basis = np.zeros((size, size), dtype=np.int64)
     for k, n in product(range(size), range(size)):
         gain, x = math.sqrt((2 if k else 1) / size / step), math.pi * k / (2 * size * step)
         gain *= math.sin(step * x) / (step * math.sin(x)) if k else 1
-        found[k, n] = rounded(2**14 * gain * math.cos(math.pi * (2 * n + 1) * k / (2 * size)))
-    return found
+        basis[k, n] = rounded(2**14 * gain * math.cos(math.pi * (2 * n + 1) * k / (2 * size)))
+    return basis
 
 
 def decode_residual(head: Header, streams: list[bytes], tree: np.ndarray, steps: Index) -> np.ndarray:
-    """Return tree + residual layer, with the background, in cells."""
+    """Return the sum of tree and residual layer in cells, with the background."""
     assert head.residual is not None
     result, layer = tree, head.residual
     block, tile, exponent = layer["block"], layer["tile"], layer["exponent"]
@@ -472,11 +472,11 @@ def decode_residual(head: Header, streams: list[bytes], tree: np.ndarray, steps:
 
 
 def decode_tree(head: Header, stream: bytes, steps: Index) -> np.ndarray:
-    """Return the tree's values [C, ...] in cells of `steps` voxels."""
+    """Return the values of the tree [C, ...] in cells of `steps` voxels."""
     tree = head.tree
     assert tree is not None
     axes, splits, active = len(head.shape), tree["splits"], tree["active"]
-    # nodes of a level are numbered so that the children of one follow each other; places are in the grid of the level
+    # the children of a node have successive numbers in their level; places are in the grid of the level
     places: list[list[Index]] = [[(0,) * axes]]
     for split in splits[1:]:
         children = list(product(*map(range, split)))
@@ -599,7 +599,7 @@ def order_of_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def decode(content: bytes, level: int = 0) -> np.ndarray:
-    """Return the samples of a file, at full size or in cells of 2**level voxels an axis."""
+    """Return the samples of a file, in cells of 2**level voxels along each axis."""
     head = read_header(content)
     streams = head.streams
     ones = (1,) * len(head.shape)

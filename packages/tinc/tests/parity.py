@@ -1,4 +1,4 @@
-"""Runs the golden cases of the official TINC through this package's public API."""
+"""Runs the golden cases of the official TINC through the public API of this package."""
 
 import hashlib
 import math
@@ -44,14 +44,14 @@ def _run(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
     unread = [name for name in case["tensors"] if name.removeprefix(f"{case['name']}.") not in stored]
     if unread:
         return [f"{case['name']}: {', '.join(unread)} not stored"]
-    return [f"{case['name']}.{each}" for each in _KINDS[case["kind"]](case, stored, places)]
+    return [f"{case['name']}.{entry}" for entry in _KINDS[case["kind"]](case, stored, places)]
 
 
 def _volume(spec: Mapping[str, Any] | str, places: Sequence[Path]) -> np.ndarray:
-    """Return the generated volume, or that of a file by its name."""
+    """Return a generated volume, or the volume of a file by its name."""
     if isinstance(spec, str):
         paths = [place / Path(spec).name for place in places]
-        path = next((each for each in paths if each.is_file()), None)
+        path = next((entry for entry in paths if entry.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{Path(spec).name} is in none of {', '.join(map(str, places))}")
         return read_volume(path)
@@ -99,7 +99,7 @@ class _Tree:
 
 
 def _build(case: Case, places: Sequence[Path]) -> _Tree:
-    """Return the tree that the case's volume gets, with the recipe's weights."""
+    """Return the tree for the volume of the case, with the weights of the recipe."""
     recipe = _recipe(case["config"], case["name"])
     volume = _volume(case["volume"], places)
     normalised, side_info = normalise(volume, scale_min=recipe.normal_min, scale_max=recipe.normal_max)
@@ -130,19 +130,19 @@ def _flat(case: Case, stored: Stored, name: str, value: Tensor, rtol: float, ato
         return [f"{name}: {len(ours[::stride])} numbers instead of {len(theirs)}"]
     excess = np.abs(ours[::stride] - theirs) - atol - rtol * np.abs(theirs)
     # written so that a NaN on either side is a mismatch
-    found = [] if (excess <= 0).all() else [f"{name}: beyond the tolerance by {np.nanmax(excess):.3g}"]
+    mismatches = [] if (excess <= 0).all() else [f"{name}: beyond the tolerance by {np.nanmax(excess):.3g}"]
     facts = case.get("stats", {}).get(name)
     if facts:
         if math.prod(facts["shape"]) != len(ours):
-            found.append(f"{name}: {len(ours)} numbers instead of {facts['shape']}")
+            mismatches.append(f"{name}: {len(ours)} numbers instead of {facts['shape']}")
         allowed = atol + rtol * facts["absmax"]
         own = {"mean": ours.mean(), "std": ours.std(), "absmax": np.abs(ours).max()}
-        found += [
+        mismatches += [
             f"{name}: {figure} {number:.7g} instead of {facts[figure]:.7g}"
             for figure, number in own.items()
             if not abs(number - facts[figure]) <= allowed
         ]
-    return found
+    return mismatches
 
 
 def _equal(name: str, ours: Any, theirs: Any) -> list[str]:
@@ -162,12 +162,12 @@ def _seeds(text: str) -> list[int]:
 
 
 def _hidden_width(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
-    found = []
+    mismatches = []
     for row, (budget, layers, inputs, output, hidden, output_width) in enumerate(stored["table"].tolist()):
         known = None if output == -1 else int(output)
         ours = hidden_width(budget, layers=int(layers), input=int(inputs), output=known)
-        found += _equal(f"row {row}", (ours, known or ours), (int(hidden), int(output_width)))
-    return found
+        mismatches += _equal(f"row {row}", (ours, known or ours), (int(hidden), int(output_width)))
+    return mismatches
 
 
 def _allocation(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -178,11 +178,13 @@ def _dims(case: Case, model: OctreeMLP) -> list[str]:
     plan = model.plan
     own = {node.name: list(node.dims) for node in plan.nodes}
     listed = case["node_dims_input_hidden_output_layers"]
-    found = [each for name, dims in listed.items() for each in _equal(name, own.get(name), dims)]
+    mismatches = [entry for name, dims in listed.items() for entry in _equal(name, own.get(name), dims)]
     order = [name for name in own if name in listed]
-    found += _equal("order of nodes", order, list(listed))
-    found += _equal("params_total", plan.num_parameters, case["params_total"])
-    return found + _close("ratio", case["origin_bytes"] / (4 * plan.num_parameters), case["ratio_theory"], rtol=1e-12)
+    mismatches += _equal("order of nodes", order, list(listed))
+    mismatches += _equal("params_total", plan.num_parameters, case["params_total"])
+    return mismatches + _close(
+        "ratio", case["origin_bytes"] / (4 * plan.num_parameters), case["ratio_theory"], rtol=1e-12
+    )
 
 
 def _tree(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -190,40 +192,40 @@ def _tree(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
     model, plan, side = tree.model, tree.model.plan, tree.side_info
     leaves = [node.name for node in plan.on_level(plan.num_levels - 1)]
     own = {name: getattr(side, name) for name in case["side_info"]}
-    found = _dims(case, model) + _equal("leaf_order", leaves, case["leaf_order"])
-    found += _equal("side_info", own, case["side_info"])
-    found += _statistics(case, tree)
+    mismatches = _dims(case, model) + _equal("leaf_order", leaves, case["leaf_order"])
+    mismatches += _equal("side_info", own, case["side_info"])
+    mismatches += _statistics(case, tree)
     features = model.features()
     for level in range(plan.num_levels - 1):
-        joined = torch.cat([each.flatten() for each in features[level]])
-        found += _flat(case, stored, f"feat_level{level}", joined, 1e-4, 2e-4)
+        joined = torch.cat([entry.flatten() for entry in features[level]])
+        mismatches += _flat(case, stored, f"feat_level{level}", joined, 1e-4, 2e-4)
     raw = model()
-    found += _flat(case, stored, "leaf_raw", raw, 1e-4, 2e-4)
-    found += _predict(case, stored, decode(model, side))
-    return found + _gradients(case, stored, tree)
+    mismatches += _flat(case, stored, "leaf_raw", raw, 1e-4, 2e-4)
+    mismatches += _predict(case, stored, decode(model, side))
+    return mismatches + _gradients(case, stored, tree)
 
 
 def _statistics(case: Case, tree: _Tree) -> list[str]:
     measured = statistics(tree.normalised, tree.model.plan.num_levels)
-    found = []
+    mismatches = []
     for name in ("aoi", "var"):
         for node, theirs in zip(tree.model.plan.nodes, case[name], strict=False):
             ours = float(getattr(measured[node.level], name)[node.index])
-            # counts are exact, variances were summed in float32
-            found += _close(f"{name} of {node.name}", ours, theirs, rtol=0.0 if name == "aoi" else 1e-4)
-    return found
+            # counts are exact, but variances were summed in float32
+            mismatches += _close(f"{name} of {node.name}", ours, theirs, rtol=0.0 if name == "aoi" else 1e-4)
+    return mismatches
 
 
 def _predict(case: Case, stored: Stored, volume: np.ndarray) -> list[str]:
-    found = _equal("predict_dtype", volume.dtype.name, case["predict_dtype"])
-    found += _equal("predict shape", list(volume.shape), case["stats"]["predict"]["shape"])
+    mismatches = _equal("predict_dtype", volume.dtype.name, case["predict_dtype"])
+    mismatches += _equal("predict shape", list(volume.shape), case["stats"]["predict"]["shape"])
     ours, theirs = volume.flatten()[:: case["stride"]["predict"]].astype(np.int64), stored["predict"].astype(np.int64)
     if ours.shape != theirs.shape:
-        return [*found, f"predict: {len(ours)} numbers instead of {len(theirs)}"]
+        return [*mismatches, f"predict: {len(ours)} numbers instead of {len(theirs)}"]
     apart = np.abs(ours - theirs)
     if apart.max() > 1 or (apart > 0).mean() >= 0.02:
-        found.append(f"predict: up to {apart.max()} counts apart, {(apart > 0).mean():.2%} of the voxels differ")
-    return found
+        mismatches.append(f"predict: up to {apart.max()} counts apart, {(apart > 0).mean():.2%} of the voxels differ")
+    return mismatches
 
 
 def _gradients(case: Case, stored: Stored, tree: _Tree) -> list[str]:
@@ -233,19 +235,19 @@ def _gradients(case: Case, stored: Stored, tree: _Tree) -> list[str]:
     points = torch.from_numpy(np.random.RandomState(seed).randint(0, population, size=size))
     loss = procedure.weighted_loss(tree.model(points), tree.target[:, points], tree.recipe.weight)
     loss.backward()
-    gradient = torch.cat([each.flatten() for _, each in tree.model.node_gradients()])
+    gradient = torch.cat([entry.flatten() for _, entry in tree.model.node_gradients()])
     largest = case["stats"]["grad"]["absmax"]
-    found = _close("loss", loss.item(), case["loss"], rtol=1e-4)
-    return found + _flat(case, stored, "grad", gradient, 1e-3, 1e-3 * largest)
+    mismatches = _close("loss", loss.item(), case["loss"], rtol=1e-4)
+    return mismatches + _flat(case, stored, "grad", gradient, 1e-3, 1e-3 * largest)
 
 
 def _coords(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
-    found = []
+    mismatches = []
     for shape in case["shapes"]:
         name = "x".join(map(str, shape))
         grid = coordinate_grid(shape)
-        found += compare_array(name, grid, stored[name], shape=[math.prod(shape), 3], tolerance=1e-6)
-    return found
+        mismatches += compare_array(name, grid, stored[name], shape=[math.prod(shape), 3], tolerance=1e-6)
+    return mismatches
 
 
 def _norm(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -256,30 +258,30 @@ def _norm(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
     random = np.random.RandomState(seed).random_sample(volume.shape)
     prediction = (random * 1.4 * (high - low) + low - 0.2 * (high - low)).astype(np.float32)
     inverse = denormalise(prediction, side)
-    found = _equal("side_info", {name: getattr(side, name) for name in case["side_info"]}, case["side_info"])
-    found += compare_array(
+    mismatches = _equal("side_info", {name: getattr(side, name) for name in case["side_info"]}, case["side_info"])
+    mismatches += compare_array(
         "normalized", torch.from_numpy(normalised), stored["normalized"], shape=volume.shape, tolerance=1e-5
     )
-    found += _equal("inverse dtype", inverse.dtype, stored["inverse"].dtype)
+    mismatches += _equal("inverse dtype", inverse.dtype, stored["inverse"].dtype)
     ours = torch.from_numpy(inverse.astype(np.float64))
-    return found + compare_array("inverse", ours, stored["inverse"], shape=volume.shape, tolerance=0.0)
+    return mismatches + compare_array("inverse", ours, stored["inverse"], shape=volume.shape, tolerance=0.0)
 
 
 def _mlp(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
-    found = []
-    for number, each in enumerate(case["cases"]):
-        dims = Dims(each["input"], each["hidden"], each["output"], each["layer"])
-        stack = SegmentStack(dims, 1, activation=each["act"], w0=each["w0"], activates_output=each["output_act"])
+    mismatches = []
+    for number, entry in enumerate(case["cases"]):
+        dims = Dims(entry["input"], entry["hidden"], entry["output"], entry["layer"])
+        stack = SegmentStack(dims, 1, activation=entry["act"], w0=entry["w0"], activates_output=entry["output_act"])
         with torch.no_grad():
             for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
-                prefix = f"{each['key_prefix']}{layer}"
+                prefix = f"{entry['key_prefix']}{layer}"
                 weight.copy_(_weights(f"{prefix}-W", tuple(weight.shape[1:]), 1 / 30, 0.0))
                 bias[0, :, 0] = _weights(f"{prefix}-B", (bias.shape[1],), 1 / 30, 0.0)
         expected = stored[str(number)]
-        random = np.random.RandomState(each["input_seed"]).random_sample((len(expected), each["input"]))
+        random = np.random.RandomState(entry["input_seed"]).random_sample((len(expected), entry["input"]))
         x = torch.from_numpy((random * 2 - 1).astype(np.float32))
-        found += _flat(case, stored, str(number), stack(x.T[None])[0].T, 1e-5, 1e-5)
-    return found
+        mismatches += _flat(case, stored, str(number), stack(x.T[None])[0].T, 1e-5, 1e-5)
+    return mismatches
 
 
 def _train(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -289,7 +291,9 @@ def _train(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
     points_per_leaf = procedure.points_per_leaf(
         tree.recipe.batch_size, tree.model.plan.num_levels, population=population
     )
-    found = _equal("pop", population, case["pop"]) + _equal("batch_per_leaf", points_per_leaf, case["batch_per_leaf"])
+    mismatches = _equal("pop", population, case["pop"]) + _equal(
+        "batch_per_leaf", points_per_leaf, case["batch_per_leaf"]
+    )
     optimizer = procedure.create_optimizer(tree.model.parameters(), tree.recipe)
     scheduler = procedure.create_scheduler(optimizer, tree.recipe)
     losses, rates = [], []
@@ -303,33 +307,33 @@ def _train(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-    weights = torch.cat([each.detach().flatten() for _, each in tree.model.node_parameters()])
-    found += _flat(case, stored, "loss", torch.tensor(losses, dtype=torch.float64), 2e-3)
-    found += _flat(case, stored, "lr", torch.tensor(rates, dtype=torch.float64), 1e-6)
-    return found + _flat(case, stored, "weights", weights, 0.0, 2e-3)
+    weights = torch.cat([entry.detach().flatten() for _, entry in tree.model.node_parameters()])
+    mismatches += _flat(case, stored, "loss", torch.tensor(losses, dtype=torch.float64), 2e-3)
+    mismatches += _flat(case, stored, "lr", torch.tensor(rates, dtype=torch.float64), 1e-6)
+    return mismatches + _flat(case, stored, "weights", weights, 0.0, 2e-3)
 
 
 def _metrics(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
-    found = []
-    for number, each in enumerate(case["cases"]):
-        spec = each["volume"]
+    mismatches = []
+    for number, entry in enumerate(case["cases"]):
+        spec = entry["volume"]
         volume = _volume(spec, places)
-        if each["divide_by_100"]:
+        if entry["divide_by_100"]:
             volume = volume // 100
-        noise = each["noise"] * np.random.RandomState(spec["seed"] + 1000).standard_normal(volume.shape)
+        noise = entry["noise"] * np.random.RandomState(spec["seed"] + 1000).standard_normal(volume.shape)
         largest = np.iinfo(volume.dtype).max
         decoded = np.clip(np.floor(volume + noise), 0, largest).astype(volume.dtype)
         place = f"cases[{number}]"
-        found += _close(f"{place}.psnr", metrics.psnr(volume, decoded), each["psnr"], atol=2e-3)
-        found += _close(f"{place}.ssim", metrics.ssim(volume, decoded, channel_axis=-1), each["ssim"], atol=1e-5)
-        for name in (key for key in each if re.fullmatch(r"acc\d+", key)):
+        mismatches += _close(f"{place}.psnr", metrics.psnr(volume, decoded), entry["psnr"], atol=2e-3)
+        mismatches += _close(f"{place}.ssim", metrics.ssim(volume, decoded, channel_axis=-1), entry["ssim"], atol=1e-5)
+        for name in (key for key in entry if re.fullmatch(r"acc\d+", key)):
             ours = metrics.accuracy(volume, decoded, threshold=int(name[3:]))
-            found += _close(f"{place}.{name}", ours, each[name], atol=1e-6)
-        for threshold, theirs in each["iou_acc_precision_at"].items():
+            mismatches += _close(f"{place}.{name}", ours, entry[name], atol=1e-6)
+        for threshold, theirs in entry["iou_acc_precision_at"].items():
             for figure, value in zip((metrics.iou, metrics.accuracy, metrics.precision), theirs, strict=True):
                 ours = figure(volume, decoded, threshold=float(threshold))
-                found += _close(f"{place}.{figure.__name__} at {threshold}", ours, value, atol=1e-6)
-    return found
+                mismatches += _close(f"{place}.{figure.__name__} at {threshold}", ours, value, atol=1e-6)
+    return mismatches
 
 
 def _ssim_msssim(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -337,23 +341,23 @@ def _ssim_msssim(case: Case, stored: Stored, places: Sequence[Path]) -> list[str
     x = np.random.RandomState(case["seed_x"]).random_sample(shape) * 255
     y = np.clip(x + case["noise"] * np.random.RandomState(case["seed_y"]).standard_normal(shape), 0, 255)
     x, y = x.astype(np.float32), y.astype(np.float32)
-    found = _close("ssim", metrics.ssim(x, y, data_range=255), case["ssim"], atol=1e-4)
-    return found + _close("ms_ssim", metrics.ms_ssim(x, y, data_range=255), case["ms_ssim"], atol=1e-4)
+    mismatches = _close("ssim", metrics.ssim(x, y, data_range=255), case["ssim"], atol=1e-4)
+    return mismatches + _close("ms_ssim", metrics.ms_ssim(x, y, data_range=255), case["ms_ssim"], atol=1e-4)
 
 
 def _sampler_schedule(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
-    found = []
-    for number, each in enumerate(case["cases"]):
-        levels = each["max_level"] + 1
-        population = math.prod(size // 2 ** each["max_level"] for size in each["volume"])
-        points = procedure.points_per_leaf(each["batch_size"], levels, population=population)
-        steps = procedure.num_steps(population, points, each["epochs"])
-        schedule = procedure.evaluation_schedule(population, points, epochs=each["epochs"], every=each["eval_every"])
+    mismatches = []
+    for number, entry in enumerate(case["cases"]):
+        levels = entry["max_level"] + 1
+        population = math.prod(size // 2 ** entry["max_level"] for size in entry["volume"])
+        points = procedure.points_per_leaf(entry["batch_size"], levels, population=population)
+        steps = procedure.num_steps(population, points, entry["epochs"])
+        schedule = procedure.evaluation_schedule(population, points, epochs=entry["epochs"], every=entry["eval_every"])
         ours = (points, population, steps, steps, [list(pair) for pair in schedule])
         names = ("batch_per_leaf", "pop", "steps", "len", "evals_step_epoch")
         for name, value in zip(names, ours, strict=True):
-            found += _equal(f"cases[{number}].{name}", value, each[name])
-    return found
+            mismatches += _equal(f"cases[{number}].{name}", value, entry[name])
+    return mismatches
 
 
 def _files(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
@@ -363,13 +367,15 @@ def _files(case: Case, stored: Stored, places: Sequence[Path]) -> list[str]:
         save_official(folder, tree.model, tree.recipe)
         ours = {name: [len(data), hashlib.sha256(data).hexdigest()[:16]] for name, data in _contents(folder)}
     names = set(ours) ^ set(case["files"])
-    found = [f"files: {', '.join(sorted(names)[:5])} in one listing only"] if names else []
-    found += [each for name in ours if name in case["files"] for each in _equal(name, ours[name], case["files"][name])]
-    return found + _equal("total_bytes", sum(size for size, _ in ours.values()), case["total_bytes"])
+    mismatches = [f"files: {', '.join(sorted(names)[:5])} in one listing only"] if names else []
+    mismatches += [
+        entry for name in ours if name in case["files"] for entry in _equal(name, ours[name], case["files"][name])
+    ]
+    return mismatches + _equal("total_bytes", sum(size for size, _ in ours.values()), case["total_bytes"])
 
 
 def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the weight files; opt.yaml is not among those of the cases."""
+    """Yield the files of weights; the cases do not list opt.yaml."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "opt.yaml":
             yield path.relative_to(folder).as_posix(), path.read_bytes()

@@ -1,4 +1,4 @@
-"""Integer tables against a mathematics library, and products of integers that no order changes."""
+"""Integer tables agree with a mathematics library, and products of integers do not depend on the order."""
 
 import math
 
@@ -15,7 +15,7 @@ from visionkernels.ops.siren_mlp import integer_siren_mlp
 class TestSineTable:
     def test_values(self) -> None:
         exact = [2**ACTIVATION_BITS * math.sin(2 * math.pi * z / 2**PHASE_BITS) for z in range(2**PHASE_BITS)]
-        assert min(abs(abs(each) % 1 - 0.5) for each in exact) > 1e-7  # no tie that a library could round otherwise
+        assert min(abs(abs(item) % 1 - 0.5) for item in exact) > 1e-7  # no tie that a library could round otherwise
         assert np.array_equal(sine_table().numpy(), np.rint(exact))
 
 
@@ -45,7 +45,7 @@ class TestExactness:
     @given(st.integers(0, 2**32 - 1), st.sampled_from([3, 200, 4095]))
     @settings(max_examples=20, deadline=None, derandomize=True)
     def test_any_order_and_type(self, seed: int, largest: int) -> None:
-        """Small weights go by float32, large ones by float64; both give the integers of int64, in any order."""
+        """Small weights use float32 and large ones float64; both give the integers of int64, in any order."""
         rng = np.random.default_rng(seed)
         inputs = torch.from_numpy(rng.integers(0, 4096, (1, 37, 23)).astype(np.int32))
         weights = rng.integers(-largest, largest + 1, (2, 24, 5))

@@ -1,4 +1,4 @@
-"""Benches measure what they say: the baseline computes the same."""
+"""The baseline of the benches computes the same losses."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def test_plain_tree_has_the_same_loss() -> None:
     model, plain = OctreeMLP(plan), PlainTree(plan, normalised)
     with torch.no_grad():
         for (_, parameter), linear in zip(
-            _pairs(model), [each for segment in plain.segments for each in segment], strict=True
+            _pairs(model), [item for segment in plain.segments for item in segment], strict=True
         ):
             weight, bias = parameter
             linear.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""Chunks as files of their own, by themselves and as a numcodecs codec."""
+"""Chunks as files, directly and through the numcodecs codec."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class TestChunkOptions:
         assert np.array_equal(file.decode().reshape(shape), chunk)
 
     def test_channels(self) -> None:
-        """Channels stay channels when axes of one are left out or added."""
+        """The axis of channels is kept when axes of length 1 are removed or added."""
         for shape, axis, expected, place in [
             ((3, 4, 5), 0, (3, 4, 5), 0), ((4, 3), -1, (1, 4, 3), 2), ((3,), 0, (1, 1, 3), 2),
             ((1, 1, 2, 3, 4, 5), 2, (1, 2, 3, 4, 5), 1), ((1, 2, 1, 3, 4, 5), 0, (1, 2, 1, 3, 4), None),
@@ -57,7 +57,7 @@ class TestChunkOptions:
     @pytest.mark.parametrize("options", [{"ratio": MAX_RATIO}, {"bpv": 0.001}, {"ratio": 500.0}])
     @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7,), (12, 10, 9)])
     def test_sizes_out_of_reach(self, options: dict[str, float], shape: tuple[int, ...]) -> None:
-        """A chunk has 128 bytes at least, so that tiny ones can be written at any ratio."""
+        """Targets are at least 128 bytes, so that tiny chunks can be written at any ratio."""
         content = ChunkOptions(**options).encode_chunk(noise(shape, "uint16"))
         assert len(content) <= MIN_CHUNK_BYTES
 
@@ -65,19 +65,19 @@ class TestChunkOptions:
         chunk = noise((8, 12, 12), "uint16")
         assert len(ChunkOptions(ratio=8).encode_chunk(chunk)) <= chunk.nbytes / 8
         assert len(ChunkOptions(bpv=2).encode_chunk(chunk)) <= chunk.nbytes / 8
-        # of a padded chunk, what counts is the part within the array
+        # the target of a padded chunk refers to the part within the array
         assert len(ChunkOptions(ratio=8).encode_chunk(chunk, counted=chunk.size // 2)) <= chunk.nbytes / 16
 
     @pytest.mark.parametrize("shape", [(6, 8), (3, 50)])
     def test_all_sizes(self, shape: tuple[int, ...]) -> None:
-        """Whatever the step's search makes of a small chunk, there is a file of any size above the least."""
+        """The search finds a file of any size above the minimum for a small chunk."""
         chunk = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         for size in (80, 128, 160):
             options = ChunkOptions(ratio=chunk.nbytes / size)
             assert len(options.encode_chunk(chunk)) <= max(size, MIN_CHUNK_BYTES)
 
     def test_quality_out_of_reach(self) -> None:
-        """A PSNR above what the lossy layer gives is met without loss, and the chunk says so."""
+        """A PSNR that the lossy layers cannot reach makes the chunk lossless, and `info` shows it."""
         chunk = noise((4, 6, 6))
         file = tinc.open(ChunkOptions(psnr=200).encode_chunk(chunk))
         assert "exact" in file.info() and np.array_equal(file.decode(), chunk)
@@ -100,8 +100,8 @@ class TestChunkOptions:
 
     def test_max_error(self) -> None:
         chunk = noise((6, 8, 8), "int16") - 100
-        found = tinc.open(ChunkOptions(max_error=3).encode_chunk(chunk.astype("int16"))).decode()
-        assert 0 < np.abs(found.astype(int) - chunk).max() <= 3
+        result = tinc.open(ChunkOptions(max_error=3).encode_chunk(chunk.astype("int16"))).decode()
+        assert 0 < np.abs(result.astype(int) - chunk).max() <= 3
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -147,9 +147,9 @@ class TestTincChunks:
         codec = TincChunks(ratio=16, channel_axis=1)
         config = codec.get_config()
         assert config == {"id": "tinc", "ratio": 16, "channel_axis": 1}
-        # by its id, through the entry point
-        found = numcodecs.get_codec(config)
-        assert type(found) is TincChunks and found == codec and found != TincChunks(ratio=17)
+        # the entry point finds the codec by its id
+        result = numcodecs.get_codec(config)
+        assert type(result) is TincChunks and result == codec and result != TincChunks(ratio=17)
         assert pickle.loads(pickle.dumps(codec)) == codec
         assert repr(codec).startswith("TincChunks(ratio=16, ")
         with pytest.raises(TypeError, match="unexpected keyword"):
@@ -158,7 +158,7 @@ class TestTincChunks:
     @settings(max_examples=30, deadline=None)
     @given(st.data())
     def test_round_trip(self, data: st.DataObject) -> None:
-        """What comes back has the memory of what went in: its bytes, in its order."""
+        """The decoded array has the bytes of the encoded one in the same order."""
         dtype = data.draw(st.sampled_from(["u1", "<u2", ">u2", "<i2", ">i2", "<f4", ">f4"]))
         chunk = data.draw(hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=4, max_side=5)))
         if data.draw(st.booleans()):
@@ -204,7 +204,7 @@ class TestTincChunks:
     @pytest.mark.parametrize("order", ["C", "F"])
     @pytest.mark.parametrize("dtype", ["<u2", ">u2", ">i2", "u1", ">f4"])
     def test_zarr_v2(self, order: Any, dtype: str) -> None:
-        """As a compressor of an array of format 2, with chunks that jut out."""
+        """The codec is a compressor of an array of format 2 whose chunks exceed its edge."""
         values, store = noise((5, 6, 7), dtype), zarr.storage.MemoryStore()
         options: dict[str, Any] = {"zarr_format": 2, "order": order, "compressors": TincChunks()}
         array = zarr.create_array(store, shape=values.shape, chunks=(4, 5, 4), dtype=dtype, **options)

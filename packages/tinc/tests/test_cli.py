@@ -1,4 +1,4 @@
-"""The commands, as a user runs them: files in and out, exit codes, one line for an error, Ctrl-C."""
+"""The commands as a user runs them: files, exit codes, errors in one line, Ctrl-C."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def compressed(small: tuple[np.ndarray, bytes], volume: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run a command that must end with 2 and one line on stderr; return the line."""
+    """Run a command that must exit with 2 and one line on stderr; return the line."""
     capsys.readouterr()
-    assert main([str(each) for each in argv]) == 2
+    assert main([str(item) for item in argv]) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("tinc: error: ") and "Traceback" not in captured.err
@@ -212,16 +212,16 @@ class TestEval:
     def test_file(self, volume: Path, compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report = compressed.with_name("eval.json")
         assert main(["eval", str(volume), str(compressed), "--threshold", "100", "--json", str(report)]) == 0
-        found, array, decoded = json.loads(report.read_text()), np.load(volume), tinc.decompress(compressed)
+        result, array, decoded = json.loads(report.read_text()), np.load(volume), tinc.decompress(compressed)
         mse = np.square(array.astype(float) - decoded).mean()
-        assert found["psnr"] == pytest.approx(10 * np.log10(65535**2 / mse))
-        assert found["largest_error"] == np.abs(array.astype(int) - decoded).max()
-        assert found["ratio"] == pytest.approx(array.nbytes / compressed.stat().st_size)
-        assert 0 < found["iou_100"] <= found["accuracy_100"] <= 1
+        assert result["psnr"] == pytest.approx(10 * np.log10(65535**2 / mse))
+        assert result["largest_error"] == np.abs(array.astype(int) - decoded).max()
+        assert result["ratio"] == pytest.approx(array.nbytes / compressed.stat().st_size)
+        assert 0 < result["iou_100"] <= result["accuracy_100"] <= 1
         assert "psnr" in capsys.readouterr().out
 
     def test_exact(self, volume: Path) -> None:
-        """An infinite PSNR is null in JSON, which has no infinity."""
+        """An infinite PSNR is null in JSON."""
         out, report = volume.with_name("a.tinc"), volume.with_name("eval.json")
         tinc.compress(np.load(volume), lossless=True).save(out)
         assert main(["eval", str(volume), str(out), "--json", str(report)]) == 0
@@ -244,7 +244,7 @@ class TestBench:
 
 
 class TestEmptyValues:
-    """An empty string is a value, which is refused, and not an option that was left out."""
+    """An empty string is refused as a value, and not taken for an option that was left out."""
 
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -282,7 +282,7 @@ class TestProcess:
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
     def test_signal(self, volume: Path, layers: str, monkeypatch: pytest.MonkeyPatch, few_steps: None) -> None:
-        """SIGINT in the middle of a step of the training ends it, and the file is written."""
+        """SIGINT during a training step ends the training, and the file is written."""
         from tinc.tree.fitting import _Fit
 
         step, count = _Fit.step, 0
@@ -304,7 +304,7 @@ class TestProcess:
 
     @pytest.mark.slow
     def test_interrupt(self, wavy: Wavy, tmp_path: Path) -> None:
-        """Ctrl-C during the training of a tree: the best so far is written, and the command succeeds."""
+        """After Ctrl-C during the training of a tree, the best file so far is written and the command succeeds."""
         np.save(tmp_path / "a.npy", wavy((8, 16, 16), "uint16"))
         out = tmp_path / "a.tinc"
         program = (
@@ -333,7 +333,7 @@ class TestProcess:
 
     @pytest.mark.slow
     def test_second_interrupt(self, wavy: Wavy, tmp_path: Path) -> None:
-        """A second Ctrl-C ends the command at once, with 130 and no file."""
+        """A second Ctrl-C ends the command at once with exit code 130, without a file."""
         np.save(tmp_path / "a.npy", wavy((16, 32, 32), "uint16"))
         program = (
             "import sys, signal, os, tinc.tree.fitting, tinc.cli\n"
@@ -347,4 +347,4 @@ class TestProcess:
         argv = ["compress", str(tmp_path / "a.npy"), str(tmp_path / "a.tinc"), "--bytes", "1500", "--layers", "tree"]
         done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
         assert done.returncode == 130 and "Traceback" not in done.stderr
-        assert sorted(each.name for each in tmp_path.iterdir()) == ["a.npy"]
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["a.npy"]

@@ -1,4 +1,4 @@
-"""Coding of transform coefficients: every grid, block and magnitude comes back."""
+"""Coding of transform coefficients: round trips of all grids, blocks and magnitudes."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ class TestCoefficientCoder:
     @given(geometries, st.integers(0, 24), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
     @settings(max_examples=25, deadline=None, derandomize=True)
     def test_round_trip(self, pairs: list[tuple[int, int]], bits: int, share: float, seed: int) -> None:
-        """From all zero to magnitudes of 2**24."""
+        """Coefficients range from all zeros to magnitudes of 2**24."""
         rng = np.random.default_rng(seed)
         shape = (*(grid for grid, _ in pairs), *(block for _, block in pairs))
         levels = rng.integers(-(1 << bits), (1 << bits) + 1, shape) * (rng.random(shape) < share)
@@ -45,7 +45,7 @@ class TestCoefficientCoder:
         assert len(encoded(np.zeros((1, 4, 4, 1, 8, 8), dtype=np.int64))) <= 12
 
     def test_structure_pays(self) -> None:
-        """Levels that shrink with the frequency take less than the same ones in any order."""
+        """Levels that decrease with the frequency take fewer bytes than the same levels in random order."""
         rng = np.random.default_rng(0)
         radius = np.indices((8, 8)).sum(0)
         levels = np.rint(rng.laplace(size=(1, 8, 8, 1, 8, 8)) * 8 / (1 + radius) ** 2).astype(np.int64)
@@ -53,7 +53,7 @@ class TestCoefficientCoder:
         assert len(encoded(levels)) < 0.85 * len(encoded(mixed))
 
     def test_contexts_and_costs(self) -> None:
-        """The table that the quantiser asks has a finite cost for each coefficient."""
+        """The cost table of the quantiser has a finite cost for each coefficient."""
         rng = np.random.default_rng(0)
         levels = rng.integers(-3, 4, (1, 6, 6, 1, 8, 8))
         coder, writer = CoefficientCoder(levels.shape[:3], levels.shape[3:]), BitWriter()
@@ -71,8 +71,8 @@ class TestCoefficientCoder:
     def test_damaged(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
         content = encoded(rng.integers(-20, 20, (1, 2, 2, 1, 4, 4)))
-        for each in (content[: rng.integers(0, len(content))], rng.bytes(rng.integers(0, 100)), b"\xff" * 50):
+        for item in (content[: rng.integers(0, len(content))], rng.bytes(rng.integers(0, 100)), b"\xff" * 50):
             try:
-                assert decoded(each, (1, 2, 2, 1, 4, 4)).shape == (1, 2, 2, 1, 4, 4)
+                assert decoded(item, (1, 2, 2, 1, 4, 4)).shape == (1, 2, 2, 1, 4, 4)
             except TincFormatError as error:
                 assert "damaged" in str(error)

@@ -1,4 +1,4 @@
-"""What `compress` accepts and refuses, layouts, channels, determinism, interruption."""
+"""Arguments of `compress`, errors, layouts, channels, determinism, interruption."""
 
 import math
 import subprocess
@@ -123,7 +123,7 @@ class TestNan:
         ],
     )
     def test_fill(self, target: dict[str, Any]) -> None:
-        """What is not finite becomes the mean of the rest, and the rest is as good as ever."""
+        """Values that are not finite become the mean of the others, whose quality does not change."""
         array = np.linspace(1, 9, 400, dtype=np.float32).reshape(20, 20)
         array[3, 4], array[5, 6] = np.nan, -np.inf
         file = tinc.compress(array, nan="fill", preset="fast", **target)
@@ -148,7 +148,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("target", [{"lossless": True}, {"bytes": 150}, {"max_error": 2}])
     def test_layouts(self, wavy: Wavy, target: dict[str, Any], tmp_path: Path) -> None:
-        """Strided, transposed, read-only, mapped from a file: the same bytes as a plain array."""
+        """Strided, transposed, read-only and memory-mapped arrays give the bytes of a plain array."""
         array = wavy((12, 10), "uint16")
         expected = tinc.compress(array, preset="fast", **target).tobytes()
         np.save(tmp_path / "a.npy", array)
@@ -192,7 +192,7 @@ class TestInputs:
     @pytest.mark.parametrize("axis", [0, 1, 2, -1])
     @pytest.mark.parametrize("target", [{"lossless": True}, {"max_error": 2}, {"bytes": 400}])
     def test_channels(self, wavy: Wavy, axis: int, target: dict[str, Any]) -> None:
-        """The same file wherever the axis of channels is, apart from what says where."""
+        """The file is the same for any axis of channels, apart from the header."""
         planes = np.stack([wavy((9, 12)), 200 - wavy((9, 12)), wavy((9, 12)) // 2])
         array = np.moveaxis(planes, 0, axis)
         file = tinc.compress(array, preset="fast", channel_axis=axis, **target)
@@ -209,7 +209,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("tiny", [(1000, 1e-3), (0, 1e-42), (0, 1e-38), (-1e30, 1e24)])
     def test_tiny_ranges_of_float32(self, wavy: Wavy, tiny: tuple[float, float]) -> None:
-        """Around a large value, and among subnormal ones."""
+        """Ranges lie around a large value and among subnormal ones."""
         low, reach = tiny
         array = (low + wavy((9, 10), "float64", noise=0) * reach).astype(np.float32)
         decoded = tinc.compress(array, bpv=8, preset="fast").decode()
@@ -233,7 +233,7 @@ class TestDeterminism:
         assert one != two
 
     def test_global_state(self, wavy: Wavy, few_steps: None) -> None:
-        """Neither read nor moved."""
+        """Global random states are neither read nor changed."""
         import torch
 
         array = wavy((4, 17, 6))
@@ -256,24 +256,24 @@ class TestDeterminism:
         import zlib
 
         expected = zlib.crc32(tinc.compress(wavy((4, 17, 6)), bytes=150, preset="fast").tobytes())
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path / "a.npy")], capture_output=True, text=True, check=True,
             env={"PYTHONHASHSEED": "7", "PATH": "", "OMP_NUM_THREADS": "1"},
         ).stdout  # fmt: skip
-        assert int(found) == expected
+        assert int(result) == expected
 
 
 class TestCallback:
     def test_stages(self, wavy: Wavy, few_steps: None) -> None:
         seen: list[tuple[str, float]] = []
-        tinc.compress(wavy((4, 17, 6)), bytes=300, layers="both", callback=lambda *each: seen.append(each))
+        tinc.compress(wavy((4, 17, 6)), bytes=300, layers="both", callback=lambda *item: seen.append(item))
         stages = {stage for stage, _ in seen}
         assert "residual layer" in stages and any(stage.startswith("tree, step 10 of 12") for stage in stages)
         assert any(20 < quality < 60 for _, quality in seen)
 
     @pytest.mark.parametrize(("stage", "layers"), [("residual layer", "auto"), ("tree", "both"), ("tree", "tree")])
     def test_interrupt(self, wavy: Wavy, stage: str, layers: Any, few_steps: None) -> None:
-        """KeyboardInterrupt ends the search with a file that meets the target, and is raised no more."""
+        """KeyboardInterrupt ends the search with a file that meets the target; the callback is not called again."""
         calls = []
 
         def callback(name: str, _: float) -> None:
@@ -288,7 +288,7 @@ class TestCallback:
 
     @pytest.mark.slow
     def test_interrupted_tree_alone(self, wavy: Wavy) -> None:
-        """Ctrl-C never costs the file: here, a fiftieth of the training is done."""
+        """A file that meets the target is written after a fiftieth of the training."""
 
         def callback(name: str, _: float) -> None:
             if name.startswith("tree, step 50"):
@@ -323,7 +323,7 @@ class TestMetadata:
         assert tinc.open(file.tobytes()).metadata == metadata
 
     def test_counts(self, wavy: Wavy) -> None:
-        """Its bytes are part of the target."""
+        """The bytes of metadata count for the target."""
         array = wavy((5, 10, 12))
         file = tinc.compress(array, bytes=450, preset="fast", metadata={"text": "x" * 200})
         assert file.nbytes_stored <= 450 and file.metadata["text"] == "x" * 200
@@ -349,7 +349,7 @@ class TestLayers:
         assert np.square(decoded.astype(float) - array).mean() < array.var() / 300
 
     def test_tree_of_low_contrast(self, wavy: Wavy, few_steps: None) -> None:
-        """60000 and a wave of two counts: a tree is no worse than the mean."""
+        """A tree of 60000 and a wave of two counts is not worse than the mean."""
         array = (60000 + (wavy((12, 20), "float32", noise=0) - 100) / 20).astype(np.uint16)
         decoded = tinc.compress(array, bytes=400, layers="tree").decode()
         assert np.abs(decoded.astype(float) - array).max() < 10
@@ -357,7 +357,7 @@ class TestLayers:
 
 class TestTwoValues:
     def test_tree_of_two_values(self, few_steps: None) -> None:
-        """float32 of both ends of its range, and few bytes: large steps of large weights."""
+        """float32 values of both ends of a range, in few bytes, need large steps of large weights."""
         array = (np.random.default_rng(0).random((16, 32)) < 0.5).astype(np.float32)
         array += array.cumsum(0) / 1000
         assert tinc.compress(array, bytes=100, layers="tree", preset="fast").nbytes_stored <= 100
@@ -384,7 +384,7 @@ class TestCut:
     )
     @pytest.mark.parametrize("shape", [(32, 32, 32), (64, 64, 64), (200, 200, 200)])
     def test_tiles_are_readable(self, channels: int, shape: tuple[int, ...]) -> None:
-        """No tile is larger than 2**20 voxels, which is all that a reader takes."""
+        """No tile is larger than 2**20 voxels, the limit of readers."""
         blocks = cut((channels, *shape), (32, 32, 32))
         assert math.prod(b * t for b, t in zip(blocks.block, blocks.tile, strict=True)) <= 1 << 20
 
@@ -396,7 +396,7 @@ class TestCut:
         assert (seen == 1).all()
 
     def test_choice(self, wavy: Wavy) -> None:
-        """Smooth axes get long blocks, axes of noise short ones."""
+        """Blocks are long along smooth axes and short along noisy ones."""
         rng = np.random.default_rng(0)
         lines = np.repeat(rng.normal(size=(1, 64, 1)) * 1000, 64, 2).astype(np.int64)
         blocks, step = choose_blocks(lines, 200)

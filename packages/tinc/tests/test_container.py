@@ -1,4 +1,4 @@
-"""Headers and whole files that are damaged: each decodes, or raises TincFormatError, soon and in little memory."""
+"""Damaged headers and files decode or raise TincFormatError, quickly and in little memory."""
 
 import resource
 import struct
@@ -37,7 +37,7 @@ def number(value: int) -> bytes:
 
 
 def repaired(content: bytes) -> bytes:
-    """Return a file with the length and the checksum that it should have."""
+    """Return a file with a correct length and checksum."""
     if len(content) < 21:
         return content
     body = bytearray(content)
@@ -66,14 +66,14 @@ def taken_apart(file: TincFile) -> tuple[bytes, list[bytes], int]:
 
 
 def assembled(header: bytes, streams: list[bytes], flags: int) -> bytes:
-    """Return a file whose directory and checksums are right."""
+    """Return a file with a correct directory and checksums."""
     for stream in streams:
         header += number(len(stream)) + (struct.pack("<I", zlib.crc32(stream)) if flags else b"")
     return repaired(struct.pack("<4sHHQI", b"TINC", 1, flags, 0, 0) + number(len(header)) + header + b"".join(streams))
 
 
 def damaged_bytes(rng: np.random.Generator, files: list[TincFile]) -> bytes:
-    """Return a file with bytes changed, put in, left out, cut off, or taken from another file."""
+    """Return a file with bytes changed, inserted, removed, cut off, or copied from another file."""
     content = bytearray(files[rng.integers(len(files))].tobytes())
     for _ in range(rng.integers(1, 4)):
         # headers are more fragile than streams
@@ -101,7 +101,7 @@ def damaged_bytes(rng: np.random.Generator, files: list[TincFile]) -> bytes:
 
 
 def damaged_parts(rng: np.random.Generator, files: list[TincFile]) -> bytes:
-    """Return a file whose lengths and checksums are right, with other fields and other streams."""
+    """Return a file with correct lengths and checksums, but changed fields and streams."""
     header, streams, flags = taken_apart(files[rng.integers(len(files))])
     head = bytearray(header)
     for _ in range(rng.integers(0, 3)):
@@ -137,7 +137,7 @@ def damaged_parts(rng: np.random.Generator, files: list[TincFile]) -> bytes:
 
 
 def attack(content: bytes) -> bool:
-    """Open, decode and describe a file; return whether that went well. Anything but TincFormatError is raised."""
+    """Open, decode and describe a file; return whether it succeeded. Raises any error but TincFormatError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -166,7 +166,7 @@ def attack_many(make: Callable[..., bytes], files: list[TincFile], seeds: range)
             crashes.append(f"{seed}: {type(error).__name__}: {error}; {content.hex()[:2000]}")
         slowest = max(slowest, time.process_time() - start)
     assert not crashes, f"{len(crashes)} crashes; the first ones: {crashes[:3]}"
-    assert slowest < 2  # of a machine that may be busy; nothing that is large takes longer than a second
+    assert slowest < 2  # seconds on a busy machine; the slowest file takes less than one
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10
     assert decoded < len(seeds)
 
@@ -199,7 +199,7 @@ class TestEveryByte:
                 tinc.open(content[:length])
 
     def test_truncated_and_repaired(self, example: TincFile) -> None:
-        """Where length and checksum agree with what is left, the directory does not."""
+        """The directory does not fit a truncated file whose length and checksum are corrected."""
         content = example.tobytes()
         for length in range(21, len(content)):
             with pytest.raises(TincFormatError):
@@ -207,7 +207,7 @@ class TestEveryByte:
 
     @pytest.mark.parametrize("name", SMALL)
     def test_flipped(self, examples: dict[str, TincFile], name: str) -> None:
-        """Every bit of a header counts, and of the streams one of three bytes."""
+        """Flips every bit of the header, and a bit of every third byte of the streams."""
         content = bytearray(examples[name].tobytes())
         header = examples[name].info()["header_bytes"]
         for place in range(len(content)):
@@ -332,12 +332,12 @@ class TestHeader:
         ids=lambda value: value if isinstance(value, str) else "",
     )  # fmt: skip
     def test_fields(self, contents: Contents, message: str) -> None:
-        """Every field has a range, and what is outside is named."""
+        """Every field has a range, and errors name the field that is outside."""
         with pytest.raises(TincFormatError, match=message):
             tinc.open(pack(contents, checks_tiles=False))
 
     def test_terabytes(self) -> None:
-        """Large volumes of nothing open, cost nothing, and give their corners."""
+        """Large empty volumes open, cost nothing, and decode in part."""
         shape = (1 << 20, 1 << 20)
         tree = replace(TREE, shape=replace(TREE.shape, extent=shape))
         for contents in (simple(shape=shape), simple(shape=shape, tree=tree, streams=(b"",))):
@@ -372,7 +372,7 @@ class TestHeader:
             tinc.open(repaired(struct.pack("<4sHHQI", b"TINC", 1, 0, 0, 0) + b"\xff" * 20))
 
     def test_round_trip(self, example: TincFile) -> None:
-        """What is read is what was written."""
+        """The fields that are read are those that were written."""
         contents, _ = unpack(memoryview(example.tobytes()))
         header, streams, flags = taken_apart(example)
         assert assembled(header, streams, flags) == example.tobytes()
@@ -391,7 +391,7 @@ INFINITE = encode_box(np.array([0x7F800000, -0x7F800001], dtype=np.int64)[np.ind
 
 
 class TestHostile:
-    """Files that are right in every field and every checksum, with contents that no encoder makes."""
+    """Files with correct fields and checksums, but contents that no encoder writes."""
 
     @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
     @pytest.mark.parametrize("step", [1, 1 << 17])
@@ -455,7 +455,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("block", [2, 8, 32])
     def test_largest_tile(self, block: int) -> None:
-        """An empty stream of 2**20 voxels."""
+        """An empty stream decodes to a tile of 2**20 voxels in bounded time."""
         blocks = Blocks((1, 1024, 1024), (1, block, block), (1, 1024 // block, 1024 // block))
         contents = simple(shape=(1024, 1024), residual=ResidualSection(blocks, QUANTIZER), streams=(b"",))
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -474,7 +474,7 @@ class TestHostile:
 
     @pytest.mark.slow
     def test_wide_tree(self) -> None:
-        """A file of some kilobytes of padding may have 15 layers of 255, which nothing limits."""
+        """A file of a few kilobytes may have 15 layers of width 255, which no limit excludes."""
         shape = TreeShape((64, 64, 64), ((1, 1, 1),), ((255,) * 15 + (1,),))
         tree = TreeSection(shape, (1,) * 16, (1,) * 16, bytes(32), 0)
         metadata = b'{"a":"' + b"x" * 4096 + b'"}'

@@ -1,4 +1,4 @@
-"""Which tree, blocks and tiles are chosen."""
+"""The choice of trees, blocks and tiles."""
 
 import math
 
@@ -58,7 +58,7 @@ class TestFill:
         mask = ((x - 16) ** 2 + (y - 16) ** 2 < 100)[None]
         filled = spread_inside(np.where(mask, values, 0), mask)
         np.testing.assert_array_equal(filled[mask], values[mask])
-        # near the mask it is near what is inside, and never beyond it
+        # near the mask, values are close to those inside, and never beyond them
         assert filled.min() >= values[mask].min() - 1e-9
         assert filled.max() <= values[mask].max() + 1e-9
         assert abs(filled[0, 16, 4] - values[0, 16, 7]) < 6

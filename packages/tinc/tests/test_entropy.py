@@ -1,4 +1,4 @@
-"""The range coder against the format's description, learned probabilities, and streams that are cut off."""
+"""The range coder compared with the format's description, adaptive probabilities, and truncated streams."""
 
 import struct
 
@@ -14,7 +14,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 class PlainEncoder:
-    """The encoder of docs/tinc-format.md, section 3, with numbers that have no end."""
+    """The encoder of docs/tinc-format.md, section 3, with integers of any length."""
 
     def __init__(self) -> None:
         self.lower, self.range, self.words = 0, (1 << 64) - 1, 1
@@ -37,7 +37,7 @@ class PlainEncoder:
 
 
 def draw(seed: int, count: int, skew: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and probabilities; a large skew makes both extreme and sometimes at odds."""
+    """Return bits and probabilities; a large skew makes both extreme and sometimes contradictory."""
     rng = np.random.default_rng(seed)
     ones = np.clip(65536 * rng.beta(1 / skew, 1 / skew, count), 1, 65535).astype(np.int64)
     return (rng.random(count) < ones / 65536).astype(np.int64) ^ (rng.random(count) < 0.03), ones
@@ -47,7 +47,7 @@ class TestRangeCoder:
     @given(seeds, st.integers(0, 400), st.floats(1, 8))
     @settings(max_examples=60, deadline=None, derandomize=True)
     def test_reference(self, seed: int, count: int, skew: float) -> None:
-        """constriction puts out the bytes that the description asks for."""
+        """constriction writes the bytes that the description specifies."""
         bits, ones = draw(seed, count, skew)
         writer, plain = BitWriter(), PlainEncoder()
         writer.write(bits, ones)
@@ -56,7 +56,7 @@ class TestRangeCoder:
         assert writer.finish() == plain.finish()
 
     def test_carry(self) -> None:
-        """Ones of the smallest probability after zeros drive `lower` to the end of its words again and again."""
+        """Ones of the smallest probability after zeros repeatedly carry `lower` over the end of its words."""
         writer, plain = BitWriter(), PlainEncoder()
         bits = np.array([1, 0, 0, 1, 1] * 400)
         ones = np.array([1, 65535, 1, 65535, 32768] * 400)
@@ -70,7 +70,7 @@ class TestRangeCoder:
     @given(seeds, st.lists(st.integers(0, 50), max_size=8), st.floats(1, 8))
     @settings(max_examples=60, deadline=None, derandomize=True)
     def test_round_trip(self, seed: int, counts: list[int], skew: float) -> None:
-        """Bits come back whichever portions they are written and read in."""
+        """Bits are read correctly for any portions of writing and reading."""
         bits, ones = draw(seed, sum(counts), skew)
         writer = BitWriter()
         for part in np.split(np.arange(len(bits)), np.cumsum(counts)):
@@ -91,7 +91,7 @@ class TestRangeCoder:
         assert np.array_equal(BitReader(content).read_raw(len(values), widths), values)
 
     def test_size(self) -> None:
-        """A stream takes what its probabilities ask for, and at most a word more."""
+        """A stream takes at most one word more than its probabilities require."""
         bits, ones = draw(1, 20000, 2)
         share = np.where(bits > 0, ones, 65536 - ones) / 65536
         writer = BitWriter()
@@ -110,15 +110,15 @@ class TestRangeCoder:
     @given(seeds, st.floats(1, 8))
     @settings(max_examples=40, deadline=None, derandomize=True)
     def test_truncated(self, seed: int, skew: float) -> None:
-        """A stream that is cut off, damaged or noise gives bits, or TincFormatError."""
+        """A stream that is truncated, damaged or random decodes to bits or raises TincFormatError."""
         bits, ones = draw(seed, 300, skew)
         writer = BitWriter()
         writer.write(bits, ones)
         content = writer.finish()
         rng = np.random.default_rng(seed)
-        for each in (content[: rng.integers(0, len(content) + 1)], rng.bytes(40), b"\xff" * 40):
+        for item in (content[: rng.integers(0, len(content) + 1)], rng.bytes(40), b"\xff" * 40):
             try:
-                read = BitReader(each).read(ones)
+                read = BitReader(item).read(ones)
             except TincFormatError as error:
                 assert "damaged" in str(error)
             else:
@@ -132,17 +132,17 @@ class TestAdaptiveBits:
         rng = np.random.default_rng(seed)
         guess = rng.integers(0, 65537, contexts)
         chosen = [rng.integers(0, contexts, count) for count in counts]
-        bits = [(rng.random(len(each)) < each / contexts).astype(np.int64) for each in chosen]
+        bits = [(rng.random(len(item)) < item / contexts).astype(np.int64) for item in chosen]
         writer, coder = BitWriter(), AdaptiveBits(guess)
-        for each, some in zip(chosen, bits, strict=True):
-            coder.write(writer, each, some)
+        for item, some in zip(chosen, bits, strict=True):
+            coder.write(writer, item, some)
         reader, back = BitReader(writer.finish()), AdaptiveBits(guess)
-        for each, some in zip(chosen, bits, strict=True):
-            assert np.array_equal(back.read(reader, each), some)
+        for item, some in zip(chosen, bits, strict=True):
+            assert np.array_equal(back.read(reader, item), some)
         assert np.array_equal(coder.counts, back.counts)
 
     def test_learns(self) -> None:
-        """Nine ones of ten cost half a bit each, whatever the first guess was."""
+        """Bits with nine ones in ten cost half a bit, for any initial probability."""
         bits = (np.random.default_rng(0).random(20000) < 0.9).astype(np.int64)
         writer = BitWriter()
         AdaptiveBits([1000]).write(writer, np.zeros(len(bits), dtype=np.int64), bits)

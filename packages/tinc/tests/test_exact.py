@@ -35,10 +35,10 @@ class TestStepGrid:
         assert back.dtype == samples.dtype
         assert np.abs(back.astype(int) - samples).max() <= error
 
-    @given(floats.filter(lambda each: np.isfinite(each).all()), st.floats(1e-30, 1e30))
+    @given(floats.filter(lambda item: np.isfinite(item).all()), st.floats(1e-30, 1e30))
     @settings(max_examples=80, deadline=None, derandomize=True)
     def test_reals(self, samples: np.ndarray, error: float) -> None:
-        """Whichever grid is chosen, it keeps the bound."""
+        """The chosen grid keeps the bound."""
         grid = choose_grid(samples, error)
         with np.errstate(over="ignore"):
             back = grid.samples(grid.numbers(samples)).astype(np.float64)
@@ -53,7 +53,7 @@ class TestPaletteGrid:
         assert np.array_equal(grid.samples(grid.numbers(samples)), samples)
 
     def test_what_is_not_there(self) -> None:
-        """A tree's guess becomes the next value above, or the last one."""
+        """A value outside of the palette becomes the next value above, or the last one."""
         grid = PaletteGrid("uint8", np.array([10, 20]))
         assert grid.numbers(np.array([0, 10, 11, 20, 255], dtype=np.uint8)).tolist() == [0, 0, 1, 1, 1]
 
@@ -98,13 +98,13 @@ class TestBitsGrid:
 
     @pytest.mark.parametrize("bits", SPECIAL, ids=lambda bits: f"{bits:#x}")
     def test_special(self, bits: int) -> None:
-        """-0, 0, subnormals, infinities, quiet NaNs, the largest."""
+        """Special values are -0, 0, subnormals, infinities, quiet NaNs and the largest."""
         value = np.array([bits], dtype=np.uint32)
         grid = BitsGrid()
         assert grid.samples(grid.numbers(value.view(np.float32))).view(np.uint32).tolist() == [bits]
 
     def test_order(self) -> None:
-        """Numbers rise with values, and neighbours differ by 1."""
+        """Numbers increase with values, and neighbours differ by 1."""
         values = np.array([-np.inf, -1, -1e-45, 0, 1e-45, 1, np.inf], dtype=np.float32)
         numbers = BitsGrid().numbers(values)
         assert (np.diff(numbers) > 0).all()

@@ -30,12 +30,12 @@ class TestSecondDecoder:
         """A decoder written from docs/tinc-format.md gives the same samples, coarser ones too."""
         for level in sorted({0, min(example.levels, 2)}):
             expected = example.decode(level=level)
-            found = decoder.decode(example.tobytes(), level)
-            assert found.dtype == expected.dtype and found.shape == expected.shape
-            assert found.tobytes() == expected.tobytes(), level
+            result = decoder.decode(example.tobytes(), level)
+            assert result.dtype == expected.dtype and result.shape == expected.shape
+            assert result.tobytes() == expected.tobytes(), level
 
     def test_clips(self, decoder: ModuleType) -> None:
-        """A step beyond the largest sample, and a residual beyond both ends of the type."""
+        """Both decoders clip a step beyond the largest sample, and a residual beyond both ends of the type."""
         high = np.array([[65535, 65530, 65533], [0, 4, 9]], dtype=np.uint16)
         step = tinc.compress(high, max_error=4)
         edge = np.where(np.indices((9, 9)).sum(0) % 5 < 2, 0, 255).astype(np.uint8)
@@ -51,7 +51,7 @@ class TestSecondDecoder:
 
 class TestMachines:
     def test_same_samples(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
-        """One thread or two, here and with the kernels of the oldest processors that BLAS and torch know."""
+        """Samples do not depend on threads, nor on BLAS and torch kernels, here those of the oldest processors."""
         for name, file in examples.items():
             file.save(tmp_path / f"{name}.tinc")
         program = (
@@ -62,7 +62,7 @@ class TestMachines:
             "        print(path.stem, zlib.crc32(tinc.decompress(path).tobytes()))\n"
         )
         oldest = {"OPENBLAS_CORETYPE": "Prescott", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
-        found = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)],
             capture_output=True, text=True, check=True, env=os.environ | oldest,
         ).stdout.splitlines()  # fmt: skip
@@ -71,7 +71,7 @@ class TestMachines:
             torch.set_num_threads(threads)
             for path in sorted(tmp_path.glob("*.tinc")):
                 here.append(f"{path.stem} {zlib.crc32(tinc.decompress(path).tobytes())}")
-        assert found == here and len(here) == 2 * len(examples)
+        assert result == here and len(here) == 2 * len(examples)
 
 
 KEYS = st.one_of(
@@ -87,7 +87,7 @@ class TestGetItem:
     @given(st.sampled_from(["tiles", "channels", "both", "palette", "step-tree", "residual-4"]), st.data())
     @settings(max_examples=150, deadline=None, derandomize=True)
     def test_as_numpy(self, examples: dict[str, TincFile], name: str, data: st.DataObject) -> None:
-        """Integers, slices with steps of either sign, ellipses: the values, shapes and errors of NumPy."""
+        """Integers, slices with steps of either sign, and ellipses have the values, shapes and errors of NumPy."""
         file = examples[name]
         array = file.decode()
         key: Any = tuple(data.draw(st.lists(KEYS, max_size=file.ndim + 1)))
@@ -99,9 +99,9 @@ class TestGetItem:
             with pytest.raises(IndexError):
                 file[key]
             return
-        found = file[key]
-        assert found.dtype == expected.dtype and found.shape == expected.shape
-        assert np.array_equal(found, expected)
+        result = file[key]
+        assert result.dtype == expected.dtype and result.shape == expected.shape
+        assert np.array_equal(result, expected)
 
     def test_numpy_integers(self, examples: dict[str, TincFile]) -> None:
         file = examples["tiles"]
@@ -126,7 +126,7 @@ class TestGetItem:
             examples["tiles"][key]
 
     def test_iterates(self, examples: dict[str, TincFile]) -> None:
-        """Without __iter__ Python counts up until an IndexError: that must come."""
+        """Python iterates by counting up to an IndexError, since there is no __iter__."""
         file = examples["tiles"]
         assert len(list(file)) == len(file) == 6
 
@@ -176,8 +176,8 @@ class TestDecode:
         means = np.array([
             [volume[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].astype(float).mean() for j in range(4)] for i in range(3)
         ])  # fmt: skip
-        found = tinc.compress(volume, lossless=True, preset="fast").decode(level=1)
-        np.testing.assert_allclose(found, means, rtol=1e-6)
+        result = tinc.compress(volume, lossless=True, preset="fast").decode(level=1)
+        np.testing.assert_allclose(result, means, rtol=1e-6)
 
     def test_empty_region(self, example: TincFile) -> None:
         region = tuple(slice(1, 1) if axis == 0 else slice(None) for axis in range(example.ndim))
@@ -217,7 +217,7 @@ class TestDecode:
             example.decode(level=level)
 
     def test_load(self, example: TincFile) -> None:
-        """After it the streams are not read again."""
+        """Streams are not read again after `load`."""
         file = TincFile(example.tobytes())
         assert file.load() is file
         file._stream = None  # type: ignore[method-assign, assignment]
@@ -240,7 +240,7 @@ class TestDuck:
             examples["tiles"].__array__(copy=False)
 
     def test_chunks(self, example: TincFile) -> None:
-        """Boxes of `chunks` cover the array, as dask.array.from_array would cut it."""
+        """Boxes of `chunks` cover the array, as in dask.array.from_array."""
         assert all(1 <= chunk <= n for chunk, n in zip(example.chunks, example.shape, strict=True))
         starts = [range(0, n, chunk) for n, chunk in zip(example.shape, example.chunks, strict=True)]
         array = np.empty(example.shape, dtype=example.dtype)
@@ -265,7 +265,7 @@ class TestDuck:
 
 class TestPartial:
     def test_every_length(self, examples: dict[str, TincFile], wavy: Wavy) -> None:
-        """Tiles whose streams are there are right; the others are empty, and nothing fails."""
+        """Tiles with a complete stream are correct, and the others are empty."""
         file = examples["tiles"]
         content, whole = file.tobytes(), file.decode()
         complete = 0
@@ -293,7 +293,7 @@ class TestPartial:
                 tinc.open(content[:length], partial=True)
 
     def test_lost_tree(self, examples: dict[str, TincFile]) -> None:
-        """Without its tree nothing of a file can be decoded, and that is said."""
+        """A file without its tree cannot be decoded, and the error names the stream."""
         file = examples["both"]
         part = tinc.open(file.tobytes()[: file.info()["header_bytes"] + 3], partial=True)
         with pytest.raises(TincFormatError, match="stream 0 is cut off"):
@@ -303,8 +303,8 @@ class TestPartial:
 class TestResample:
     @pytest.mark.parametrize("shape", [(6, 12, 10), (3, 6, 5), (1, 1, 1), (7, 5, 20)])
     def test_shape(self, examples: dict[str, TincFile], shape: tuple[int, ...]) -> None:
-        found = examples["mask"].resample(shape)
-        assert found.shape == shape and found.dtype == np.float32 and np.isfinite(found).all()
+        result = examples["mask"].resample(shape)
+        assert result.shape == shape and result.dtype == np.float32 and np.isfinite(result).all()
 
     def test_same_size(self, examples: dict[str, TincFile]) -> None:
         file = examples["tiles"]
@@ -339,7 +339,7 @@ class TestInfo:
         assert info["bits_per_sample"] == pytest.approx(8 * example.nbytes_stored / math.prod(example.shape))
 
     def test_kinds(self, examples: dict[str, TincFile]) -> None:
-        """The examples are what their names say."""
+        """The examples have the layers of their names."""
         for name, file in examples.items():
             info = file.info()
             assert ("tree" in info) == any(word in name for word in ("tree", "both", "leaves")), name
@@ -370,7 +370,7 @@ class TestSave:
         assert path.read_bytes() == example.tobytes() == opened.tobytes()
         assert opened.decode().tobytes() == example.decode().tobytes()
         assert tinc.decompress(str(path)).tobytes() == example.decode().tobytes()
-        assert [each.name for each in path.parent.iterdir()] == ["a.tinc"]
+        assert [item.name for item in path.parent.iterdir()] == ["a.tinc"]
 
     def test_overwrite(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
         path = tmp_path / "a.tinc"
@@ -382,7 +382,7 @@ class TestSave:
         assert path.read_bytes() == examples["mask"].tobytes()
 
     def test_over_itself(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
-        """An open file can be written where it is read from."""
+        """An open file can be saved over itself."""
         path = tmp_path / "a.tinc"
         examples["tiles"].save(path)
         opened = tinc.open(path)
@@ -411,7 +411,7 @@ class TestOpen:
             tinc.open(tmp_path / "a.tinc")
 
     def test_names_the_file(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
-        """Of damage that opening and of damage that decoding finds."""
+        """Errors on opening and on decoding name the file."""
         path = tmp_path / "a.tinc"
         path.write_bytes(b"GIF89a" * 9)
         with pytest.raises(TincFormatError, match=r"a\.tinc: not a \.tinc file"):
@@ -423,7 +423,7 @@ class TestOpen:
             tinc.open(path).verify()
 
     def test_only_what_is_needed(self, examples: dict[str, TincFile]) -> None:
-        """A damaged tile does not matter to parts that do not touch it; `verify` finds it."""
+        """A damaged tile does not affect other parts, and `verify` detects it."""
         content = bytearray(examples["tiles"].tobytes())
         content[-1] ^= 1
         file = tinc.open(content)
@@ -436,7 +436,7 @@ class TestOpen:
 
 
 def test_index_protocol() -> None:
-    """Whatever is an integer to Python is one to a file."""
+    """Any object with __index__ is an integer index."""
 
     class Two:
         def __index__(self) -> int:

@@ -1,4 +1,4 @@
-"""Training of trees: they learn, keep to their bytes, repeat themselves, and stop when asked."""
+"""Training of trees: quality, size, determinism, and interruption."""
 
 import math
 from collections.abc import Callable
@@ -37,12 +37,12 @@ def mse(tree: QuantizedTree, values: np.ndarray) -> float:
 
 class TestFitTree:
     def test_learns(self, values: np.ndarray) -> None:
-        """Twelve dB above the mean; the integers are as good as training said."""
+        """The tree is twelve dB above the mean, and its integers are as good as the training reported."""
         seen: list[Progress] = []
         tree = fit_tree(SHAPE, values, 400, plan=PLAN, callback=seen.append)
         assert 10 * math.log10(values.var() / mse(tree, values)) > 12
-        assert mse(tree, values) < 2 * np.median([each.mse for each in seen[-5:]])
-        assert [each.step for each in seen] == list(range(10, 61, 10)) and {each.steps for each in seen} == {60}
+        assert mse(tree, values) < 2 * np.median([item.mse for item in seen[-5:]])
+        assert [item.step for item in seen] == list(range(10, 61, 10)) and {item.steps for item in seen} == {60}
 
     def test_is_deterministic(self, values: np.ndarray) -> None:
         plan = FitPlan(steps=30, points=64)
@@ -54,7 +54,7 @@ class TestFitTree:
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", [180, 250, 320])
     def test_keeps_to_its_bytes(self, values: np.ndarray, budget: int) -> None:
-        """With enough steps the weights take the bytes that they were given."""
+        """With enough steps the weights take the bytes of the budget."""
         tree = fit_tree(SHAPE, values, budget, plan=FitPlan(steps=2000, points=192))
         assert size(tree) == pytest.approx(budget, rel=0.06)
 
@@ -73,7 +73,7 @@ class TestFitTree:
         assert seen[-1].steps == 2000 and seen[-1].step < 2000
 
     def test_deadline_ends_soon(self, values: np.ndarray) -> None:
-        """The steps that are left after the deadline take no longer than those before."""
+        """The steps after the deadline take no longer than those before."""
         start = process_time()
         fit_tree(SHAPE, values, 200, plan=FitPlan(steps=400, points=64), deadline=monotonic() + 0.05)
         early = process_time() - start
@@ -82,8 +82,8 @@ class TestFitTree:
         assert early < 0.7 * (process_time() - start)
 
     def test_keyboard_interrupt(self, values: np.ndarray) -> None:
-        """After the callback's interrupt some steps are left, in which weights become integers: at most a twentieth of
-        the schedule, and not many more than were done."""
+        """A few steps follow an interrupt, for the weights to adapt to rounding: at most a twentieth of the schedule,
+        and not many more than were finished."""
         calls = []
 
         def callback(progress: Progress) -> None:
@@ -96,7 +96,7 @@ class TestFitTree:
         assert mse(tree, values) < values.var()
 
     def test_channels_and_uneven_leaves(self, wavy: Wavy) -> None:
-        """Voxels beyond the volume do not count, and each channel is fitted."""
+        """Voxels beyond the volume do not count, and all channels are fitted."""
         one = wavy((9, 11), "float32", noise=0).astype(np.int64) * 16
         values = np.stack([one, 5000 - one])
         shape = TreeShape((9, 11), ((1, 1), (2, 2)), ((10, 10), (4, 2)))
@@ -112,7 +112,7 @@ class TestFitTree:
 
     @pytest.mark.parametrize("contrast", [0, 1, 80])
     def test_low_contrast(self, values: np.ndarray, contrast: int) -> None:
-        """A volume that hardly differs from its mean, of 60000 counts."""
+        """The volume hardly differs from its mean of 60000 counts."""
         low = 960000 + (values - 1600) * contrast // 640
         tree = fit_tree(SHAPE, low, 300, plan=FitPlan(steps=60))
         assert mse(tree, low) < 4 * low.var() + 100**2

@@ -1,4 +1,4 @@
-"""Lossless coding of integer arrays: every shape and value comes back, and smooth arrays are small."""
+"""Lossless coding of integer arrays: round trips of all shapes and values, and small files of smooth arrays."""
 
 import numpy as np
 import pytest
@@ -30,9 +30,9 @@ class TestPasses:
     def test_every_place_once(self, shape: list[int]) -> None:
         seen = np.zeros(shape, dtype=int)
         seen.reshape(-1)[0] = 1
-        for each in passes(tuple(shape)):
-            assert seen[each.place].size and not seen[each.place].any()
-            seen[each.place] += 1
+        for item in passes(tuple(shape)):
+            assert seen[item.place].size and not seen[item.place].any()
+            seen[item.place] += 1
         assert (seen == 1).all()
 
 
@@ -40,7 +40,7 @@ class TestIntegerCoder:
     @given(shapes, st.integers(0, 39), st.integers(0, 2**32 - 1))
     @settings(max_examples=30, deadline=None, derandomize=True)
     def test_round_trip(self, shape: list[int], bits: int, seed: int) -> None:
-        """Noise of every size, to magnitudes of 2**39."""
+        """Noise has all magnitudes up to 2**39."""
         rng = np.random.default_rng(seed)
         values = rng.integers(-(1 << bits), (1 << bits) + 1, shape) * (rng.random(shape) < rng.random())
         assert np.array_equal(decoded(encoded(values), tuple(shape)), values)
@@ -53,7 +53,7 @@ class TestIntegerCoder:
         assert len(content) <= 20 + np.prod(shape) / 12
 
     def test_alternating_extremes(self) -> None:
-        """Values at both ends: what is missing from a guess reaches 2**40 - 1 and no further."""
+        """With values at both ends, differences reach at most 2**40 - 1."""
         largest = (1 << (MAX_BITS - 1)) - 1
         values = np.where(np.indices((7, 9)).sum(0) % 2, largest // 2, -(largest // 2))
         assert np.array_equal(decoded(encoded(values), values.shape), values)
@@ -69,11 +69,11 @@ class TestIntegerCoder:
     @given(st.integers(0, 2**32 - 1))
     @settings(max_examples=15, deadline=None, derandomize=True)
     def test_damaged(self, seed: int) -> None:
-        """Any bytes give an array of the shape, or TincFormatError."""
+        """Any bytes decode to an array of the shape or raise TincFormatError."""
         rng = np.random.default_rng(seed)
         content = encoded(rng.integers(-500, 500, (6, 5, 4)))
-        for each in (content[: rng.integers(0, len(content))], rng.bytes(rng.integers(0, 200)), b"\xff" * 50):
+        for item in (content[: rng.integers(0, len(content))], rng.bytes(rng.integers(0, 200)), b"\xff" * 50):
             try:
-                assert decoded(each, (6, 5, 4)).shape == (6, 5, 4)
+                assert decoded(item, (6, 5, 4)).shape == (6, 5, 4)
             except TincFormatError as error:
                 assert "damaged" in str(error)

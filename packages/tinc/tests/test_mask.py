@@ -1,4 +1,4 @@
-"""Masks: every shape and pattern comes back, and shapes with a smooth border are small."""
+"""Masks: round trips of all shapes and patterns, and small files of shapes with a smooth border."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ class TestSpreadInside:
         spread = spread_inside(values, mask)
         assert np.array_equal(spread[mask], values[mask])
         assert np.isfinite(spread).all()
-        # means of what is inside, or close to them
+        # means of the values inside, or close to them
         assert spread[~mask].min() >= values[mask].min() - 1 and spread[~mask].max() <= values[mask].max() + 1
 
     def test_empty_mask(self) -> None:

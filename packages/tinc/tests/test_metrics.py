@@ -1,4 +1,4 @@
-"""Metrics against their definitions; the official numbers are in test_parity."""
+"""Metrics compared with their definitions; test_parity has the official numbers."""
 
 import math
 
@@ -62,7 +62,7 @@ class TestPsnr:
 
 
 def reference_ssim(x: np.ndarray, y: np.ndarray, limit: float) -> float:
-    """SSIM of one picture by its definition, window by window."""
+    """Return the SSIM of one image by its definition, window by window."""
     places = np.arange(11) - 5
     window = np.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -70,7 +70,7 @@ def reference_ssim(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     values = []
     for i in range(x.shape[0] - 10):
         for j in range(x.shape[1] - 10):
-            a, b = (each[i : i + 11, j : j + 11].astype(float) for each in (x, y))
+            a, b = (item[i : i + 11, j : j + 11].astype(float) for item in (x, y))
             mean_a, mean_b = (window * a).sum(), (window * b).sum()
             var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
             covariance = (window * (a - mean_a) * (b - mean_b)).sum()
@@ -89,7 +89,7 @@ class TestSsim:
 
     def test_channels_are_slices(self) -> None:
         original, decoded = noisy((2, 13, 15, 3))
-        moved = [np.ascontiguousarray(np.moveaxis(each, -1, 0)) for each in (original, decoded)]
+        moved = [np.ascontiguousarray(np.moveaxis(item, -1, 0)) for item in (original, decoded)]
         assert metrics.ssim(original, decoded, channel_axis=-1) == pytest.approx(metrics.ssim(*moved), abs=1e-12)
         assert metrics.ssim(*moved, channel_axis=0) == pytest.approx(metrics.ssim(*moved), abs=1e-12)
 
@@ -109,15 +109,15 @@ class TestSsim:
     def test_ms_ssim_falls_with_noise(self) -> None:
         original, decoded = noisy((1, 161, 162))
         worse = np.where(np.arange(162) % 2, 0, decoded).astype(np.uint16)
-        found = [metrics.ms_ssim(original, each, data_range=255) for each in (original, decoded, worse)]
-        assert found[0] == pytest.approx(1) and 1 > found[1] > found[2] >= 0
+        result = [metrics.ms_ssim(original, item, data_range=255) for item in (original, decoded, worse)]
+        assert result[0] == pytest.approx(1) and 1 > result[1] > result[2] >= 0
 
 
 class TestThreshold:
     def test_reference(self) -> None:
         original = np.array([[0, 5, 5, 9]], np.uint8)
         decoded = np.array([[5, 5, 0, 4]], np.uint8)
-        # at or above 5: both once, decoded alone once, original alone twice
+        # at or above 5: once in both, once in decoded alone, twice in original alone
         assert metrics.accuracy(original, decoded, threshold=5) == 0.25
         assert metrics.iou(original, decoded, threshold=5) == 0.25
         assert metrics.precision(original, decoded, threshold=5) == 0.5

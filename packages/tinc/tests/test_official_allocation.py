@@ -1,4 +1,4 @@
-"""Budgets and widths: the quadratic, the shares of levels and nodes, what cannot be built."""
+"""Budgets and widths: the quadratic equation, the shares of levels and nodes, and errors."""
 
 import math
 from dataclasses import replace
@@ -68,7 +68,7 @@ def measure(shape: tuple[int, ...], seed: int = 0):
 class TestAllocate:
     @given(st.integers(3000, 200_000), st.sampled_from(["equal", "aoi", "var"]), st.integers(1, 3))
     def test_properties(self, budget: int, how: str, channels: int) -> None:
-        """A tree without a width of 1 costs at most its budget, and a node's output is its children's input."""
+        """A tree without a width of 1 keeps its budget, and the output of a node is the input of its children."""
         levels = (Level(1.0, 2), Level(0.8, 1), Level(1.5, 3, allocation=how))
         try:
             nodes = allocate(levels, budget, measure((8, 8, 8)), channels=channels)

@@ -1,4 +1,4 @@
-"""Sweeps of official grids, and trees for other runtimes."""
+"""Sweeps of official grids, and exported trees."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_sweep(tmp_path: Path, volume: Path) -> None:
     assert results["000"]["parameters"] > results["001"]["parameters"]
     assert load_official(tmp_path / "out" / "001" / "last").side_info.shape == (4, 16, 16, 1)
     kept = (tmp_path / "out" / "results.jsonl").read_text()
-    # the second call takes what is there
+    # the second call reads the finished results
     assert dict(run_sweep(tmp_path / "grid.yaml", volume, tmp_path / "out")) == results
     assert (tmp_path / "out" / "results.jsonl").read_text() == kept
 
@@ -59,25 +59,25 @@ def test_onnx(tmp_path: Path, volume: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "tree.onnx"), providers=["CPUExecutionProvider"])
     for count in (5, 32):
         points = torch.arange(count)
-        (found,) = session.run(None, {"points": points.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(points).detach(), rtol=1e-4, atol=1e-4)
+        (result,) = session.run(None, {"points": points.numpy()})
+        torch.testing.assert_close(torch.from_numpy(result), model(points).detach(), rtol=1e-4, atol=1e-4)
     with pytest.raises(FileExistsError, match="--overwrite"):
         export_tree(model, tmp_path / "tree.onnx")
 
 
 def test_eval(tmp_path: Path, volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder and a file of the same weights are as near to the volume; a ratio counts all their bytes."""
+    """A folder and a file of the same weights have the same PSNR, and ratios count all their bytes."""
     normalised, side_info = normalise(np.load(volume)[..., None])
     recipe = find_recipe("default")
     model = OctreeMLP(plan_tree(recipe, normalised, 100_000))
     save_official(tmp_path / "folder", model, recipe, side_info=side_info)
     save_file(official_state(model), tmp_path / "weights.safetensors")
-    found = []
+    result = []
     for name in ("folder", "weights.safetensors"):
         report = tmp_path / f"{name}.json"
         assert main(["eval", str(volume), "--checkpoint", str(tmp_path / name), "--json", str(report)]) == 0
-        found.append(json.loads(report.read_text()))
-    assert found[0]["psnr"] == found[1]["psnr"]
+        result.append(json.loads(report.read_text()))
+    assert result[0]["psnr"] == result[1]["psnr"]
     size = (tmp_path / "weights.safetensors").stat().st_size
-    assert found[1]["ratio"] == pytest.approx(np.load(volume).nbytes / size)
-    assert 0 < found[0]["ratio"] < np.load(volume).nbytes / 4 / plan_tree(recipe, normalised, 100_000).num_parameters
+    assert result[1]["ratio"] == pytest.approx(np.load(volume).nbytes / size)
+    assert 0 < result[0]["ratio"] < np.load(volume).nbytes / 4 / plan_tree(recipe, normalised, 100_000).num_parameters

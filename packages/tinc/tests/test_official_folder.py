@@ -1,4 +1,4 @@
-"""Official folders: written and read, strange and damaged ones, and files of the same weights."""
+"""Official folders: writing and reading, unusual and damaged folders, and files of the same weights."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from visionkernels.weights import CheckpointError
 
 from tinc.official import decode, load_official, normalise, plan_tree, save_official
 from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.volume import SideInfo
 from tinc.recipes import RECIPES, Level, OfficialRecipe
-from visionkernels.weights import CheckpointError
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "state_layout.json").read_text())
@@ -81,7 +81,7 @@ class TestRoundTrip:
             load_official(folder, volume[..., :6])
 
     def test_official_options(self, folder: Path) -> None:
-        """As the official code writes them: block style, the device, and the typing error."""
+        """Options of the official code have block style, a device, and a misspelt allocation."""
         pytest.importorskip("yaml", reason="pyyaml is not installed")
         (folder / "opt.yaml").write_text(
             "Path: /home/somebody/data.tif\nRatio: 64\nTrain:\n  device: cuda\n  batch_size: 5000\n"
@@ -143,7 +143,7 @@ class TestErrors:
             load_official(tmp_path)
 
     def test_claims_much(self, tmp_path: Path) -> None:
-        """A file of gigabytes that takes no disk is refused before it is read."""
+        """A sparse file of a terabyte is refused before it is read."""
         (tmp_path / "0-0-0-0").mkdir()
         with (tmp_path / "0-0-0-0" / "0-W").open("wb") as file:
             file.truncate(1 << 40)
@@ -151,9 +151,7 @@ class TestErrors:
             load_official(tmp_path)
 
     def test_options(self, folder: Path) -> None:
-        with pytest.raises(
-            CheckpointError, match=r"which have 2, 3 layers a level; it seems to hold 3 levels of 2, 2, 3"
-        ):
+        with pytest.raises(CheckpointError, match=r"which have 2, 3 layers a level; it seems to hold 3 levels of 2, 2"):
             load_official(folder, recipe=RECIPES["multi1"])
         (folder / "side_info.json").write_text('{"shape": [8, 8, 12, 1], "dtype": "uint16"}')
         with pytest.raises(CheckpointError, match=r"side_info\.json is damaged"):
@@ -173,7 +171,7 @@ def layout_state(name: str) -> dict[str, Tensor]:
 
 def volume_shape(name: str) -> tuple[int, int, int, int]:
     volume = CASES[name]["volume"]
-    # that of test.tif, which is not among the cases
+    # the shape of test.tif, which the cases do not contain
     return (8, 128, 128, 1) if isinstance(volume, str) else tuple(volume["shape"])
 
 

@@ -1,4 +1,4 @@
-"""The batched tree against a loop over its nodes, initial weights, leaves and volumes, and timm's factory."""
+"""The batched tree compared with a loop over nodes, initial weights, leaves and volumes, and timm's factory."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def make_plan(name: str = "default", shape: tuple[int, int, int] = (8, 8, 12), *
 
 
 def reference(model: OctreeMLP, points: Tensor) -> Tensor:
-    """One node after the other, with the weights under their official names."""
+    """Evaluate one node after the other, with the weights under their official names."""
     weights, plan = dict(model.node_parameters()), model.plan
     features: dict[tuple, Tensor] = {}
     leaves = []
@@ -49,12 +49,12 @@ class TestOctreeMLP:
         points = torch.tensor([0, 3, 3, 11])
         ours, theirs = model(points), reference(model, points)
         assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-        found = []
+        gradients = []
         for loss in (ours.square().sum(), theirs.square().sum()):
             model.zero_grad()
             loss.backward()
-            found.append([value.clone() for _, value in model.node_gradients()])
-        assert_close(found[0], found[1], rtol=1e-8, atol=1e-9)
+            gradients.append([value.clone() for _, value in model.node_gradients()])
+        assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-9)
         assert all(parameter.grad is not None for parameter in model.parameters())
 
     def test_unequal_widths_at_every_level(self) -> None:

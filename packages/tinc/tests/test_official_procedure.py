@@ -1,4 +1,4 @@
-"""Points, losses, optimisers and the evaluation schedule; numbers of the official code are in test_parity."""
+"""Points, losses, optimisers and the evaluation schedule; test_parity has the numbers of the official code."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ class TestLoss:
 class TestOptimizer:
     @pytest.mark.parametrize("name", ["Adamax", "Adam", "SGD"])
     def test_equals_torch(self, name: str) -> None:
-        """One call for all tensors changes no digit."""
+        """One call for all tensors gives the same digits."""
         recipe = replace(RECIPES["default"], optimizer=name, lr=0.01)
         ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
         pairs = (

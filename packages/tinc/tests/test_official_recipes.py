@@ -1,4 +1,4 @@
-"""Recipes check themselves, and official YAML files become recipes."""
+"""Checks of recipes, and recipes of official YAML files."""
 
 import json
 import logging
@@ -127,7 +127,7 @@ Dynamic:
         assert {recipe.batch_size for recipe in recipes} == {4096}
 
     def test_grid_of_tables(self, tmp_path: Path) -> None:
-        """The alternatives may be named, and stand within the options that they vary."""
+        """Alternatives may have names, and be inside of the options that they vary."""
         static = SINGLE.replace("\n", "\n  ")
         text = f"""
 Static:

@@ -1,4 +1,4 @@
-"""Training on a small volume: it learns, and resumes; a kill is in test_processes."""
+"""Training on a small volume: quality and resuming; test_processes kills a run."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class TestTrain:
         assert undisturbed.best_psnr == max(entry["psnr"] for entry in undisturbed.history)
         best = load_official(undisturbed.best)
         assert psnr(original, decode(best.model, best.side_info)) == undisturbed.best_psnr
-        assert undisturbed.parameters == sum(each.numel() for each in loaded.model.parameters())
+        assert undisturbed.parameters == sum(item.numel() for item in loaded.model.parameters())
         assert undisturbed.ratio == volume.stat().st_size / (4 * undisturbed.parameters) > undisturbed.folder_ratio
         assert undisturbed.psnr > undisturbed.psnr_values
 
@@ -67,7 +67,7 @@ class TestTrain:
         ]
 
     def test_learns(self, volume: Path, tmp_path: Path) -> None:
-        """Clearly better than the volume's mean, in fewer values than it has voxels."""
+        """The tree is clearly better than the mean, with fewer parameters than voxels."""
         recipe = replace(RECIPES["multi0"], ratio=4.0, batch_size=2048, epochs=400, lr=1e-2, normal_max=1.0, w0=5.0)
         result = train(recipe, volume, tmp_path / "run")
         original = np.load(volume)
@@ -120,7 +120,7 @@ class TestResume:
 
 @pytest.mark.slow
 def test_two_processes_end_like_one(volume: Path, tmp_path: Path) -> None:
-    """With plain gradient descent, which a wrong scale of the gradients would show in."""
+    """Plain gradient descent shows a wrong scale of the gradients."""
     recipe = replace(
         RECIPE, optimizer="SGD", lr=1e-6, epochs=8, eval_epochs=2, scheduler=Scheduler(name="none", arguments=())
     )
@@ -135,7 +135,7 @@ def test_two_processes_end_like_one(volume: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     single = train(recipe, volume, tmp_path / "single")
-    one, two = (dict(load_official(each).model.node_parameters()) for each in (single.last, tmp_path / "run" / "last"))
+    one, two = (dict(load_official(item).model.node_parameters()) for item in (single.last, tmp_path / "run" / "last"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     logged = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in single.history]

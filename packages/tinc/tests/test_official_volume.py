@@ -1,4 +1,4 @@
-"""Scaling and its inverse on awkward volumes."""
+"""Scaling of unusual volumes, and its inverse."""
 
 import warnings
 from pathlib import Path
@@ -26,7 +26,7 @@ class TestNormalise:
         nearest = denormalise(values, side, rounding="nearest")
         assert nearest.dtype == volume.dtype
         assert np.array_equal(nearest.reshape(volume.shape), volume)
-        # half a count lower on average is what truncation costs
+        # truncation costs half a count on average
         truncated = denormalise(values, side).astype(int).reshape(volume.shape)
         assert set(np.unique(volume - truncated)) <= {0, 1}
 
@@ -38,14 +38,14 @@ class TestNormalise:
 
     @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "uint32", "int64", "float32", "float64"])
     def test_bounds(self, dtype: str) -> None:
-        """A prediction beyond the range gives the extremes of the data, without wrapping."""
+        """A prediction beyond the range becomes an extreme of the data, without wrapping."""
         kind = np.dtype(dtype)
         low, high = (np.iinfo(kind).min, np.iinfo(kind).max) if kind.kind != "f" else (-5.5, 7.5)
         volume = np.array([[[low, high]]], kind)
         _, side = normalise(volume)
-        found = denormalise(np.array([-1e9, 1e9], np.float32), side)
-        assert found.dtype == kind
-        assert found.astype(float) == pytest.approx([float(low), float(high)], rel=1e-6)
+        result = denormalise(np.array([-1e9, 1e9], np.float32), side)
+        assert result.dtype == kind
+        assert result.astype(float) == pytest.approx([float(low), float(high)], rel=1e-6)
 
     def test_errors(self) -> None:
         volume = np.zeros((2, 3, 4), np.float32)

@@ -1,4 +1,4 @@
-"""Volumes larger than memory and many volumes, interrupted and resumed, on several processes."""
+"""Volumes larger than memory and many volumes: results, resuming, other processes, and errors."""
 
 import json
 import math
@@ -23,7 +23,7 @@ VALUES = (np.add.outer(np.arange(10), np.add.outer(np.arange(13) * 5, np.arange(
 
 
 class Recorder:
-    """An array that is made where it is looked at, and remembers where that was."""
+    """An array whose boxes are created when they are read, and recorded."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, fails_after: int = 1 << 30) -> None:
         self.shape, self.dtype, self.fails_after = shape, np.dtype(dtype), fails_after
@@ -43,21 +43,21 @@ class TestCompressChunks:
     def test_round_trip(self, tmp_path: Path, dtype: str) -> None:
         values = VALUES.astype(dtype)
         report = compress_chunks(values, tmp_path / "o.zarr", chunk=(4, 8, 8), jobs=1)
-        found = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")
-        assert np.array_equal(found[:], values) and found.chunks == (4, 8, 8)
+        result = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")
+        assert np.array_equal(result[:], values) and result.chunks == (4, 8, 8)
         assert report.num_chunks == 12 and report.psnr == math.inf and report.raw_bytes == values.nbytes
-        written = sum(each.stat().st_size for each in (tmp_path / "o.zarr").rglob("*") if each.is_file())
+        written = sum(item.stat().st_size for item in (tmp_path / "o.zarr").rglob("*") if item.is_file())
         assert report.bytes == written and report.ratio == values.nbytes / written
-        assert [each.name for each in tmp_path.iterdir()] == ["o.zarr"]
+        assert [item.name for item in tmp_path.iterdir()] == ["o.zarr"]
 
     @pytest.mark.parametrize("dtype", ["uint8", "float32"])
     def test_report(self, tmp_path: Path, dtype: str) -> None:
-        """The PSNR of the report is that of the volume, over the type's range or the volume's own."""
+        """The PSNR of the report is that of the whole volume, over the range of the type or of the volume."""
         values = VALUES.astype(dtype)
         report = compress_chunks(values, tmp_path / "o.zarr", chunk=(5, 13, 9), jobs=1, max_error=4)
-        found = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")[:]
-        assert 0 < np.abs(found.astype(float) - values).max() <= 4
-        expected = psnr(values, found, data_range="dtype" if dtype == "uint8" else "values")
+        result = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")[:]
+        assert 0 < np.abs(result.astype(float) - values).max() <= 4
+        expected = psnr(values, result, data_range="dtype" if dtype == "uint8" else "values")
         assert report.psnr == pytest.approx(expected)
 
     def test_sources(self, tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ class TestCompressChunks:
         assert np.array_equal(zarr.open_array(str(tmp_path / "o.zarr"))[:], view)
 
     def test_edges(self, tmp_path: Path) -> None:
-        """A target of size counts what is inside, and the padding costs next to nothing."""
+        """A target of size refers to the voxels inside, and padding costs next to nothing."""
         rng = np.random.default_rng(0)
         values = rng.integers(0, 255, (18, 16, 16), dtype=np.uint8)
         report = compress_chunks(values, tmp_path / "o.zarr", chunk=(16, 16, 16), jobs=1, ratio=4)
-        sizes = {each.parts[-3]: each.stat().st_size for each in (tmp_path / "o.zarr/c").rglob("*") if each.is_file()}
+        sizes = {item.parts[-3]: item.stat().st_size for item in (tmp_path / "o.zarr/c").rglob("*") if item.is_file()}
         assert sizes["0"] <= 4096 / 4 and sizes["1"] <= 512 / 4
         assert report.bytes == sum(sizes.values()) + (tmp_path / "o.zarr/zarr.json").stat().st_size
 
@@ -93,7 +93,7 @@ class TestCompressChunks:
         values[0, 0], values[7, 7] = 1, -0.0
         report = compress_chunks(values, tmp_path / "o.zarr", chunk=(4, 4), jobs=1)
         assert report.num_chunks == 4
-        assert sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("c/*/*")) == [
+        assert sorted(str(item.relative_to(tmp_path)) for item in tmp_path.rglob("c/*/*")) == [
             "o.zarr/c/0/0", "o.zarr/c/1/1",
         ]  # fmt: skip
         assert zarr.open_array(str(tmp_path / "o.zarr"))[:].tobytes() == values.tobytes()
@@ -102,9 +102,9 @@ class TestCompressChunks:
         values = VALUES.astype(np.float32)
         values[0, 0, 0] = np.nan
         report = compress_chunks(values, tmp_path / "o.zarr", chunk=(5, 13, 9), jobs=1, max_error=2)
-        found = zarr.open_array(str(tmp_path / "o.zarr"))[:]
-        assert np.isnan(found[0, 0, 0]) and math.isfinite(report.psnr)
-        assert np.nanmax(np.abs(found - values)) <= 2
+        result = zarr.open_array(str(tmp_path / "o.zarr"))[:]
+        assert np.isnan(result[0, 0, 0]) and math.isfinite(report.psnr)
+        assert np.nanmax(np.abs(result - values)) <= 2
 
     def test_metadata(self, tmp_path: Path) -> None:
         metadata = {"axes": "CYX", "spacing": [None, 0.5, 0.5], "units": [None, "micrometer", "micrometer"]}
@@ -123,24 +123,24 @@ class TestCompressChunks:
         tracemalloc.stop()
         assert report.raw_bytes == 20 * 4096 * 8192 * 2 and report.num_chunks == len(source.boxes) == 320
         assert peak < 200 << 20
-        found = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")
-        assert found[3, 511, 1023] == 7 and found[19, 4095, 8191] == 0
+        result = zarr.open_array(str(tmp_path / "o.zarr"), mode="r")
+        assert result[3, 511, 1023] == 7 and result[19, 4095, 8191] == 0
         assert len(list((tmp_path / "o.zarr/c").glob("*/*/*"))) == 1
 
     def test_resume(self, tmp_path: Path) -> None:
-        """A call that failed goes on where it was, and says where it is until then."""
+        """A failed call leaves a partial folder, and a repeated call resumes it."""
         with pytest.raises(SweepError, match="the disk is gone"):
             compress_chunks(Recorder((8, 40), "int16", fails_after=3), tmp_path / "o.zarr", chunk=(8, 8), jobs=1)
         assert not (tmp_path / "o.zarr").exists() and (tmp_path / "o.zarr.partial").is_dir()
         source = Recorder((8, 40), "int16")
         report = compress_chunks(source, tmp_path / "o.zarr", chunk=(8, 8), jobs=1)
         assert [box[1].start for box in source.boxes] == [24, 32] and report.num_chunks == 5
-        assert [each.name for each in tmp_path.iterdir()] == ["o.zarr"]
+        assert [item.name for item in tmp_path.iterdir()] == ["o.zarr"]
         assert not list((tmp_path / "o.zarr").glob("done*"))
         assert (zarr.open_array(str(tmp_path / "o.zarr"))[:, :8] == 7).all()
 
     def test_other_partial(self, tmp_path: Path) -> None:
-        """What another call left is not mixed in."""
+        """The partial folder of another call is refused."""
         with pytest.raises(SweepError):
             compress_chunks(Recorder((8, 40), "int16", fails_after=2), tmp_path / "o.zarr", chunk=(8, 8), jobs=1)
         others: list[dict[str, Any]] = [{"chunk": (8, 10)}, {"chunk": (8, 8), "max_error": 1}]
@@ -157,7 +157,7 @@ class TestCompressChunks:
             compress_chunks(VALUES[:4], tmp_path / "o.zarr", chunk=(8, 8, 8), jobs=1)
         compress_chunks(VALUES[:4], tmp_path / "o.zarr", chunk=(8, 8, 8), jobs=1, overwrite=True)
         assert zarr.open_array(str(tmp_path / "o.zarr")).shape == (4, 13, 9)
-        assert [each.name for each in tmp_path.iterdir()] == ["o.zarr"]
+        assert [item.name for item in tmp_path.iterdir()] == ["o.zarr"]
 
     def test_errors(self, tmp_path: Path) -> None:
         cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
@@ -183,21 +183,21 @@ class TestCompressMany:
         (tmp_path / "d.npy").write_bytes(b"nothing")
         paths = [tmp_path / name for name in ("a.tif", "b.nii.gz", "c.zarr", "d.npy")]
         report = compress_many(paths, tmp_path / "out", jobs=1, lossless=True, preset="fast")
-        assert [Path(each["out"]).name for each in report.files] == ["a.tinc", "b.tinc", "c.tinc"]
-        for each in report.files:
-            assert np.array_equal(tinc.open(each["out"]).decode(), VALUES)
-            assert each["psnr"] is None and each["bytes"] == Path(each["out"]).stat().st_size
+        assert [Path(item["out"]).name for item in report.files] == ["a.tinc", "b.tinc", "c.tinc"]
+        for item in report.files:
+            assert np.array_equal(tinc.open(item["out"]).decode(), VALUES)
+            assert item["psnr"] is None and item["bytes"] == Path(item["out"]).stat().st_size
         assert tinc.open(tmp_path / "out/a.tinc").info()["channel_axis"] == 0
         assert tinc.open(tmp_path / "out/b.tinc").metadata["spacing"] == [1, 2, 3]
         assert list(report.failures) == [str(paths[3])] and "d.npy is damaged" in report.failures[str(paths[3])]
-        assert report.ratio == pytest.approx(3 * VALUES.nbytes / sum(each["bytes"] for each in report.files))
+        assert report.ratio == pytest.approx(3 * VALUES.nbytes / sum(item["bytes"] for item in report.files))
 
     def test_lossy(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", VALUES)
-        (found,) = compress_many([tmp_path / "a.npy"], tmp_path, jobs=1, max_error=5, keep_metadata=False).files
+        (result,) = compress_many([tmp_path / "a.npy"], tmp_path, jobs=1, max_error=5, keep_metadata=False).files
         file = tinc.open(tmp_path / "a.tinc")
-        assert file.metadata == {} and found["ratio"] == file.ratio
-        assert found["psnr"] == pytest.approx(psnr(VALUES, file.decode()))
+        assert file.metadata == {} and result["ratio"] == file.ratio
+        assert result["psnr"] == pytest.approx(psnr(VALUES, file.decode()))
 
     def test_types(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", VALUES.astype(float))
@@ -215,7 +215,7 @@ class TestCompressMany:
         assert list(first.failures) == [str(paths[1])]
         stamp = (tmp_path / "out/a.tinc").stat().st_mtime_ns
         np.save(paths[1], VALUES)
-        # written before the crash, but not noted
+        # an output that was written before a crash, but is not in `done`
         (tmp_path / "out/b.tinc").write_bytes(b"torn")
         second = compress_many(paths, tmp_path / "out", jobs=1, done=done, lossless=True)
         assert not second.failures and second.files[0] == first.files[0]

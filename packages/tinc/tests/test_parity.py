@@ -1,4 +1,4 @@
-"""The golden cases agree, and the check that says so bites."""
+"""The golden cases agree, and the check reports perturbed outputs."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ HAS_VOLUME = any((place / "test.tif").is_file() for place in (DATA, GOLDEN))
 
 
 def named(name: str):
-    """A case as a parameter; those of the official volume need the file."""
+    """Return a case as a parameter; cases of the official volume need its file."""
     needs = isinstance(CASES[name].get("volume"), str)
     marks = [pytest.mark.skipif(not HAS_VOLUME, reason=f"test.tif is not in {DATA}")] if needs else []
     return pytest.param(name, marks=marks)
@@ -37,7 +37,7 @@ def test_golden(results: dict[str, list[str]], name: str) -> None:
 
 
 def write(folder: Path, name: str, case: dict, changed: dict[str, np.ndarray] | None = None) -> Path:
-    """A folder of one case."""
+    """Write a folder with one case."""
     (folder / "index.json").write_text(json.dumps({**INDEX, "cases": {name: case}}))
     shutil.copy(GOLDEN / "state_layout.json", folder)
     np.savez(folder / "data.npz", **{**np.load(GOLDEN / "data.npz"), **(changed or {})})
@@ -45,7 +45,7 @@ def write(folder: Path, name: str, case: dict, changed: dict[str, np.ndarray] | 
 
 
 def tolerance(case: dict, name: str, value: float) -> float:
-    """What the index allows at one element."""
+    """Return the tolerance of the index at one element."""
     match case["kind"], name:
         case "tree", "grad":
             return 1e-3 * case["stats"]["grad"]["absmax"] + 1e-3 * abs(value)
@@ -67,18 +67,18 @@ def tolerance(case: dict, name: str, value: float) -> float:
 
 @pytest.mark.parametrize("name", [named(name) for name, case in CASES.items() if case["tensors"]])
 def test_finds_perturbed_outputs(tmp_path: Path, name: str) -> None:
-    """Every output moved by ten times its tolerance in a single element is reported, by its name."""
+    """Every output is reported by name if one of its elements moves by ten times the tolerance."""
     case, stored, changed = CASES[name], np.load(GOLDEN / "data.npz"), {}
     for key in case["tensors"]:
         array = stored[key].copy()
-        # of the table of widths, the width
+        # the column of widths in the table
         place = 4 if case["kind"] == "hidden_width" else array.size // 2
         step = 10 * tolerance(case, key.partition(".")[2], float(array.flat[place]))
         array.flat[place] += array.dtype.type(step)
         changed[key] = array
     mismatches = check(write(tmp_path, name, case, changed))[name]
     names = ["row 0"] if case["kind"] == "hidden_width" else [key.partition(".")[2] for key in case["tensors"]]
-    assert [each for each in names if not any(f"{name}.{each}:" in mismatch for mismatch in mismatches)] == []
+    assert [item for item in names if not any(f"{name}.{item}:" in mismatch for mismatch in mismatches)] == []
 
 
 CHANGES = {
@@ -129,8 +129,8 @@ def test_missing_numbers_are_a_mismatch(tmp_path: Path) -> None:
 
 
 def test_other_configurations_run(tmp_path: Path) -> None:
-    """A case of a known kind with another volume and tree is computed, and differs."""
+    """A case of a known kind with another volume and tree is computed, and reported as different."""
     case = copy.deepcopy(CASES["tree_var_2lv"])
     case["volume"] |= {"seed": 99, "shape": [8, 8, 16, 1], "kind": "sparse"}
     mismatches = check(write(tmp_path, "tree_var_2lv", case))["tree_var_2lv"]
-    assert any("predict shape: [8, 8, 16, 1]" in each for each in mismatches)
+    assert any("predict shape: [8, 8, 16, 1]" in item for item in mismatches)

@@ -1,4 +1,4 @@
-"""One process of its own: a codec that cannot import timm and torchvision, and a training that is killed."""
+"""Tests that need another process: a codec without timm and torchvision, and a training that is killed."""
 
 import json
 import signal
@@ -37,20 +37,20 @@ class Blocker(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-folder, found = Path(sys.argv[1]), {{}}
+folder, result = Path(sys.argv[1]), {{}}
 
 # a program that imports Zarr alone finds the codec through its entry point
 import zarr
 assert "tinc" not in sys.modules
 array = zarr.open_array(str(folder / "a.zarr"), mode="r")
-found["zarr"] = array[3, 4:6, 5].tolist()
+result["zarr"] = array[3, 4:6, 5].tolist()
 
 import numcodecs, numpy, tinc
 values = array[:]
-found["compress"] = tinc.compress(values, lossless=True, preset="fast").tobytes().hex()
-found["decompress"] = tinc.decompress(folder / "a.tinc").tolist()
+result["compress"] = tinc.compress(values, lossless=True, preset="fast").tobytes().hex()
+result["decompress"] = tinc.decompress(folder / "a.tinc").tolist()
 chunks = numcodecs.get_codec({{"id": "tinc"}})
-found["numcodecs"] = chunks.decode(chunks.encode(values)).tolist()
+result["numcodecs"] = chunks.decode(chunks.encode(values)).tolist()
 
 from tinc.cli import main
 def run(*arguments):
@@ -58,15 +58,15 @@ def run(*arguments):
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         return [main([*map(str, arguments)]), err.getvalue()]
 
-found["commands"] = [
+result["commands"] = [
     run("compress", folder / "a.npy", folder / "b.tinc", "--lossless", "--preset", "fast"),
     run("decompress", folder / "b.tinc", folder / "b.npy"),
     run("info"),
     run("eval", folder / "a.npy", "--checkpoint", folder / "models"),
 ]
-found["train"] = run("train", "multi0", "--data", folder / "a.npy", "--out", folder / "refused")
-found["blocked"] = sorted({{"timm", "torchvision"}} & set(sys.modules))
-print(json.dumps(found), flush=True)
+result["train"] = run("train", "multi0", "--data", folder / "a.npy", "--out", folder / "refused")
+result["blocked"] = sorted({{"timm", "torchvision"}} & set(sys.modules))
+print(json.dumps(result), flush=True)
 
 # training asks for timm, but does not use it: its import would take longer than all the rest
 sys.modules["timm"] = types.ModuleType("timm")
@@ -90,7 +90,7 @@ train({RECIPE!r}, folder / "a.npy", folder / "run", save_every_steps=4)
 @dataclass(frozen=True)
 class Child:
     folder: Path
-    found: dict[str, Any]
+    result: dict[str, Any]
     returncode: int
     errors: str
 
@@ -110,14 +110,14 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Child:
 
 
 def test_without_timm_and_torchvision(child: Child) -> None:
-    found = child.found
-    assert found["zarr"] == VALUES[3, 4:6, 5].tolist()
-    assert found["compress"] == (child.folder / "a.tinc").read_bytes().hex()
-    assert found["decompress"] == found["numcodecs"] == VALUES.tolist()
-    assert [code for code, _ in found["commands"]] == [0, 0, 0, 0], found["commands"]
+    result = child.result
+    assert result["zarr"] == VALUES[3, 4:6, 5].tolist()
+    assert result["compress"] == (child.folder / "a.tinc").read_bytes().hex()
+    assert result["decompress"] == result["numcodecs"] == VALUES.tolist()
+    assert [code for code, _ in result["commands"]] == [0, 0, 0, 0], result["commands"]
     assert np.array_equal(np.load(child.folder / "b.npy"), VALUES)
-    assert found["train"] == [2, "tinc: error: timm is not installed; run: pip install 'tinc-vision[train]'\n"]
-    assert found["blocked"] == [] and not (child.folder / "refused").exists()
+    assert result["train"] == [2, "tinc: error: timm is not installed; run: pip install 'tinc-vision[train]'\n"]
+    assert result["blocked"] == [] and not (child.folder / "refused").exists()
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -125,7 +125,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_kill(child: Child, tmp_path: Path) -> None:
-    """A run that was killed after its fourth checkpoint and is run again ends bit for bit like an undisturbed one."""
+    """A run that is killed after its fourth checkpoint and resumed ends with the weights of an undisturbed run."""
     assert child.returncode == -signal.SIGKILL, child.errors
     run = child.folder / "run"
     assert not (run / "last").exists()

@@ -1,4 +1,4 @@
-"""Targets are met as promised: sizes never above, PSNR never below, errors never beyond, nothing lost without loss."""
+"""Files meet their targets: size, PSNR, largest error, and no loss."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ quick = settings(max_examples=12, deadline=None, derandomize=True)
 
 @st.composite
 def volumes(draw: st.DrawFn, dtypes: list[str] = DTYPES, most: int = 400) -> np.ndarray:
-    """Two to four axes, of noise, waves, steps, sparse or constant values, over the whole type or a part of it."""
+    """Draw volumes of two to four axes: noise, waves, steps, sparse or constant values, in any part of the type."""
     shape = draw(st.lists(st.integers(1, 14), min_size=2, max_size=4).filter(lambda sizes: math.prod(sizes) <= most))
     dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def volumes(draw: st.DrawFn, dtypes: list[str] = DTYPES, most: int = 400) -> np.
 
 
 def psnr(original: np.ndarray, decoded: np.ndarray) -> float:
-    """Over the range of the type; of float32, over that of the values."""
+    """Return the PSNR over the range of an integer type, or over that of float32 values."""
     mse = np.square(original.astype(np.float64) - decoded).mean()
     if original.dtype == np.float32:
         peak = float(original.max()) - float(original.min()) or 1.0
@@ -77,7 +77,7 @@ class TestLossless:
     @given(st.integers(0, 2**32 - 1))
     @quick
     def test_any_bits(self, seed: int) -> None:
-        """float32 of any bits: NaN with their payloads, infinities, subnormals."""
+        """All bits of float32 are kept: NaN with their payloads, infinities, subnormals."""
         bits = np.random.default_rng(seed).integers(0, 2**32, (5, 6), dtype=np.uint32)
         array = bits.view(np.float32)
         assert tinc.compress(array, lossless=True, preset="fast").decode().tobytes() == array.tobytes()
@@ -114,7 +114,7 @@ class TestMaxError:
     @given(volumes(most=1000), st.floats(1e-6, 0.6))
     @quick
     def test_every_sample(self, array: np.ndarray, share: float) -> None:
-        """From a millionth to more than half of the range."""
+        """Bounds range from a millionth to more than half of the range."""
         reach = float(array.max()) - float(array.min()) or 1.0
         error = share * reach
         decoded = compress(array, max_error=error).decode()
@@ -152,7 +152,7 @@ class TestSize:
     @given(volumes(), st.floats(0.3, 12))
     @settings(max_examples=10, deadline=None, derandomize=True)
     def test_never_above(self, array: np.ndarray, bits: float) -> None:
-        """Or a ValueError that names what is possible; never a larger file."""
+        """The file is never too large; a ValueError names the possible size instead."""
         size = max(int(array.size * bits / 8), 1)
         try:
             with np.errstate(over="ignore"):
@@ -163,13 +163,13 @@ class TestSize:
         assert file.nbytes_stored <= size or array.min() == array.max()
 
     def test_many_bits(self, wavy: Wavy) -> None:
-        """10.5 bits a sample of 32."""
+        """The target is 10.5 bits for samples of 32."""
         assert tinc.compress(wavy((9, 17), "float32"), bytes=200, preset="fast").nbytes_stored <= 200
 
     @pytest.mark.parametrize("target", [{"ratio": 8}, {"bytes": 300}, {"bpv": 2.0}])
     @pytest.mark.parametrize("dtype", ["uint8", "float32"])
     def test_is_used(self, wavy: Wavy, dtype: str, target: dict[str, float]) -> None:
-        """No more than one percent of the target is left."""
+        """At most one percent of the target is unused."""
         array = wavy((6, 12, 12), dtype)
         file = compress(array, **target)
         size = {"ratio": array.nbytes / 8, "bytes": 300, "bpv": array.size / 4}[next(iter(target))]
@@ -198,7 +198,7 @@ class TestSize:
             tinc.compress(wavy((10, 10)), preset="fast", **target)  # type: ignore[arg-type]
 
     def test_constant_is_small(self) -> None:
-        """Whatever the target, a constant takes some dozens of bytes and is exact."""
+        """A constant volume is exact and takes a few dozen bytes, for any target."""
         for dtype in DTYPES:
             array = np.full((20, 30, 40), 77, dtype=dtype)
             for target in ({"ratio": 100}, {"psnr": 30}, {"lossless": True}, {"bpv": 0.1}):
@@ -218,13 +218,13 @@ class TestPsnr:
 
     @pytest.mark.parametrize("target", [30, 50, 57, 65])
     def test_noise(self, target: float) -> None:
-        """Bytes of noise, where rounding to integers adds as much as the levels."""
+        """In noise of 8 bits, rounding to integers adds as much error as the levels."""
         array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
     @pytest.mark.parametrize("dtype", ["uint16", "float32"])
     def test_is_not_exceeded_much(self, wavy: Wavy, dtype: str) -> None:
-        """0.2 dB above what was asked for is a waste."""
+        """The PSNR is less than 0.3 dB above the target."""
         array = wavy((6, 12, 12), dtype)
         target = 40 if dtype in ("uint8", "float32") else 84
         assert target - 0.3 < psnr(array, compress(array, psnr=target).decode()) < target + 0.3
@@ -251,7 +251,7 @@ class TestPsnr:
 
 class TestMask:
     def test_background_is_exact(self, wavy: Wavy) -> None:
-        """Zeros around an object stay zeros, at any rate."""
+        """Zeros around an object stay zero."""
         array = wavy((8, 16, 16), "uint16", noise=20)
         outside = np.square(np.indices(array.shape) - np.array([4, 8, 8]).reshape(3, 1, 1, 1)).sum(0) > 40
         array[outside] = 0

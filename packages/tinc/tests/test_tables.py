@@ -1,4 +1,4 @@
-"""The tables: what is measured here agrees with the references."""
+"""The tables: cells, needs and references."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_tinc_is_above_the_others() -> None:
     table = replace(table, cells=tuple(cell for cell in table.cells if cell.row != "tinc, tree alone"))
     results = [result for result in evaluate([table], full=True, progress=False) if result.measured is not None]
     for column in ("PSNR at 16x", "PSNR at 64x", "PSNR at 256x"):
-        found = {result.cell.row: result.measured.value for result in results if result.cell.column == column}
-        assert max(found, key=found.__getitem__) == "tinc, residual alone"
+        figures = {result.cell.row: result.measured.value for result in results if result.cell.column == column}
+        assert max(figures, key=figures.__getitem__) == "tinc, residual alone"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class TestInverseBlocks:
     @given(blocks, st.integers(0, 26), st.integers(0, 2**32 - 1))
     @settings(max_examples=60, deadline=None, derandomize=True)
     def test_inverts_forward(self, block: list[int], bits: int, seed: int) -> None:
-        """Rounded coefficients, a basis of 14 bits and a rounding an axis: the error stays within their sum."""
+        """The error is within the sum of rounded coefficients, a basis of 14 bits and a rounding for each axis."""
         values = np.random.default_rng(seed).integers(-(1 << bits), (1 << bits) + 1, (*[1] * len(block), *block))
         coefficients = np.rint(forward_blocks(values)).astype(np.int64)
         back = inverse_blocks(coefficients)
@@ -38,7 +38,7 @@ class TestInverseBlocks:
     @given(blocks, st.integers(0, 2**32 - 1))
     @settings(max_examples=30, deadline=None, derandomize=True)
     def test_against_integers(self, block: list[int], seed: int) -> None:
-        """float64 sums are those of Python's integers."""
+        """Sums in float64 equal those of Python's integers."""
         rng = np.random.default_rng(seed)
         largest = int(2**36 / np.sqrt(np.prod(block)))
         coefficients = rng.integers(-largest, largest + 1, (*[1] * len(block), *block))
@@ -62,5 +62,5 @@ class TestInverseBlocks:
         low = coefficients[..., : 16 // step, : 16 // step]
         coarse = inverse_blocks(low, (step, step))
         means = values.reshape(16 // step, step, 16 // step, step).mean((1, 3))
-        # a sample of the low frequencies, not their mean over a cell: up to a tenth more of the amplitude
+        # samples of the low frequencies instead of means over cells have up to a tenth more amplitude
         assert np.abs(coarse[0, 0] - means).max() < 0.1 * 2000

@@ -1,4 +1,4 @@
-"""Trees in integers: parts, cells, uneven splits, constant leaves, batches, weights written and read."""
+"""Trees in integers: parts, cells, uneven splits, constant leaves, batches, and coding of weights."""
 
 from dataclasses import replace
 from itertools import product
@@ -68,7 +68,7 @@ class TestTreeShape:
 
 class TestDecode:
     def test_reference(self, tree: QuantizedTree) -> None:
-        """The formulas of the format, voxel by voxel in Python's integers."""
+        """Values equal the formulas of the format, evaluated voxel by voxel in Python's integers."""
         from tinc.arithmetic import sine_table
 
         shape, sines = tree.shape, sine_table().numpy().astype(int).tolist()
@@ -107,7 +107,7 @@ class TestDecode:
         assert np.array_equal(tree.decode(tuple(region), (step,) * len(region)), everything[(slice(None), *region)])
 
     def test_single_voxels(self, tree: QuantizedTree) -> None:
-        """However many points are computed at once, each is the same."""
+        """Values do not depend on the number of points in a batch."""
         everything = tree.decode(whole(tree.shape))
         for voxel in list(product(*map(range, tree.shape.extent)))[::7]:
             box = tuple(slice(at, at + 1) for at in voxel)
@@ -122,7 +122,7 @@ class TestDecode:
             torch.set_num_threads(1)
 
     def test_largest_weights(self) -> None:
-        """Sums beyond 2**24 are exact too."""
+        """Sums above 2**24 are exact, too."""
         shape = TreeShape((4, 5), ((1, 1),), ((64, 64, 1),))
         tree = make(shape, largest=LARGEST_WEIGHT)
         layers = tuple(replace(layer, multiplier=127, shift=20) for layer in tree.layers)
@@ -168,7 +168,7 @@ class TestWeights:
         assert np.array_equal(read_constants(reader, tree.shape), tree.constants)
 
     def test_size(self) -> None:
-        """Laplace-distributed weights take about what their entropy asks for."""
+        """Laplace-distributed weights take about the bits of their entropy."""
         shape = TreeShape((8, 8), ((1, 1),), ((60, 60, 1),))
         rng = np.random.default_rng(0)
         layers = tuple(Layer(np.rint(rng.laplace(size=size) * 8).astype(np.int64), 1, 1) for _, size in shape.layers)
@@ -184,7 +184,7 @@ class TestWeights:
             try:
                 reader = BitReader(content)
                 read = read_weights(reader, shape, spreads)
-                assert [each.shape for each in read] == [size for _, size in shape.layers]
+                assert [item.shape for item in read] == [size for _, size in shape.layers]
                 assert read_constants(reader, shape).shape == (5, 1)
             except TincFormatError as error:
                 assert "damaged" in str(error)

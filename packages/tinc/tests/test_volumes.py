@@ -1,4 +1,4 @@
-"""Volumes in every file format, what they say of axes and spacing, and files that are damaged or of other types."""
+"""Volumes in all file formats, their axes and spacing, and damaged files and files of other types."""
 
 import struct
 import sys
@@ -44,19 +44,19 @@ class TestRoundTrip:
         assert np.array_equal(np.asarray(volume.array), array)
         if suffix != ".npy":
             assert {name: volume.metadata[name] for name in metadata} == metadata
-        assert [each.name for each in path.parent.iterdir()] == [path.name]
+        assert [item.name for item in path.parent.iterdir()] == [path.name]
 
     @pytest.mark.parametrize("suffix", [".tif", ".ome.tif", ".npy", ".nii", ".zarr"])
     @pytest.mark.parametrize("shape", [(6, 5), (1, 4, 5), (2, 3, 4, 5)])
     def test_axes_and_strides(self, tmp_path: Path, suffix: str, shape: tuple[int, ...]) -> None:
-        """Two to four axes, in memory that is backward, strided and of the other byte order."""
+        """Arrays of two to four axes with negative strides, other strides and the other byte order."""
         array = ramp(shape, "uint16").astype(">u2").repeat(2, axis=-1)[::-1, ..., ::2]
-        # without metadata the axes are named from the last: X, Y, Z, T
+        # without metadata, axes get names from the last one on: X, Y, Z, T
         expected = array.transpose() if suffix == ".nii" else array
         write_volume(tmp_path / f"in{suffix}", array)
         # TIFF readers leave out axes of one
-        found = np.asarray(read_volume(tmp_path / f"in{suffix}").array).reshape(expected.shape)
-        assert np.array_equal(found, expected)
+        result = np.asarray(read_volume(tmp_path / f"in{suffix}").array).reshape(expected.shape)
+        assert np.array_equal(result, expected)
 
     @pytest.mark.parametrize(
         ("suffix", "axis", "shape"),
@@ -85,7 +85,7 @@ class TestRoundTrip:
         assert volume.array.dtype == array.dtype and np.array_equal(volume.array, array)
 
     def test_through_the_codec(self, tmp_path: Path) -> None:
-        """A lossless file of a memory map, with its metadata, gives the volume back."""
+        """A lossless file of a memory map decodes to the volume and its metadata."""
         array = ramp((4, 6, 8), "int16")
         write_volume(
             tmp_path / "in.nii", array, metadata={"axes": "XYZ", "spacing": [1.0, 2.0, 3.0], "units": [None] * 3}
@@ -113,9 +113,9 @@ class TestReadVolume:
         array = ramp((3, 8, 8), "uint16")
         for suffix in (".tif", ".npy", ".nii"):
             write_volume(tmp_path / f"in{suffix}", array, metadata={"axes": "XYZ" if suffix == ".nii" else "ZYX"})
-            found = read_volume(tmp_path / f"in{suffix}").array
-            assert isinstance(found, np.memmap), suffix
-            assert np.array_equal(found[1:2, 3], array[1:2, 3])
+            result = read_volume(tmp_path / f"in{suffix}").array
+            assert isinstance(result, np.memmap), suffix
+            assert np.array_equal(result[1:2, 3], array[1:2, 3])
 
     def test_tiff_of_others(self, tmp_path: Path) -> None:
         array = ramp((3, 4, 8, 8), "uint16")
@@ -130,7 +130,7 @@ class TestReadVolume:
         assert volume.note == "the first of 2 series is read" and np.array_equal(volume.array, array[0])
 
     def test_imagej(self, tmp_path: Path) -> None:
-        """Fiji finds its spacing in what is written from what it wrote."""
+        """The spacing of an ImageJ file is kept in the file that is written from it."""
         array = ramp((3, 2, 6, 8), "uint16")
         options: dict[str, Any] = {"imagej": True, "resolution": (4.0, 2.0)}
         details = {"axes": "ZCYX", "spacing": 1.5, "unit": "um"}
@@ -156,7 +156,7 @@ class TestReadVolume:
 
     @pytest.mark.parametrize("name", ["anatomical.nii", "functional.nii", "example4d.nii.gz"])
     def test_nifti_of_others(self, tmp_path: Path, name: str) -> None:
-        """Big-endian, scaled and oriented files: the integers are kept, and scanners' numbers come back."""
+        """Big-endian, scaled and oriented files keep their integers, and scanners' numbers come back."""
         original = nibabel.load(NIFTI_DATA / name)
         volume = read_volume(NIFTI_DATA / name)
         assert np.array_equal(volume.array, original.dataobj.get_unscaled())
@@ -180,12 +180,12 @@ class TestReadVolume:
         )
 
     def test_ome_zarr(self, tmp_path: Path) -> None:
-        """The finest level is read, where it is indexed, and scales multiply."""
+        """The finest level is read when it is indexed, and scales multiply."""
         group = zarr.open_group(str(tmp_path / "in.zarr"), mode="w")
         fine = ramp((2, 3, 6, 8), "uint16")
         group.create_array("full", data=fine, chunks=(1, 3, 6, 4))
         group.create_array("a_half", data=fine[..., ::2, ::2])
-        axes = [{"name": "c", "type": "channel"}, *({"name": each, "unit": "micrometer"} for each in "zyx")]
+        axes = [{"name": "c", "type": "channel"}, *({"name": item, "unit": "micrometer"} for item in "zyx")]
         levels = [
             {"path": name, "coordinateTransformations": [{"type": "scale", "scale": [1, 2, step, step]}]}
             for name, step in (("full", 0.5), ("a_half", 1))
@@ -266,7 +266,7 @@ class TestReadVolume:
                 read_volume(tmp_path / "in.png")
 
     def test_deep_colour_png(self, tmp_path: Path) -> None:
-        """Pillow would silently halve the depth of these."""
+        """PNG files of 16-bit colours, which Pillow reduces to 8 bits, are refused."""
         header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
         Image.new("RGB", (2, 2)).save(tmp_path / "in.png")
         content = bytearray((tmp_path / "in.png").read_bytes())
@@ -282,7 +282,7 @@ class TestReadVolume:
 
     @pytest.mark.parametrize("suffix", [".tif", ".ome.tif", ".npy", ".nii", ".nii.gz", ".png"])
     def test_damage(self, tmp_path: Path, suffix: str) -> None:
-        """What is cut off gives one line with the name, or where the cut does not matter, the volume."""
+        """A truncated file raises an error with its name, unless the missing part does not matter."""
         path, rng = tmp_path / f"in{suffix}", np.random.default_rng(0)
         array = rng.integers(0, 256, (24, 20), dtype=np.uint8)
         write_volume(path, array, metadata={"axes": "XY"} if ".nii" in suffix else None)
@@ -302,14 +302,14 @@ class TestReadVolume:
     @staticmethod
     def _is_refused_or(path: Path, array: np.ndarray | None) -> None:
         try:
-            found = read_volume(path).array
+            result = read_volume(path).array
         except CorruptFileError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         except (TypeError, ValueError) as error:
-            # a flipped bit may tell of another type or kind of picture
+            # a flipped bit may change the type or the kind of image
             assert array is None and str(path) in str(error)
         else:
-            assert array is None or np.array_equal(found, array)
+            assert array is None or np.array_equal(result, array)
 
     def test_damaged_zarr(self, tmp_path: Path) -> None:
         write_volume(tmp_path / "in.zarr", ramp((4, 5), "uint8"))
@@ -327,7 +327,7 @@ class TestReadVolume:
     ) -> None:
         path = tmp_path / f"in.{suffix}"
         write_volume(path, ramp((4, 5, 6), "uint8"), metadata={"axes": "XYZ"})
-        # None in sys.modules is how Python knows that a module is not there
+        # None in sys.modules makes the import of a module fail
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=rf"{module} is not installed; run: pip install 'tinc-vision\[{extra}\]'"):
             read_volume(path)
@@ -344,11 +344,11 @@ class TestWriteVolume:
         assert np.array_equal(np.asarray(read_volume(path).array), first)
         write_volume(path, second, metadata=axes, overwrite=True)
         assert np.array_equal(np.asarray(read_volume(path).array), second)
-        assert [each.name for each in tmp_path.iterdir()] == [path.name]
+        assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
     @pytest.mark.parametrize("suffix", [".tif", ".npy", ".nii", ".zarr"])
     def test_whole_or_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-        """A disk that fills up leaves the old file and nothing else."""
+        """A full disk leaves the old file and no other file."""
         write_volume(tmp_path / f"o{suffix}", ramp((4, 5), "uint8"))
 
         def fail(*_: Any, **__: Any) -> None:
@@ -358,11 +358,11 @@ class TestWriteVolume:
             monkeypatch.setattr(target, fail)
         with pytest.raises(OSError, match="No space left"):
             write_volume(tmp_path / f"o{suffix}", ramp((6, 5), "uint8"), overwrite=True)
-        assert [each.name for each in tmp_path.iterdir()] == [f"o{suffix}"]
+        assert [item.name for item in tmp_path.iterdir()] == [f"o{suffix}"]
         assert np.asarray(read_volume(tmp_path / f"o{suffix}").array).size == 20
 
     def test_between_formats(self, tmp_path: Path) -> None:
-        """From a scanner's axes to a microscope's and back, spacing goes with its axis."""
+        """Spacing stays with its axis from the axes of a scanner to those of a microscope and back."""
         array = ramp((3, 5, 7), "int16")
         metadata = {"axes": "XYZ", "spacing": [0.5, 1.0, 2.0], "units": ["millimeter"] * 3}
         write_volume(tmp_path / "a.nii", array, metadata=metadata)
@@ -376,7 +376,7 @@ class TestWriteVolume:
         assert read_volume(tmp_path / "c.nii").metadata["spacing"] == [0.5, 1.0, 2.0]
 
     def test_large_axis(self, tmp_path: Path) -> None:
-        """NIfTI-1 counts to 32767."""
+        """An axis of more than 32767 voxels needs NIfTI-2."""
         write_volume(tmp_path / "o.nii", ramp((40000, 2), "uint8"), metadata={"axes": "XY"})
         assert read_volume(tmp_path / "o.nii").array.shape == (40000, 2)
 
@@ -405,7 +405,7 @@ class TestWriteVolume:
         assert not list(tmp_path.iterdir())
 
     def test_foreign_folder(self, tmp_path: Path) -> None:
-        """--overwrite removes no folder that is not a Zarr."""
+        """A folder that is not a Zarr folder is not removed, even with --overwrite."""
         (tmp_path / "o.zarr").mkdir()
         (tmp_path / "o.zarr/thesis.txt").write_text("years of work")
         with pytest.raises(FileExistsError, match="is not a Zarr folder; remove it yourself"):

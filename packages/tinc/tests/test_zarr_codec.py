@@ -38,14 +38,14 @@ def sharded() -> zarr.Array:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Voxels of each call of `TincFile.decode`."""
+    """Record the number of voxels of every call of `TincFile.decode`."""
     counts: list[int] = []
     decode = TincFile.decode
 
     def count(self: TincFile, *args: Any, **options: Any) -> np.ndarray:
-        found = decode(self, *args, **options)
-        counts.append(found.size)
-        return found
+        stored = decode(self, *args, **options)
+        counts.append(stored.size)
+        return stored
 
     monkeypatch.setattr(TincFile, "decode", count)
     return counts
@@ -55,35 +55,35 @@ class TestRead:
     @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
     def test_round_trip(self, dtype: str) -> None:
         values = VALUES.astype(dtype)
-        found = create(zarr.storage.MemoryStore(), values)
-        assert found[:].dtype == dtype and np.array_equal(found[:], values)
+        stored = create(zarr.storage.MemoryStore(), values)
+        assert stored[:].dtype == dtype and np.array_equal(stored[:], values)
 
     @pytest.mark.parametrize(
         ("shape", "chunks"), [((7,), (4,)), ((1,), (1,)), ((1, 2, 5, 6, 7), (1, 1, 4, 4, 4)), ((3, 1), (2, 1))]
     )
     def test_shapes(self, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
         values = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
-        found = create(zarr.storage.MemoryStore(), values, chunks=chunks)
-        assert np.array_equal(found[:], values)
-        assert np.array_equal(found[..., -1], values[..., -1])
+        stored = create(zarr.storage.MemoryStore(), values, chunks=chunks)
+        assert np.array_equal(stored[:], values)
+        assert np.array_equal(stored[..., -1], values[..., -1])
         if len(shape) == 5:
-            assert np.array_equal(found[0, 1, 2:5, ::2, 3], values[0, 1, 2:5, ::2, 3])
+            assert np.array_equal(stored[0, 1, 2:5, ::2, 3], values[0, 1, 2:5, ::2, 3])
 
     def test_channels(self) -> None:
         values = np.stack([VALUES[0], VALUES[1], VALUES[2]], axis=-1)
-        found = create(zarr.storage.MemoryStore(), values, TincCodec(channel_axis=2), chunks=(4, 4, 3))
-        assert np.array_equal(found[2:7, 3:, 1], values[2:7, 3:, 1])
+        stored = create(zarr.storage.MemoryStore(), values, TincCodec(channel_axis=2), chunks=(4, 4, 3))
+        assert np.array_equal(stored[2:7, 3:, 1], values[2:7, 3:, 1])
 
     def test_lossy(self) -> None:
-        """A part is the same part of the whole, to the bit."""
+        """A part equals that part of the whole, bit for bit."""
         rng = np.random.default_rng(0)
         values = (np.add.outer(np.arange(16.0), np.arange(20.0)) * 90 + rng.normal(0, 50, (9, 16, 20))).astype("int16")
         store = zarr.storage.MemoryStore()
-        found = create(store, values, TincCodec(ratio=6), chunks=(9, 16, 10))
-        whole = found[:]
+        stored = create(store, values, TincCodec(ratio=6), chunks=(9, 16, 10))
+        whole = stored[:]
         assert 0 < np.abs(whole.astype(float) - values).mean() < 40
         assert sum(len(value) for key, value in store._store_dict.items() if "c/" in key) <= values.nbytes / 6
-        assert np.array_equal(found[2:5, 7, 3:15], whole[2:5, 7, 3:15])
+        assert np.array_equal(stored[2:5, 7, 3:15], whole[2:5, 7, 3:15])
 
     @settings(max_examples=20, deadline=None)
     @given(st.data())
@@ -95,7 +95,7 @@ class TestRead:
     @settings(max_examples=4, deadline=None)
     @given(st.data())
     def test_other_indices(self, array: zarr.Array, sharded: zarr.Array, data: st.DataObject) -> None:
-        """Orthogonal, by coordinates, by a mask."""
+        """Orthogonal selections, coordinates and masks."""
         lists = [data.draw(st.lists(st.integers(-n, n - 1), min_size=1, max_size=5)) for n in SHAPE]
         mask = np.array(data.draw(st.lists(st.booleans(), min_size=9, max_size=9)))
         points = data.draw(st.lists(st.tuples(*(st.integers(0, n - 1) for n in SHAPE)), min_size=1, max_size=6))
@@ -122,50 +122,50 @@ class TestRead:
         sharded[1, 2, 4:7]
         assert sorted(decoded) == [1, 2]  # of two chunks in one shard
         decoded.clear()
-        # a codec after ours would need whole chunks
+        # a codec after this one needs whole chunks
         wrapped = create(zarr.storage.MemoryStore(), compressors=zarr.codecs.ZstdCodec())
         decoded.clear()
         assert wrapped[0, 0, 0] == VALUES[0, 0, 0]
         assert decoded == [np.prod(CHUNKS)]
 
     def test_fill_value(self) -> None:
-        """What was never written, and what equals the fill value, takes no space."""
+        """Chunks that were never written or equal the fill value take no space."""
         store = zarr.storage.MemoryStore()
-        found = zarr.create_array(
+        stored = zarr.create_array(
             store, shape=SHAPE, chunks=CHUNKS, dtype="int16", serializer=TincCodec(), compressors=None, fill_value=-7
         )
-        assert (found[:] == -7).all() and (found[2, 3:5] == -7).all()
-        found[:4] = np.full((4, 9, 10), -7, dtype="int16")
+        assert (stored[:] == -7).all() and (stored[2, 3:5] == -7).all()
+        stored[:4] = np.full((4, 9, 10), -7, dtype="int16")
         assert list(store._store_dict) == ["zarr.json"]
-        found[1, 1, 1] = 5
-        assert found[1, 1, 1] == 5 and (found[0] == -7).all()
+        stored[1, 1, 1] = 5
+        assert stored[1, 1, 1] == 5 and (stored[0] == -7).all()
 
     def test_missing_values(self) -> None:
-        """NaN as fill value, which pads the chunks at the edge, with a lossy codec."""
+        """A lossy codec works with NaN as fill value, which pads the chunks at the edge."""
         values = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32)
         for codec in (TincCodec(max_error=0.01), TincCodec(ratio=4)):
-            found = create(zarr.storage.MemoryStore(), values, codec, chunks=(4, 4), fill_value=np.nan)
-            assert np.isfinite(found[:]).all()
-            assert np.array_equal(found[4:, 4:], values[4:, 4:])
+            stored = create(zarr.storage.MemoryStore(), values, codec, chunks=(4, 4), fill_value=np.nan)
+            assert np.isfinite(stored[:]).all()
+            assert np.array_equal(stored[4:, 4:], values[4:, 4:])
 
     def test_updates(self) -> None:
-        """Without loss, parts of chunks can be written over and over."""
-        found, values = create(zarr.storage.MemoryStore()), VALUES.copy()
+        """Parts of lossless chunks can be written repeatedly."""
+        stored, values = create(zarr.storage.MemoryStore()), VALUES.copy()
         for key in [(slice(2, 6), 3, slice(None)), (0, 0, 0), (slice(None, None, 3), slice(1, 4), slice(5, 9, 2))]:
-            found[key] = values[key] = values[key] + 1
-        assert np.array_equal(found[:], values)
+            stored[key] = values[key] = values[key] + 1
+        assert np.array_equal(stored[:], values)
 
     def test_big_endian_and_order(self) -> None:
         values = VALUES.astype(">u2")[::-1, :, ::-1]
-        found = create(zarr.storage.MemoryStore(), values)
-        assert np.array_equal(found[:], values)
+        stored = create(zarr.storage.MemoryStore(), values)
+        assert np.array_equal(stored[:], values)
         fortran = create(zarr.storage.MemoryStore(), config={"order": "F"})
         assert np.array_equal(fortran[1:5, :, 2], VALUES[1:5, :, 2])
 
     def test_sharded_updates(self) -> None:
-        found, values = create(zarr.storage.MemoryStore(), chunks=(4, 9, 5), shards=(8, 9, 10)), VALUES.copy()
-        found[3:6, 1, ::2] = values[3:6, 1, ::2] = 4
-        assert np.array_equal(found[:], values)
+        stored, values = create(zarr.storage.MemoryStore(), chunks=(4, 9, 5), shards=(8, 9, 10)), VALUES.copy()
+        stored[3:6, 1, ::2] = values[3:6, 1, ::2] = 4
+        assert np.array_equal(stored[:], values)
 
 
 class TestTincCodec:
@@ -181,8 +181,8 @@ class TestTincCodec:
     def test_parallel_chunks(self, tmp_path: Path) -> None:
         """Zarr encodes and decodes many chunks at once, in threads."""
         values = np.tile(VALUES, (1, 1, 4))
-        found = create(str(tmp_path / "a.zarr"), values, chunks=(6, 5, 5))
-        assert np.array_equal(found[:], values)
+        stored = create(str(tmp_path / "a.zarr"), values, chunks=(6, 5, 5))
+        assert np.array_equal(stored[:], values)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -204,13 +204,13 @@ class TestTincCodec:
         assert not store._store_dict
 
     def test_shards_of_many_axes(self) -> None:
-        """Zarr shows a codec the chunks within shards not before it writes."""
-        found = zarr.create_array(
+        """Zarr shows a codec the chunks within shards only when it writes."""
+        stored = zarr.create_array(
             zarr.storage.MemoryStore(), shape=(4,) * 5, chunks=(2,) * 5, shards=(4,) * 5, dtype="uint8",
             serializer=TincCodec(), compressors=None,
         )  # fmt: skip
         with pytest.raises(ValueError, match="more than 4 axes"):
-            found[:] = 1
+            stored[:] = 1
 
     def test_configuration_errors(self) -> None:
         with pytest.raises(ValueError, match="name='zfp' must be 'tinc'"):
@@ -224,20 +224,20 @@ class TestTincCodec:
             TincCodec(ratio=0.5)
 
     def test_damaged_chunk(self, tmp_path: Path) -> None:
-        """The chunk is named; others can be read."""
-        found = create(str(tmp_path / "a.zarr"))
+        """An error names the damaged chunk, and other chunks can be read."""
+        stored = create(str(tmp_path / "a.zarr"))
         path = tmp_path / "a.zarr/c/0/0/1"
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(TincFormatError, match=r"chunk .*c/0/0/1: the file has \d+ bytes instead of"):
-            found[:]
-        assert np.array_equal(found[4:], VALUES[4:])
+            stored[:]
+        assert np.array_equal(stored[4:], VALUES[4:])
         (tmp_path / "a.zarr/c/0/0/1").write_bytes(TincCodec().encode_chunk(VALUES[:2, :2, :2]))
         with pytest.raises(TincFormatError, match=r"c/0/0/1: the chunk is uint16 \(2, 2, 2\); the array's chunks are"):
-            found[0]
+            stored[0]
 
 
 def _basic_keys() -> st.SearchStrategy[tuple[Any, ...]]:
-    """Indices as Zarr takes them: integers, slices that step forward, an ellipsis."""
+    """Return indices of Zarr: integers, slices with positive steps, and an ellipsis."""
 
     def axis(size: int) -> st.SearchStrategy[Any]:
         ends = st.none() | st.integers(-size - 2, size + 2)

@@ -70,7 +70,7 @@ def cosine_basis(length: int, step: int = 1) -> np.ndarray:
     cosines = [_sine(step + length, turn, bits) for step in range(turn)]
     basis = np.empty((length, length))
     for k in range(length):
-        # share of its amplitude that a wave of this frequency keeps in the average
+        # share of the amplitude that averaging leaves to a wave of this frequency
         share = 1 << bits
         if k and step > 1:
             share = (_sine(k * step, turn * step, bits) << bits) // (step * _sine(k, turn * step, bits))

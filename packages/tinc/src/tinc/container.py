@@ -92,7 +92,7 @@ class _Reader:
 
     def real(self, name: str) -> float:
         (value,) = struct.unpack("<d", self._take(8))
-        # NaN too
+        # this comparison also refuses NaN
         if not abs(value) <= _MAX_REAL:
             _damaged(f"{name}={value} must be in [-{_MAX_REAL:g}, {_MAX_REAL:g}]")
         return float(value)
@@ -296,7 +296,7 @@ def _read_tree(reader: _Reader, extent: tuple[int, ...], channels: int) -> TreeS
 
 
 def _write_blocks(header: _Writer, blocks: Blocks) -> None:
-    # channels are one to a block
+    # a block has one channel
     for block, tile in zip(blocks.block[1:], blocks.tile[1:], strict=True):
         header.number(block.bit_length() - 1)
         header.number(tile)

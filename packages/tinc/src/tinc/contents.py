@@ -1,4 +1,4 @@
-"""Everything that a file holds, before it is bytes: the layers' parameters, and their coded streams."""
+"""The contents of a file before packing: parameters of its layers, and their coded streams."""
 
 from dataclasses import dataclass, field
 
@@ -47,7 +47,7 @@ class ExactSection:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds; the streams are those of the tree, of the palette, and of all tiles, in this order."""
+    """The contents of a file; streams are those of the tree, of the palette, and of all tiles, in this order."""
 
     shape: tuple[int, ...]
     """Sizes of the axes, without channels."""

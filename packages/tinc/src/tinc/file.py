@@ -343,7 +343,7 @@ class TincFile:
         """Average voxels of the exact layer, whose coding has no coarser volumes."""
         fine = voxels_of(region, steps, (self._contents.channels, *self._contents.shape))
         values = self._decode_exact(fine, (1,) * len(fine))
-        with np.errstate(invalid="ignore"):  # a NaN may be one that signals
+        with np.errstate(invalid="ignore"):  # some NaNs are signalling
             values = values.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs have no mean
             means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)

@@ -35,7 +35,7 @@ Compat = Literal["official", "none"]
 OptimizerName = Literal["Adamax", "Adam", "SGD"]
 SchedulerName = Literal["MultiStepLR", "StepLR", "CyclicLR", "none"]
 
-_ROOT_KEY = "CompressFramwork"  # as the files spell it
+_ROOT_KEY = "CompressFramwork"  # the spelling of the official files
 _MAX_YAML_BYTES = 1 << 20
 MAX_LEVELS = 7
 """Largest number of levels of a tree, which then has 262144 leaves."""

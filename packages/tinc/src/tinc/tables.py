@@ -99,9 +99,9 @@ def _own_psnr(ratio: int, layers: Layers) -> float:
 
 
 def _time(row: str, ratio: int) -> tuple[Need, ...]:
-    """Return `TIME` for the dear cells: trees, and HEVC and the residual layer at other ratios than 64."""
-    is_dear = row in ("tree", "auto") or (row in ("residual", "hevc") and ratio != 64)
-    return (TIME,) if is_dear else ()
+    """Return `TIME` for expensive cells: trees, and HEVC and the residual layer at other ratios than 64."""
+    is_expensive = row in ("tree", "auto") or (row in ("residual", "hevc") and ratio != 64)
+    return (TIME,) if is_expensive else ()
 
 
 def _command(needs: tuple[Need, ...]) -> str:

@@ -1,5 +1,5 @@
-"""The search for the contents of a file: `job` is what all attempts share, and `targets` what they must meet.
+"""The search for the contents of a file that meet a target.
 
-Each layer has a module that adds it to the contents of a file: `tree_layer`, `residual_layer` and `exact_layer`;
-`candidate` measures what comes out. `tinc.compression` chooses between them.
+`targets` defines the target, and `job` what all attempts share. `tree_layer`, `residual_layer` and `exact_layer` add
+layers to the contents, `candidate` measures the result, and `tinc.compression` chooses among the layers.
 """

@@ -1,4 +1,4 @@
-"""What all attempts to compress one array share: the signal, the target, and how long and for whom to search."""
+"""The job that all attempts to compress an array share: signal, target, and settings of the search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a file must meet: a number of bytes, a quality, or a bound on the error of every sample."""
+"""Targets of a file: a number of bytes, a quality, or a bound on the error of every sample."""
 
 import math
 from dataclasses import dataclass

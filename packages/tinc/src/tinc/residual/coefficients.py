@@ -113,7 +113,7 @@ def _geometry(grid: tuple[int, ...], block: tuple[int, ...]) -> _Geometry:
     waves = []
     for first, last in pairwise(bounds.tolist()):
         chosen = by_wave[first:last]
-        if first < last and order[chosen[0]] > 1:  # those below are the means
+        if first < last and order[chosen[0]] > 1:  # orders below are those of the means
             per_axis, per_neighbour = (256 // np.maximum(count[chosen], 1) for count in (lower, neighbours))
             is_odd = bool(order[chosen[0]] % 2)
             waves.append(_Wave(source[chosen], places[chosen], is_odd, per_axis, per_neighbour, classes[chosen]))

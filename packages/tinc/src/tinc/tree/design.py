@@ -74,7 +74,7 @@ def leaf_splits(extent: Sequence[int], budget: float) -> tuple[tuple[int, ...], 
     leaves = 1
     while leaves < wanted:
         split = [1] * len(extent)
-        # a level has four children where it can
+        # a node has four children where its size allows it
         for _ in range(2):
             axis = max(range(len(sizes)), key=lambda axis: sizes[axis])
             if sizes[axis] < 16 or leaves * math.prod(split) >= wanted:

@@ -31,7 +31,7 @@ def read_zarr(path: Path) -> Volume:
                 names = sorted(name for name, _ in node.members())
             if not names:
                 raise InputError("it contains no array")
-            # the finest level comes first in the list of an OME-Zarr
+            # the first level of an OME-Zarr is the finest
             node = node[inside["datasets"][0]["path"] if _multiscale(attributes) else names[0]]
             attributes = dict(node.attrs)
         return _zarr_volume(node, attributes, inside)
