@@ -77,10 +77,13 @@ def implementation(package: str, backend: Backend) -> ModuleType:
     return sys.modules[name]
 
 
-# torch.compile cannot trace an import by name, so it runs this one as it is
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _import(name: str) -> None:
     importlib.import_module(name)
+
+
+# torch.compile cannot trace an import by name, so it runs this one as it is. This is what the decorator
+# torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds.
+_import._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_autocast(tensor: Tensor) -> bool:
