@@ -4,11 +4,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 from visionkernels.extras import require
-from visionkernels.files import replace_file, write_json
+from visionkernels.files import finite_or_none, replace_file, write_json
 
 
 class TestReplaceFile:
@@ -98,6 +100,20 @@ class TestWriteJson:
         with pytest.raises(ValueError, match="JSON"):
             write_json(tmp_path / "a.json", float("nan"))
         assert not list(tmp_path.iterdir())
+
+
+class TestFiniteOrNone:
+    def test_nested(self):
+        value = {"a": [1.5, float("nan"), (float("-inf"), np.float64("inf"))], "b": {"c": float("inf"), "d": "inf"}}
+        assert finite_or_none(value) == {"a": [1.5, None, [None, None]], "b": {"c": None, "d": "inf"}}
+
+    @pytest.mark.parametrize("value", [0, 2.5, True, None, "nan", 10**400])
+    def test_others_are_returned(self, value):
+        assert finite_or_none(value) is value
+
+    def test_mappings_become_dicts_that_json_takes(self, tmp_path):
+        write_json(tmp_path / "a.json", finite_or_none(MappingProxyType({"psnr": float("inf")})))
+        assert json.loads((tmp_path / "a.json").read_text()) == {"psnr": None}
 
 
 class TestRequire:

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinc.coefficients import LARGEST, MAX_UNARY, CoefficientCoder
 from tinc.entropy import BitReader, BitWriter
 from tinc.errors import TincFormatError
+from tinc.residual.coefficients import LARGEST, MAX_UNARY, CoefficientCoder
 
 geometries = st.lists(
     st.tuples(st.sampled_from([1, 2, 3, 5]), st.sampled_from([1, 2, 4, 8])), min_size=1, max_size=5

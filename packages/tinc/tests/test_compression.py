@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 import tinc
-from tinc.design import choose_blocks, cut
-from tinc.jobs import OutOfReachError
+from tinc.encoding import tree_layer
+from tinc.encoding.targets import OutOfReachError
+from tinc.residual.blocks import cut
+from tinc.residual.design import choose_blocks
 
 Wavy = Callable[..., np.ndarray]
 
@@ -89,7 +92,7 @@ class TestErrors:
         [
             ({"preset": "slow"}, "preset='slow' must be one of 'fast', 'balanced', 'best'"),
             ({"layers": "none"}, "layers='none' must be one of 'auto', 'tree', 'residual', 'both'"),
-            ({"nan": "drop"}, "nan='drop' must be 'raise' or 'fill'"),
+            ({"nan": "drop"}, "nan='drop' must be one of 'raise', 'fill'"),
             ({"max_seconds": 0}, "max_seconds=0 must be above 0"),
             ({"max_seconds": math.nan}, "max_seconds=nan must be above 0"),
         ],
@@ -101,9 +104,13 @@ class TestErrors:
     def test_out_of_reach_is_a_value_error(self) -> None:
         assert issubclass(OutOfReachError, ValueError)
 
-    def test_metadata(self) -> None:
-        with pytest.raises((ValueError, TypeError)):
-            tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata={"a": math.nan})
+    @pytest.mark.parametrize(
+        ("metadata", "error"),
+        [({"a": math.nan}, ValueError), ({"a": object()}, TypeError), ([], TypeError), ("", TypeError)],
+    )
+    def test_metadata(self, metadata: Any, error: type[Exception]) -> None:
+        with pytest.raises(error):
+            tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata=metadata)
 
 
 class TestNan:
@@ -156,9 +163,15 @@ class TestInputs:
             assert np.array_equal(other, before)
 
     @pytest.mark.parametrize(
-        "shape", [(1, 1), (1, 1, 1, 1), (1, 9), (9, 1), (1, 7, 1), (2, 1, 1, 5), (13, 11), (3, 17, 5)]
+        ("shape", "target"),
+        [
+            *product(
+                [(1, 1), (1, 1, 1, 1), (1, 9), (9, 1), (1, 7, 1), (2, 1, 1, 5), (13, 11), (3, 17, 5)],
+                [{"lossless": True}, {"max_error": 3}, {"bytes": 200}],
+            ),
+            *product([(1, 1), (1, 7, 1), (13, 11)], [{"psnr": 30}]),
+        ],
     )
-    @pytest.mark.parametrize("target", [{"lossless": True}, {"max_error": 3}, {"psnr": 30}, {"bytes": 200}])
     def test_shapes(self, shape: tuple[int, ...], target: dict[str, Any]) -> None:
         array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
         file = tinc.compress(array, preset="fast", **target)
@@ -170,11 +183,11 @@ class TestInputs:
             assert np.array_equal(decoded, array)
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
-    @pytest.mark.parametrize("shape", [(1, 2), (3, 3), (2, 1, 33)])
+    @pytest.mark.parametrize("shape", [(1, 2), (2, 1, 33)])
     def test_shapes_of_trees(self, shape: tuple[int, ...], layers: Any, few_steps: None) -> None:
         array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-        file = tinc.compress(array, bytes=500, layers=layers)
-        assert file.nbytes <= 500 and file.decode().shape == shape and "tree" in file.info()
+        file = tinc.compress(array, bytes=300, layers=layers)
+        assert file.nbytes_stored <= 300 and file.decode().shape == shape and "tree" in file.info()
 
     @pytest.mark.parametrize("axis", [0, 1, 2, -1])
     @pytest.mark.parametrize("target", [{"lossless": True}, {"max_error": 2}, {"bytes": 400}])
@@ -186,7 +199,7 @@ class TestInputs:
         decoded = file.decode()
         assert decoded.shape == array.shape and file.info()["channel_axis"] == axis % 3
         first = tinc.compress(planes, preset="fast", channel_axis=0, **target)
-        assert file.nbytes == first.nbytes
+        assert file.nbytes_stored == first.nbytes_stored
         assert np.array_equal(np.moveaxis(decoded, axis, 0), first.decode())
 
     def test_channels_of_trees(self, wavy: Wavy, few_steps: None) -> None:
@@ -253,7 +266,7 @@ class TestDeterminism:
 class TestCallback:
     def test_stages(self, wavy: Wavy, few_steps: None) -> None:
         seen: list[tuple[str, float]] = []
-        tinc.compress(wavy((4, 17, 6)), bytes=500, layers="both", callback=lambda *each: seen.append(each))
+        tinc.compress(wavy((4, 17, 6)), bytes=300, layers="both", callback=lambda *each: seen.append(each))
         stages = {stage for stage, _ in seen}
         assert "residual layer" in stages and any(stage.startswith("tree, step 10 of 12") for stage in stages)
         assert any(20 < quality < 60 for _, quality in seen)
@@ -269,8 +282,8 @@ class TestCallback:
                 raise KeyboardInterrupt
 
         array = wavy((4, 17, 6))
-        file = tinc.compress(array, bytes=700, layers=layers, callback=callback)
-        assert file.nbytes <= 700 and file.decode().shape == array.shape
+        file = tinc.compress(array, bytes=300, layers=layers, callback=callback)
+        assert file.nbytes_stored <= 300 and file.decode().shape == array.shape
         assert sum(name.startswith(stage) for name in calls) <= 1
 
     @pytest.mark.slow
@@ -282,7 +295,7 @@ class TestCallback:
                 raise KeyboardInterrupt
 
         file = tinc.compress(wavy((8, 16, 16), "uint16"), bytes=1500, layers="tree", callback=callback)
-        assert file.nbytes <= 1500
+        assert file.nbytes_stored <= 1500
 
     def test_other_errors_come_through(self, wavy: Wavy) -> None:
         def callback(*_: object) -> None:
@@ -294,13 +307,13 @@ class TestCallback:
 
 class TestMaxSeconds:
     def test_ends(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 200)
+        monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 200)
         start = process_time()
         file = tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree", max_seconds=0.1)
         early = process_time() - start
         start = process_time()
         tinc.compress(wavy((4, 17, 6)), bytes=700, layers="tree")
-        assert file.nbytes <= 700 and early < 0.6 * (process_time() - start)
+        assert file.nbytes_stored <= 700 and early < 0.6 * (process_time() - start)
 
 
 class TestMetadata:
@@ -311,15 +324,15 @@ class TestMetadata:
 
     def test_counts(self, wavy: Wavy) -> None:
         """Its bytes are part of the target."""
-        array = wavy((10, 20, 20))
-        file = tinc.compress(array, bytes=600, preset="fast", metadata={"text": "x" * 200})
-        assert file.nbytes <= 600 and file.metadata["text"] == "x" * 200
+        array = wavy((5, 10, 12))
+        file = tinc.compress(array, bytes=450, preset="fast", metadata={"text": "x" * 200})
+        assert file.nbytes_stored <= 450 and file.metadata["text"] == "x" * 200
 
 
 class TestLayers:
     @pytest.mark.slow
     def test_auto_is_the_best(self, wavy: Wavy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(tinc.jobs.TRAINING_STEPS, "balanced", 300)
+        monkeypatch.setitem(tree_layer.TRAINING_STEPS, "balanced", 300)
         array = wavy((16, 32, 32), "uint16", noise=0) * 100
 
         def error(layers: Any) -> float:
@@ -343,17 +356,17 @@ class TestLayers:
 
 
 class TestTwoValues:
-    def test_tree_of_two_values(self) -> None:
+    def test_tree_of_two_values(self, few_steps: None) -> None:
         """float32 of both ends of its range, and few bytes: large steps of large weights."""
         array = (np.random.default_rng(0).random((16, 32)) < 0.5).astype(np.float32)
         array += array.cumsum(0) / 1000
-        assert tinc.compress(array, bytes=100, layers="tree", preset="fast").nbytes <= 100
+        assert tinc.compress(array, bytes=100, layers="tree", preset="fast").nbytes_stored <= 100
 
 
 class TestSteepRamp:
     """Coefficients of large blocks at the finest steps."""
 
-    @pytest.mark.parametrize("target", [{"bytes": 2000, "layers": "residual"}, {"psnr": 80}, {"psnr": 90}])
+    @pytest.mark.parametrize("target", [{"bytes": 2000, "layers": "residual"}, {"psnr": 90}])
     def test_decodes(self, target: dict[str, Any]) -> None:
         array = (np.indices((32, 32)).sum(0) * 1000).astype(np.uint16)
         decoded = tinc.compress(array, preset="fast", **target).decode()

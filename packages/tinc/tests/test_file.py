@@ -5,6 +5,7 @@ import operator
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +27,8 @@ Wavy = Callable[..., np.ndarray]
 
 class TestSecondDecoder:
     def test_agrees(self, example: TincFile, decoder: ModuleType) -> None:
-        """What docs/tinc-format.md says gives the same samples, at each level."""
-        for level in range(min(example.levels, 3) + 1):
+        """A decoder written from docs/tinc-format.md gives the same samples, coarser ones too."""
+        for level in sorted({0, min(example.levels, 2)}):
             expected = example.decode(level=level)
             found = decoder.decode(example.tobytes(), level)
             assert found.dtype == expected.dtype and found.shape == expected.shape
@@ -44,29 +46,32 @@ class TestSecondDecoder:
         head = decoder.read_header(example.tobytes())
         info = example.info()
         assert (head.dtype, head.channel_axis) == (info["dtype"], info["channel_axis"])
-        assert sum(map(len, head.streams)) == example.nbytes - info["header_bytes"]
+        assert sum(map(len, head.streams)) == example.nbytes_stored - info["header_bytes"]
 
 
 class TestMachines:
     def test_same_samples(self, examples: dict[str, TincFile], tmp_path: Path) -> None:
-        """One thread or two, and BLAS and torch with the kernels of the oldest processors that they know."""
+        """One thread or two, here and with the kernels of the oldest processors that BLAS and torch know."""
         for name, file in examples.items():
             file.save(tmp_path / f"{name}.tinc")
         program = (
             "import sys, pathlib, zlib, torch, tinc\n"
-            "torch.set_num_threads(int(sys.argv[2]))\n"
-            "for path in sorted(pathlib.Path(sys.argv[1]).glob('*.tinc')):\n"
-            "    print(path.stem, zlib.crc32(tinc.decompress(path).tobytes()))\n"
+            "for threads in (1, 2):\n"
+            "    torch.set_num_threads(threads)\n"
+            "    for path in sorted(pathlib.Path(sys.argv[1]).glob('*.tinc')):\n"
+            "        print(path.stem, zlib.crc32(tinc.decompress(path).tobytes()))\n"
         )
         oldest = {"OPENBLAS_CORETYPE": "Prescott", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
-        outputs = [
-            subprocess.run(
-                [sys.executable, "-c", program, str(tmp_path), threads],
-                capture_output=True, text=True, check=True, env=os.environ | extra,
-            ).stdout
-            for threads, extra in (("1", {}), ("2", {}), ("1", oldest))
-        ]  # fmt: skip
-        assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0].splitlines()) == len(examples)
+        found = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            capture_output=True, text=True, check=True, env=os.environ | oldest,
+        ).stdout.splitlines()  # fmt: skip
+        here = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for path in sorted(tmp_path.glob("*.tinc")):
+                here.append(f"{path.stem} {zlib.crc32(tinc.decompress(path).tobytes())}")
+        assert found == here and len(here) == 2 * len(examples)
 
 
 KEYS = st.one_of(
@@ -128,15 +133,15 @@ class TestGetItem:
 
 @pytest.fixture(scope="module")
 def smooth(wavy: Wavy) -> tuple[np.ndarray, TincFile]:
-    volume = wavy((16, 16, 24), "uint16", noise=0) * 100
+    volume = wavy((8, 16, 24), "uint16", noise=0) * 100
     return volume, tinc.compress(volume, psnr=60, preset="fast")
 
 
 class TestDecode:
     def test_parts(self, example: TincFile) -> None:
-        """A region is that part of all, bit for bit, at each level, asked of a fresh file."""
+        """A fresh file decodes a region to that part of the whole, bit for bit, at the first levels and the last."""
         rng = np.random.default_rng(0)
-        for level in range(example.levels + 1):
+        for level in sorted({0, min(example.levels, 1), example.levels}):
             everything = example.decode(level=level)
             for _ in range(3):
                 low = [int(rng.integers(0, n)) for n in everything.shape]
@@ -224,8 +229,11 @@ class TestDuck:
         array = np.asarray(example)
         assert array.tobytes() == example.decode().tobytes() and array.dtype == example.dtype
         assert np.asarray(example, dtype=np.float64).dtype == np.float64
-        assert len(example) == len(array) and example.ndim == array.ndim and example.size == array.size
-        assert example.ratio == pytest.approx(array.nbytes / example.nbytes)
+        for name in ("ndim", "size", "nbytes", "shape"):
+            assert getattr(example, name) == getattr(array, name), name
+        assert len(example) == len(array)
+        assert example.nbytes_stored == len(example.tobytes())
+        assert example.ratio == example.nbytes / example.nbytes_stored
 
     def test_no_copy(self, examples: dict[str, TincFile]) -> None:
         with pytest.raises(ValueError, match="without a copy"):
@@ -305,10 +313,10 @@ class TestResample:
     def test_channels(self, examples: dict[str, TincFile]) -> None:
         assert examples["channels"].resample((3, 5, 6)).shape == (3, 5, 6, 2)
 
-    def test_smooth(self, wavy: Wavy) -> None:
-        volume = wavy((32, 32), "uint16", noise=0) * 10
-        found = tinc.compress(volume, psnr=70, preset="fast").resample((16, 16))
-        assert np.abs(found - volume.reshape(16, 2, 16, 2).mean((1, 3))).mean() < 0.08 * volume.std()
+    def test_smooth(self, smooth: tuple[np.ndarray, TincFile]) -> None:
+        volume, file = smooth
+        means = volume.reshape(4, 2, 8, 2, 12, 2).mean((1, 3, 5))
+        assert np.abs(file.resample((4, 8, 12)) - means).mean() < 0.08 * volume.std()
 
     @pytest.mark.parametrize("shape", [(6, 12), (0, 1, 1), (6, 12, 10, 1)])
     def test_errors(self, examples: dict[str, TincFile], shape: tuple[int, ...]) -> None:
@@ -325,10 +333,10 @@ class TestInfo:
         import json
 
         info = json.loads(json.dumps(example.info()))
-        assert tuple(info["shape"]) == example.shape and info["bytes"] == example.nbytes
+        assert tuple(info["shape"]) == example.shape and info["bytes"] == example.nbytes_stored
         parts = sum(info.get(name, {}).get("bytes", 0) for name in ("tree", "residual", "exact"))
-        assert info["header_bytes"] + parts == example.nbytes
-        assert info["bits_per_sample"] == pytest.approx(8 * example.nbytes / math.prod(example.shape))
+        assert info["header_bytes"] + parts == example.nbytes_stored
+        assert info["bits_per_sample"] == pytest.approx(8 * example.nbytes_stored / math.prod(example.shape))
 
     def test_kinds(self, examples: dict[str, TincFile]) -> None:
         """The examples are what their names say."""
@@ -351,7 +359,7 @@ class TestInfo:
 
     def test_repr(self, examples: dict[str, TincFile]) -> None:
         file = examples["tiles"]
-        assert repr(file) == f"TincFile((6, 12, 10), uint8, {file.nbytes} bytes, ratio {file.ratio:.1f})"
+        assert repr(file) == f"TincFile((6, 12, 10), uint8, {file.nbytes_stored} bytes, ratio {file.ratio:.1f})"
 
 
 class TestSave:

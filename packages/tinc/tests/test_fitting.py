@@ -7,10 +7,12 @@ from time import monotonic, process_time
 import numpy as np
 import pytest
 
-from tinc.design import design_tree, leaf_splits
 from tinc.entropy import BitWriter
-from tinc.fitting import FitPlan, Progress, fit_tree
-from tinc.tree import QuantizedTree, TreeShape, write_weights
+from tinc.tree.design import design_tree, leaf_splits
+from tinc.tree.fitting import FitPlan, Progress, fit_tree
+from tinc.tree.quantized import QuantizedTree
+from tinc.tree.shape import TreeShape
+from tinc.tree.weights import write_weights
 
 PLAN = FitPlan(steps=60, points=192, max_points=2048)
 SHAPE = TreeShape((12, 16), ((1, 1), (2, 2)), ((10, 10), (4, 1)))

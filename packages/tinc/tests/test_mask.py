@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tinc.entropy import BitReader, BitWriter
 from tinc.errors import TincFormatError
-from tinc.fill import continue_blocks, spread_inside
-from tinc.mask import MaskCoder
+from tinc.residual.fill import continue_blocks, spread_inside
+from tinc.residual.mask import MaskCoder
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 5, 7, 8, 13]), min_size=1, max_size=5).filter(
     lambda shape: np.prod(shape) <= 2000

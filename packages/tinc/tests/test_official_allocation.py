@@ -102,6 +102,8 @@ class TestAllocate:
     def test_errors(self) -> None:
         with pytest.raises(ValueError, match="at least 2: a leaf of one layer"):
             allocate((Level(1, 2), Level(1, 1)), 1000)
+        with pytest.raises(ValueError, match="channels=0 must be at least 1"):
+            allocate((Level(1, 2),), 1000, channels=0)
         with pytest.raises(ValueError, match="allocation 'aoi' of level 1 needs statistics"):
             allocate((Level(1, 2), Level(1, 2, allocation="aoi")), 1000)
         volume = np.zeros((4, 4, 4, 1), np.float32)

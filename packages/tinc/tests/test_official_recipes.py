@@ -139,6 +139,20 @@ Dynamic:
         recipes = expand_grid(self.write(tmp_path, text))
         assert [(recipe.ratio, recipe.epochs) for recipe in recipes] == [(4, 50), (8, 9)]
 
+    @pytest.mark.parametrize("line", ["", "Dynamic:"])
+    def test_no_variations(self, tmp_path: Path, line: str) -> None:
+        static = SINGLE.replace("\n", "\n  ")
+        assert len(expand_grid(self.write(tmp_path, f"Static:\n{static}\n{line}"))) == 1
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [("0", "Dynamic holds 0"), ("''", "Dynamic holds ''"), ("[]", r"no combinations: Dynamic=\[\]")],
+    )
+    def test_empty_variations(self, tmp_path: Path, value: str, message: str) -> None:
+        static = SINGLE.replace("\n", "\n  ")
+        with pytest.raises(ValueError, match=message):
+            expand_grid(self.write(tmp_path, f"Static:\n{static}\nDynamic: {value}"))
+
     def test_errors(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none\.yaml is not a file"):
             read_yaml(tmp_path / "none.yaml")

@@ -1,4 +1,4 @@
-"""Training on a small volume: it learns, and survives a kill."""
+"""Training on a small volume: it learns, and resumes; a kill is in test_processes."""
 
 import json
 import os
@@ -85,18 +85,6 @@ class TestTrain:
 
 
 class TestResume:
-    def test_kill(self, undisturbed: TrainResult, volume: Path, tmp_path: Path) -> None:
-        """Killed without warning after its fourth checkpoint, then run again: bit for bit the same."""
-        (tmp_path / "child.py").write_text(CHILD)
-        child = subprocess.run([sys.executable, tmp_path / "child.py", volume, tmp_path / "run"], capture_output=True)
-        assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-        assert not (tmp_path / "run" / "last").exists()
-        resumed = train(RECIPE, volume, tmp_path / "run", save_every_steps=4)
-        assert weights(resumed.last) == weights(undisturbed.last)
-        assert weights(resumed.best) == weights(undisturbed.best)
-        assert resumed.history == undisturbed.history
-        assert "resumed" in json.loads((tmp_path / "run" / "run.json").read_text())
-
     def test_finished(self, undisturbed: TrainResult, volume: Path) -> None:
         before = weights(undisturbed.last)
         assert train(RECIPE, volume, undisturbed.last.parent) == undisturbed
@@ -123,26 +111,6 @@ class TestResume:
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()][-1].endswith("10")
         train(RECIPE, volume, tmp_path / "run")
         assert len(drawn) == 30
-
-
-CHILD = f"""
-import os, signal, sys
-from tinc.recipes import *
-from tinc.official import train
-from visionkernels.training.folder import RunFolder
-
-published, publish = [], RunFolder.publish
-
-def publish_and_die(self, partial, *, keep):
-    publish(self, partial, keep=keep)
-    published.append(partial)
-    if len(published) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-RunFolder.publish = publish_and_die
-recipe = {RECIPE!r}
-train(recipe, sys.argv[1], sys.argv[2], save_every_steps=4)
-"""
 
 
 @pytest.mark.slow

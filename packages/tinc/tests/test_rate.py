@@ -106,7 +106,8 @@ class TestLossless:
         import zlib
 
         array = wavy((12, 20, 20), "uint16")
-        assert tinc.compress(array, lossless=True, preset="fast").nbytes < 0.8 * len(zlib.compress(array.tobytes(), 9))
+        file = tinc.compress(array, lossless=True, preset="fast")
+        assert file.nbytes_stored < 0.8 * len(zlib.compress(array.tobytes(), 9))
 
 
 class TestMaxError:
@@ -142,12 +143,13 @@ class TestMaxError:
         assert np.abs(file.decode().astype(np.float64) - array).max() <= 2
 
     def test_more_error_is_smaller(self, wavy: Wavy) -> None:
-        sizes = [tinc.compress(wavy((12, 20, 20)), max_error=error, preset="fast").nbytes for error in (0, 1, 4, 16)]
+        files = [tinc.compress(wavy((12, 20, 20)), max_error=error, preset="fast") for error in (0, 1, 4, 16)]
+        sizes = [file.nbytes_stored for file in files]
         assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.4 * sizes[0]
 
 
 class TestSize:
-    @given(volumes(most=600), st.floats(0.3, 12))
+    @given(volumes(), st.floats(0.3, 12))
     @settings(max_examples=10, deadline=None, derandomize=True)
     def test_never_above(self, array: np.ndarray, bits: float) -> None:
         """Or a ValueError that names what is possible; never a larger file."""
@@ -158,39 +160,39 @@ class TestSize:
         except ValueError as error:
             assert "out of reach" in str(error) and size < 200
             return
-        assert file.nbytes <= size or array.min() == array.max()
+        assert file.nbytes_stored <= size or array.min() == array.max()
 
     def test_many_bits(self, wavy: Wavy) -> None:
         """10.5 bits a sample of 32."""
-        assert tinc.compress(wavy((9, 17), "float32"), bytes=200, preset="fast").nbytes <= 200
+        assert tinc.compress(wavy((9, 17), "float32"), bytes=200, preset="fast").nbytes_stored <= 200
 
     @pytest.mark.parametrize("target", [{"ratio": 8}, {"bytes": 300}, {"bpv": 2.0}])
     @pytest.mark.parametrize("dtype", ["uint8", "float32"])
     def test_is_used(self, wavy: Wavy, dtype: str, target: dict[str, float]) -> None:
         """No more than one percent of the target is left."""
-        array = wavy((8, 15, 15), dtype)
+        array = wavy((6, 12, 12), dtype)
         file = compress(array, **target)
         size = {"ratio": array.nbytes / 8, "bytes": 300, "bpv": array.size / 4}[next(iter(target))]
-        assert 0.99 * size - 4 <= file.nbytes <= size
+        assert 0.99 * size - 4 <= file.nbytes_stored <= size
         assert psnr(array, file.decode()) > psnr(array, np.full_like(array, array.mean())) + 3
 
     def test_exact_where_it_fits(self, wavy: Wavy) -> None:
         array = wavy((12, 20, 20))
         exact = tinc.compress(array, lossless=True, preset="fast")
-        assert tinc.compress(array, bytes=exact.nbytes, preset="fast").decode().tobytes() == array.tobytes()
+        assert tinc.compress(array, bytes=exact.nbytes_stored, preset="fast").decode().tobytes() == array.tobytes()
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
     def test_layers(self, wavy: Wavy, layers: str, few_steps: None) -> None:
-        file = tinc.compress(wavy((4, 17, 6)), bytes=500, layers=layers)  # type: ignore[arg-type]
-        assert file.nbytes <= 500
+        file = tinc.compress(wavy((4, 17, 6)), bytes=300, layers=layers)  # type: ignore[arg-type]
+        assert file.nbytes_stored <= 300
         assert ("tree" in file.info(), "residual" in file.info()) == (layers != "residual", layers != "tree")
 
-    @pytest.mark.parametrize("target", [{"bytes": 20}, {"ratio": 30}, {"bytes": 1}])
+    @pytest.mark.parametrize("target", [{"ratio": 30}, {"bytes": 1}])
     def test_out_of_reach(self, wavy: Wavy, target: dict[str, float]) -> None:
         with pytest.raises(ValueError, match=r"out of reach.* \d+ bytes, a ratio of \d+"):
             tinc.compress(wavy((10, 10)), preset="fast", **target)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("target", [{"bytes": 0.5}, {"ratio": 1000}, {"bpv": 0.01}])
+    @pytest.mark.parametrize("target", [{"ratio": 1000}, {"bpv": 0.01}])
     def test_less_than_a_byte(self, wavy: Wavy, target: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="out of reach"):
             tinc.compress(wavy((10, 10)), preset="fast", **target)  # type: ignore[arg-type]
@@ -198,10 +200,10 @@ class TestSize:
     def test_constant_is_small(self) -> None:
         """Whatever the target, a constant takes some dozens of bytes and is exact."""
         for dtype in DTYPES:
-            array = np.full((50, 60, 70), 77, dtype=dtype)
+            array = np.full((20, 30, 40), 77, dtype=dtype)
             for target in ({"ratio": 100}, {"psnr": 30}, {"lossless": True}, {"bpv": 0.1}):
                 file = compress(array, **target)
-                assert file.nbytes < 120 and np.array_equal(file.decode(), array)
+                assert file.nbytes_stored < 120 and np.array_equal(file.decode(), array)
 
     def test_whole_range_of_float32(self) -> None:
         array = (np.random.default_rng(0).uniform(-1, 1, (16, 16)) * 3.4e38).astype(np.float32)
@@ -209,26 +211,26 @@ class TestSize:
 
 
 class TestPsnr:
-    @given(volumes(most=600), st.floats(10, 45))
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(volumes(), st.floats(10, 45))
+    @settings(max_examples=8, deadline=None, derandomize=True)
     def test_never_below(self, array: np.ndarray, target: float) -> None:
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
     @pytest.mark.parametrize("target", [30, 50, 57, 65])
     def test_noise(self, target: float) -> None:
         """Bytes of noise, where rounding to integers adds as much as the levels."""
-        array = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)
+        array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
         assert psnr(array, compress(array, psnr=target).decode()) >= target
 
     @pytest.mark.parametrize("dtype", ["uint16", "float32"])
     def test_is_not_exceeded_much(self, wavy: Wavy, dtype: str) -> None:
         """0.2 dB above what was asked for is a waste."""
-        array = wavy((9, 17, 17), dtype)
+        array = wavy((6, 12, 12), dtype)
         target = 40 if dtype in ("uint8", "float32") else 84
         assert target - 0.3 < psnr(array, compress(array, psnr=target).decode()) < target + 0.3
 
     def test_more_is_larger(self, wavy: Wavy) -> None:
-        sizes = [compress(wavy((8, 15, 15)), psnr=target).nbytes for target in (25, 32, 40)]
+        sizes = [compress(wavy((5, 11, 9)), psnr=target).nbytes_stored for target in (25, 40)]
         assert sizes == sorted(sizes)
 
     @pytest.mark.parametrize("layers", ["tree", "both"])
@@ -237,11 +239,10 @@ class TestPsnr:
         file = tinc.compress(array, psnr=15, layers=layers)  # type: ignore[arg-type]
         assert "tree" in file.info() and psnr(array, file.decode()) >= 15
 
-    @pytest.mark.parametrize("target", [100, 200])
-    def test_beyond_the_levels(self, target: float) -> None:
-        """Any PSNR can be had of integers."""
-        array = np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)
-        assert psnr(array, compress(array, psnr=target).decode()) >= target
+    def test_beyond_the_levels(self) -> None:
+        """Integers reach any PSNR."""
+        array = np.random.default_rng(0).integers(0, 256, (10, 10)).astype(np.uint8)
+        assert psnr(array, compress(array, psnr=200).decode()) >= 200
 
     def test_absurd(self) -> None:
         array = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
@@ -268,4 +269,4 @@ class TestMask:
         else:
             array[4:-4, 4:-4] = 100 + np.arange(12)
         file = compress(array, bytes=150)
-        assert file.nbytes <= 150 and psnr(array, file.decode()) > 20
+        assert file.nbytes_stored <= 150 and psnr(array, file.decode()) > 20

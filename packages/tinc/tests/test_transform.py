@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinc.transform import forward_blocks, inverse_blocks, join_blocks, split_blocks
+from tinc.residual.transform import forward_blocks, inverse_blocks, join_blocks, split_blocks
 
 blocks = st.lists(st.sampled_from([1, 2, 4, 8, 16, 32]), min_size=1, max_size=4).filter(lambda b: np.prod(b) <= 4096)
 

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from tinc.entropy import BitReader, BitWriter
 from tinc.errors import TincFormatError
-from tinc.tree import (
-    LARGEST_WEIGHT,
-    Layer,
-    QuantizedTree,
-    TreeShape,
-    read_constants,
-    read_weights,
-    write_constants,
-    write_weights,
-)
+from tinc.tree.quantized import LARGEST_WEIGHT, Layer, QuantizedTree
+from tinc.tree.shape import TreeShape
+from tinc.tree.weights import read_constants, read_weights, write_constants, write_weights
 
 SHAPES = {
     "one-leaf": TreeShape((7, 5), ((1, 1),), ((6, 1),)),

@@ -386,8 +386,16 @@ class TestWriteVolume:
             write_volume(tmp_path / "o.mrc", volume)
         with pytest.raises(ValueError, match=r"o\.png cannot hold float32 \(3, 4, 5\); a PNG holds"):
             write_volume(tmp_path / "o.png", volume)
-        with pytest.raises(ValueError, match=r"metadata are of 2 axes \(YX\); the array has 3"):
+        with pytest.raises(ValueError, match=r"metadata: axes='YX' has 2 entries; the array has 3 axes"):
             write_volume(tmp_path / "o.tif", volume, metadata={"axes": "YX", "spacing": [1, 1], "units": ["m", "m"]})
+        for metadata, message in [
+            ({"axes": ""}, "axes='' has 0 entries"), ({"spacing": []}, r"spacing=\[\] has 0"),
+            ({"units": ()}, r"units=\(\) has 0"), ({"spacing": [0, 1, 1]}, r"spacing=\[0, 1, 1\] must hold positive"),
+        ]:  # fmt: skip
+            with pytest.raises(ValueError, match=f"metadata: {message}"):
+                write_volume(tmp_path / "o.nii", volume, metadata=metadata)
+        with pytest.raises(TypeError, match="metadata is of type str; it must be a dict"):
+            write_volume(tmp_path / "o.tif", volume, metadata="")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"channel_axis=3 must be in \[-3, 3\)"):
             write_volume(tmp_path / "o.tif", volume, channel_axis=3)
         with pytest.raises(ValueError, match="NIfTI has the axes X, Y, Z, T and channels; the array has QYX"):

@@ -97,7 +97,10 @@ def write_json(path: str | Path, value: Any, *, overwrite: bool = False) -> None
 
 
 def finite_or_none(value: Any) -> Any:
-    """Return nested data with None for each number that is not finite, which JSON cannot hold."""
+    """Return `value` with None for every float that is NaN or infinite, since JSON has no word for these.
+
+    Mappings become dicts, and lists and tuples become lists, at any depth; other values are returned as they are.
+    """
     if isinstance(value, Mapping):
         return {name: finite_or_none(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

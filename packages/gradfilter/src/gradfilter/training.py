@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -99,7 +100,8 @@ def train_segmenter(
         load_strict(model, read_checkpoint(trained.weights).state, source=trained.weights)
         before["miou_before"] = sets.measure(model, workers=recipe.fit.num_workers)["miou"]
     prepare(model, recipe.filter, torch.zeros(1, 3, recipe.scene.crop, recipe.scene.crop))
-    result = sets.fit(SegmentationTask(model), out, sets.record(started_from=init), known=before)
+    evaluate = partial(sets.measure, workers=recipe.fit.num_workers, known=before)
+    result = sets.fit(SegmentationTask(model), out, sets.record(started_from=init), evaluate=evaluate)
     store_plain(result, model)
     return result
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from tinc.baselines import PlainTree
-from tinc.compression import Layers, compress
-from tinc.design import design_tree
+from tinc.compression import compress
+from tinc.encoding.job import Layers
 from tinc.file import TincFile
-from tinc.fitting import FitPlan, fit_tree
 from tinc.metrics import psnr
 from tinc.official.allocation import plan_tree
 from tinc.official.model import OctreeMLP, split
@@ -24,6 +23,8 @@ from tinc.official.volume import normalise
 from tinc.recipes import LossWeight, find_recipe
 from tinc.samples import has_official_volume, official_volume, sample_volume
 from tinc.signal import SampleFormat
+from tinc.tree.design import design_tree
+from tinc.tree.fitting import FitPlan, fit_tree
 from visionkernels.profiling import BenchRow, compare, torch_threads
 
 __all__ = ["measure"]

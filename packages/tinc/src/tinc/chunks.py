@@ -21,11 +21,11 @@ from numcodecs.abc import Codec  # type: ignore[import-untyped]
 from numcodecs.compat import ensure_bytes, ensure_ndarray, ndarray_copy  # type: ignore[import-untyped]
 
 from tinc.compression import compress
-from tinc.container import MAX_AXES, MAX_CHANNELS
+from tinc.encoding.job import Layers, Preset
+from tinc.encoding.targets import OutOfReachError
 from tinc.errors import TincFormatError
 from tinc.file import TincFile
-from tinc.jobs import Layers, OutOfReachError, Preset
-from tinc.signal import DTYPES
+from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS
 
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
 
@@ -129,7 +129,9 @@ class ChunkOptions:
         if self.max_error is not None:
             return compress(samples, max_error=self.max_error, **shared).tobytes()
         if self.psnr is None:
-            bits = 8 * chunk.dtype.itemsize / self.ratio if self.ratio is not None else self.bpv or 0
+            # one of the two is given where nothing else is
+            bits = self.bpv if self.ratio is None else 8 * chunk.dtype.itemsize / self.ratio
+            assert bits is not None
             counted = chunk.size if counted is None else counted
             size = max(int(counted * bits / 8), MIN_CHUNK_BYTES)
             return compress(samples, bytes=size, **shared).tobytes()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from visionkernels.cli import ReportOptions, print_metrics, report_bench, report_fit, run
-from visionkernels.files import refuse_existing, write_json
+from visionkernels.files import finite_or_none, refuse_existing, write_json
 
 __all__ = ["main"]
 
@@ -70,17 +70,18 @@ def compress(
     import numpy as np
 
     from tinc.compression import compress as to_file
+    from tinc.encoding.targets import one_request
     from tinc.metrics import compare
     from tinc.volumes import read_volume
 
     refuse_existing(out, overwrite)
+    target = one_request(ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless)
     volume = read_volume(source, as_type=as_type)
     if volume.note is not None:
         print(volume.note, file=sys.stderr)
     axis = volume.channel_axis if channel_axis is None else channel_axis
-    sizes = (bytes, ratio and volume.array.nbytes / ratio, bpv and volume.array.size * bpv / 8)
-    size = next((each for each in sizes if each is not None), math.inf)
-    keeps = metadata == "keep" or (metadata == "auto" and size >= 1 << 16)
+    limit = target.size_limit(volume.array.size, volume.array.nbytes)
+    keeps = metadata == "keep" or (metadata == "auto" and (limit is None or limit >= 1 << 16))
     with _progress() as callback:
         file = to_file(
             volume.array, ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless,
@@ -91,7 +92,8 @@ def compress(
     if volume.metadata and not keeps:
         print(f"left out of so small a file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
     quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
-    print(f"{out}: {file.nbytes} bytes, ratio {file.ratio:.2f}, {8 * file.nbytes / file.size:.3f} bits a sample")
+    bits = 8 * file.nbytes_stored / file.size
+    print(f"{out}: {file.nbytes_stored} bytes, ratio {file.ratio:.2f}, {bits:.3f} bits a sample")
     print_metrics(quality)
 
 
@@ -144,7 +146,7 @@ class Target:
     def options(self) -> dict[str, Any]:
         """Return what was given, as options of a function."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        return given or {"lossless": True}
+        return given if given else {"lossless": True}
 
 
 def chunk(
@@ -285,7 +287,7 @@ def evaluate(
     volume = read_volume(original)
     if compressed is not None:
         file = open_file(compressed)
-        decoded, size = file.decode(), file.nbytes
+        decoded, size = file.decode(), file.nbytes_stored
     else:
         from tinc.official.folder import decode_official
 
@@ -301,8 +303,7 @@ def evaluate(
             found[f"{name}_{cut:g}"] = measure(reference, decoded, threshold=cut)
     print_metrics(found)
     if json is not None:
-        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        write_json(json, {"original": str(original), **finite}, overwrite=overwrite)
+        write_json(json, finite_or_none({"original": str(original), **found}), overwrite=overwrite)
 
 
 def train(
@@ -405,7 +406,7 @@ def bench(
     Args:
         source: the volume
         ratios: bytes of the samples / bytes of the file, one or more
-        against: other codecs, at the same bytes: hevc, jpeg2k, sperr, sz3, zfp
+        against: other codecs at the same bytes: hevc, jpeg2k, sperr, sz3, zfp; '' for none
         preset: of tinc
         full: without a volume: also two threads, and more repeats
         json: write the rows here as well
@@ -420,13 +421,13 @@ def bench(
 
     refuse_existing(json, overwrite)
     rows = []
-    rivals = [name for name in against.split(",") if name]
+    rivals = [] if against == "" else against.split(",")
     for row in compare(source, _numbers("--ratios", ratios), rivals, preset=preset):
         print(f"{row['codec']} at {row['asked']:g}x: {row['psnr']:.2f} dB", file=sys.stderr)
         rows.append(row)
     print(rivalry_table(rows))
     if json is not None:
-        write_json(json, rows, overwrite=overwrite)
+        write_json(json, finite_or_none(rows), overwrite=overwrite)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

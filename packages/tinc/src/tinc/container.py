@@ -1,92 +1,43 @@
 """The bytes of a `.tinc` file: prefix, header with the directory of streams, streams. See docs/tinc-format.md.
 
-A reader checks, in this order: magic, version, the stated length against the real one, the checksum, each field of the
-header against what is allowed, and that the streams fill the rest exactly. Nothing is allocated before that.
+A reader checks the magic, the version, the stated length against the real one, the checksum, the range of each field of
+the header, and that the streams fill the rest exactly, in this order. It allocates nothing before that.
 """
 
 import math
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 
+from tinc.contents import Contents, ExactSection, ResidualSection, TreeSection
 from tinc.errors import TincFormatError
-from tinc.residual import Blocks, Quantizer
-from tinc.signal import DTYPES, SampleFormat
-from tinc.tree import TreeShape
+from tinc.residual.blocks import Blocks
+from tinc.residual.quantizer import Quantizer
+from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS, SampleFormat
+from tinc.tree.shape import TreeShape
 
-__all__ = ["VERSION", "Contents", "ExactSection", "ResidualSection", "TreeSection", "pack", "unpack"]
+__all__ = ["VERSION", "Directory", "pack", "unpack"]
 
 MAGIC = b"TINC"
 VERSION = 1
 _PREFIX = struct.Struct("<4sHHQI")
 _CHECKS_TILES = 1
 """Flag: the checksum of the prefix covers the header, and each stream has its own."""
-MAX_AXES = 4
-MAX_CHANNELS = 64
+TILE_CHECKS_FROM = 1 << 16
+"""Bytes of all streams from which each has a checksum of its own, for readers of a part."""
 MAX_TILE = 1 << 20
 """Voxels of a tile, so that a small file cannot ask for much memory at once."""
 MAX_BLOCKS = 1 << 18
-"""Of a tile of the residual layer."""
+"""Blocks of a tile of the residual layer."""
 MAX_WEIGHTS = 32
-"""For each byte of a tree's stream, above the first 256."""
+"""Weights for each byte of a tree's stream, above the first 256 bytes."""
 _MAX_SIZE = 1 << 40
 _MAX_BACKGROUND = 1 << 30
 _MAX_REAL = 2.0**160
 """float32 ends at 2**128."""
-
-
-@dataclass(frozen=True)
-class TreeSection:
-    """A tree's shape and how its weights are to be read."""
-
-    shape: TreeShape
-    multipliers: tuple[int, ...]
-    shifts: tuple[int, ...]
-    spreads: bytes
-    base: int
-    """Added to what the layers compute, in working units."""
-
-
-@dataclass(frozen=True)
-class ResidualSection:
-    """The cut of the residual layer, and its levels."""
-
-    blocks: Blocks
-    quantizer: Quantizer
-    background: int | None = None
-    """Of the voxels outside of the mask, in working units; None without a mask."""
-
-
-@dataclass(frozen=True)
-class ExactSection:
-    """The grid of the exact layer, and its boxes."""
-
-    kind: str
-    """"step", "palette" or "bits"."""
-    step: float
-    offset: float
-    palette_size: int
-    blocks: Blocks
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Everything that a file says, streams as bytes; `streams` are those of the tree, the palette, and all tiles."""
-
-    shape: tuple[int, ...]
-    """Without channels."""
-    channels: int
-    channel_axis: int | None
-    format: SampleFormat
-    tree: TreeSection | None = None
-    residual: ResidualSection | None = None
-    exact: ExactSection | None = None
-    metadata: bytes = b""
-    """UTF-8 JSON, or nothing."""
-    streams: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 class _Writer:
@@ -158,8 +109,10 @@ def _damaged(what: str) -> NoReturn:
     raise TincFormatError(f"the header is damaged: {what}")
 
 
-def pack(contents: Contents, *, checks_tiles: bool) -> bytes:
-    """Return the bytes of a file."""
+def pack(contents: Contents, *, checks_tiles: bool | None = None) -> bytes:
+    """Return the bytes of a file. Each stream has a checksum of its own if `checks_tiles`; None: from 64 KiB on."""
+    if checks_tiles is None:
+        checks_tiles = sum(map(len, contents.streams)) >= TILE_CHECKS_FROM
     header = _Writer()
     header.number(DTYPES.index(contents.format.dtype))
     header.number(len(contents.shape))
@@ -198,9 +151,9 @@ def _prefix(length: int, checked: bytes | memoryview, checks_tiles: bool) -> byt
 
 
 def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Directory"]:
-    """Return what a file says, without its streams, and where these are.
+    """Return the contents of a file without its streams, and the directory of these.
 
-    `partial` takes a file that was cut off after its header. Raises TincFormatError.
+    `partial` accepts a file that was cut off after its header. Raises TincFormatError.
     """
     if bytes(content[:4]) != MAGIC[: len(content)]:
         raise TincFormatError("this is no .tinc file: it does not begin with TINC")
@@ -238,9 +191,10 @@ def unpack(content: memoryview, *, partial: bool = False) -> tuple[Contents, "Di
 
 @dataclass(frozen=True)
 class Directory:
-    """Where the streams are, in the order tree, palette, tiles."""
+    """Places of the streams, in the order tree, palette, tiles."""
 
     offsets: tuple[int, ...]
+    """The beginning of each stream, and the end of the last one."""
     checksums: tuple[int, ...] | None
 
     def stream(self, content: bytes | memoryview, number: int) -> bytes:
@@ -253,16 +207,8 @@ class Directory:
         return stream
 
 
-def num_streams(contents: Contents) -> int:
-    """Return how many streams a file has."""
-    count = contents.tree is not None
-    if contents.exact is not None:
-        return count + (contents.exact.kind == "palette") + contents.exact.blocks.num_tiles
-    return count + (0 if contents.residual is None else contents.residual.blocks.num_tiles)
-
-
 def _read_directory(reader: _Reader, contents: Contents, start: int, checks_tiles: bool) -> Directory:
-    count = num_streams(contents)
+    count = contents.num_streams
     if count > len(reader.content) - reader.place:
         _damaged(f"it has no room for the lengths of {count} streams")
     offsets, checksums = [start], []

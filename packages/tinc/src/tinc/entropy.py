@@ -4,7 +4,7 @@ The coder is constriction's range coder (32-bit words, 64-bit state, 24 bits of 
 it in full. Probabilities are integers out of 2**16 and come from integer counts, so both ends agree on every machine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import constriction
 import numpy as np
@@ -37,9 +37,8 @@ class BitWriter:
 
     def write_raw(self, values: np.ndarray, width: int | np.ndarray) -> None:
         """Append the lowest `width` bits of each value, highest first."""
-        widths = np.broadcast_to(width, values.shape)
-        for place in range(int(widths.max(initial=0)) - 1, -1, -1):
-            chosen = values[widths > place]
+        for place in range(_most(width) - 1, -1, -1):
+            chosen = values if isinstance(width, int) else values[width > place]
             self.write((chosen >> place) & 1, np.full(chosen.shape, ONE // 2))
 
     def finish(self) -> bytes:
@@ -82,11 +81,10 @@ class BitReader:
 
     def read_raw(self, count: int, width: int | np.ndarray) -> np.ndarray:
         """Return `count` values of `width` bits."""
-        widths = np.broadcast_to(width, (count,))
         values = np.zeros(count, dtype=np.int64)
-        for place in range(int(widths.max(initial=0)) - 1, -1, -1):
-            chosen = widths > place
-            values[chosen] |= self.read(np.full(int(chosen.sum()), ONE // 2)) << place
+        for place in range(_most(width) - 1, -1, -1):
+            chosen = slice(None) if isinstance(width, int) else np.flatnonzero(width > place)
+            values[chosen] |= self.read(np.full(len(values[chosen]), ONE // 2)) << place
         return values
 
 
@@ -98,26 +96,33 @@ class AdaptiveBits:
         guess = np.asarray(ones, dtype=np.int64)
         self.counts = np.maximum((np.stack([ONE - guess, guess], 1) * strength) >> 16, 1)
         self._seen = 0
+        self._strength = strength
 
     def ones(self, contexts: np.ndarray) -> np.ndarray:
         """Return the probability of a 1 in each context, out of 2**16."""
-        counts = self.counts[contexts]
-        return np.clip((counts[:, 1] << 16) // counts.sum(1), _LEAST, ONE - _LEAST)
+        return _probabilities(self.counts[contexts])
 
     def table(self) -> np.ndarray:
-        """Return the probability of a 1 by context."""
-        return np.clip((self.counts[:, 1] << 16) // self.counts.sum(1), _LEAST, ONE - _LEAST)
+        """Return the probabilities of a 1 in all contexts."""
+        return _probabilities(self.counts)
 
     def learn(self, contexts: np.ndarray, bits: np.ndarray) -> None:
         """Count bits that were coded."""
         size = len(self.counts)
-        if 8 * len(bits) < size:  # few bits in many contexts: the others need no look
+        self._seen += len(bits)
+        # no context can have counted more than all bits
+        is_low = self._strength + 2 + _INCREMENT * self._seen <= _LIMIT
+        if 8 * len(bits) < size:  # few bits in many contexts: only their contexts change
             np.add.at(self.counts, (contexts, bits), _INCREMENT)
+            if is_low:
+                return
             over = contexts[self.counts[contexts].sum(1) > _LIMIT]
             over = np.unique(over) if over.size else over
         else:
             seen = np.bincount(2 * contexts + bits, minlength=2 * size).reshape(size, 2)
             self.counts += _INCREMENT * seen
+            if is_low:
+                return
             (over,) = np.nonzero(self.counts.sum(1) > _LIMIT)
         while over.size:
             self.counts[over] = np.maximum(self.counts[over] >> 1, 1)
@@ -125,23 +130,37 @@ class AdaptiveBits:
 
     def write(self, writer: BitWriter, contexts: np.ndarray, bits: np.ndarray) -> None:
         """Code bits and learn from them."""
-        for portion in self._portions(len(bits)):
-            writer.write(bits[portion], self.ones(contexts[portion]))
-            self.learn(contexts[portion], bits[portion])
+        first = 0
+        while first < len(bits):
+            last = first + self._portion()
+            places, part = contexts[first:last], bits[first:last]
+            writer.write(part, self.ones(places))
+            self.learn(places, part)
+            first = last
 
     def read(self, reader: BitReader, contexts: np.ndarray) -> np.ndarray:
         """Decode bits and learn from them."""
         bits = np.empty(contexts.shape, dtype=np.int64)
-        for portion in self._portions(len(contexts)):
-            bits[portion] = reader.read(self.ones(contexts[portion]))
-            self.learn(contexts[portion], bits[portion])
+        first = 0
+        while first < len(bits):
+            last = first + self._portion()
+            places = contexts[first:last]
+            bits[first:last] = part = reader.read(self.ones(places))
+            self.learn(places, part)
+            first = last
         return bits
 
-    def _portions(self, count: int) -> Iterator[slice]:
+    def _portion(self) -> int:
+        """Return how many bits to code before the next look at the counts."""
         least, most = _PORTIONS
-        first = 0
-        while first < count:
-            last = min(count, first + min(max(self._seen >> 3, least), most))
-            yield slice(first, last)
-            self._seen += last - first
-            first = last
+        return min(max(self._seen >> 3, least), most)
+
+
+def _probabilities(counts: np.ndarray) -> np.ndarray:
+    ones = counts[:, 1]
+    shares = (ones << 16) // (counts[:, 0] + ones)
+    return np.minimum(np.maximum(shares, _LEAST), ONE - _LEAST)
+
+
+def _most(width: int | np.ndarray) -> int:
+    return width if isinstance(width, int) else int(width.max(initial=0))

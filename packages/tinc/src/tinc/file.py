@@ -1,9 +1,8 @@
-"""An open `.tinc` file: an array that is decoded where it is looked at."""
+"""An open `.tinc` file: an array whose parts are decoded when they are read."""
 
 import json
 import math
 import mmap
-import operator
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,15 @@ from tinc.container import unpack
 from tinc.entropy import BitReader
 from tinc.errors import TincFormatError
 from tinc.exact import BitsGrid, Grid, PaletteGrid, StepGrid, decode_box, decode_palette
-from tinc.residual import Blocks, decode_tile, restore_region
-from tinc.tree import Layer, QuantizedTree, read_constants, read_weights
+from tinc.regions import Region, check_region, index_region, voxels_of
+from tinc.residual.blocks import Blocks
+from tinc.residual.decoder import decode_tile, restore_region
+from tinc.tree.quantized import Layer, QuantizedTree
+from tinc.tree.weights import read_constants, read_weights
 from visionkernels.files import replace_file
 
 __all__ = ["TincFile", "decompress", "open_file"]
 
-Region = tuple[slice, ...]
 _CACHED_TILES = 64
 
 
@@ -67,13 +68,18 @@ class TincFile:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the decoded array."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def nbytes_stored(self) -> int:
         """Bytes of the file."""
         return len(self._content)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the array / bytes of the file."""
-        return self.size * self.dtype.itemsize / self.nbytes
+        """Bytes of the decoded array / bytes of the file."""
+        return self.nbytes / self.nbytes_stored
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -103,7 +109,7 @@ class TincFile:
             raise TincFormatError(f"{self.name}: its metadata is damaged") from error
 
     def __repr__(self) -> str:
-        return f"TincFile({self.shape}, {self.dtype}, {self.nbytes} bytes, ratio {self.ratio:.1f})"
+        return f"TincFile({self.shape}, {self.dtype}, {self.nbytes_stored} bytes, ratio {self.ratio:.1f})"
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -111,11 +117,11 @@ class TincFile:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a compressed array cannot be had without a copy")
-        return self.decode().astype(dtype or self.dtype, copy=False)
+        return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Index as NumPy does with integers, slices and ... (no lists, masks or None)."""
-        region, inner = _as_region(key, self.shape)
+        region, inner = index_region(key, self.shape)
         return self.decode(region)[inner]
 
     def decode(self, region: Region | None = None, *, level: int = 0, out: np.ndarray | None = None) -> np.ndarray:
@@ -130,7 +136,7 @@ class TincFile:
             raise ValueError(f"level={level} must be in [0, {self.levels}]")
         steps = (1, *(1 << level if size > 1 else 1 for size in self._contents.shape))
         sizes = self._with_channels(tuple(-(-n // s) for n, s in zip(self._contents.shape, steps[1:], strict=True)))
-        inner = self._channels_first(_check_region(region, sizes))
+        inner = self._channels_first(check_region(region, sizes))
         if any(part.stop == part.start for part in inner):
             shape = [part.stop - part.start for part in inner]
             samples = np.zeros(shape, dtype=self.dtype)
@@ -190,7 +196,7 @@ class TincFile:
         contents, sizes = self._contents, np.diff(self._directory.offsets).tolist()
         info: dict[str, Any] = {
             "shape": list(self.shape), "dtype": self.dtype.name, "channel_axis": contents.channel_axis,
-            "bytes": self.nbytes, "ratio": self.ratio, "bits_per_sample": 8 * self.nbytes / max(self.size, 1),
+            "bytes": self.nbytes_stored, "ratio": self.ratio, "bits_per_sample": 8 * self.nbytes_stored / self.size,
             "levels": self.levels, "chunks": list(self.chunks), "header_bytes": self._directory.offsets[0],
         }  # fmt: skip
         if contents.tree is not None:
@@ -286,7 +292,7 @@ class TincFile:
         if residual is None:
             return working
         blocks = residual.blocks
-        voxels = _times(region, steps, blocks.extent)
+        voxels = voxels_of(region, steps, blocks.extent)
         for tile in blocks.touching(voxels):
             found = self._tile(tile)
             if found is None:
@@ -305,7 +311,7 @@ class TincFile:
         """Return the part of a tile's mask that lies at `place` in the region, in voxels."""
         assert self._blocks is not None
         cells = [slice(a.start + b.start, a.stop + b.start) for a, b in zip(place, region, strict=True)]
-        voxels = _times(tuple(cells), steps, self._blocks.extent)
+        voxels = voxels_of(tuple(cells), steps, self._blocks.extent)
         box = self._blocks.box(tile)
         return mask[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(voxels, box, strict=True))]
 
@@ -334,7 +340,7 @@ class TincFile:
 
     def _mean_of_cells(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         """Average exact voxels; their coding has no coarser volume to offer."""
-        fine = _times(region, steps, (self._contents.channels, *self._contents.shape))
+        fine = voxels_of(region, steps, (self._contents.channels, *self._contents.shape))
         values = self._decode_exact(fine, (1,) * len(fine))
         with np.errstate(invalid="ignore"):  # a NaN may be one that signals
             values = values.astype(np.float64)
@@ -385,14 +391,6 @@ def decompress(source: str | Path | bytes) -> np.ndarray:
     return open_file(source).decode()
 
 
-def _times(region: Region, steps: tuple[int, ...], ends: tuple[int, ...]) -> Region:
-    """Return the voxels of a region of cells."""
-    return tuple(
-        slice(part.start * step, min(part.stop * step, end))
-        for part, step, end in zip(region, steps, ends, strict=True)
-    )
-
-
 def _sum_cells(values: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
     for axis, step in enumerate(steps):
         if step > 1:
@@ -408,48 +406,3 @@ def _blend(working: np.ndarray, background: int, inside: np.ndarray, steps: tupl
         _sum_cells(each, steps) for each in (inside.astype(np.int64), np.ones(inside.shape, dtype=np.int64))
     )
     return (working * share + background * (count - share) + (count >> 1)) // count
-
-
-def _check_region(region: Region | None, sizes: tuple[int, ...]) -> Region:
-    if region is None:
-        return tuple(slice(0, size) for size in sizes)
-    if len(region) != len(sizes):
-        raise IndexError(f"the region has {len(region)} axes, the array {len(sizes)}")
-    checked = []
-    for axis, (part, size) in enumerate(zip(region, sizes, strict=True)):
-        start = 0 if part.start is None else part.start
-        stop = size if part.stop is None else part.stop
-        if part.step not in (None, 1) or not 0 <= start <= stop <= size:
-            raise IndexError(f"the region's {start}:{stop} is not inside axis {axis} of size {size}")
-        checked.append(slice(int(start), int(stop)))
-    return tuple(checked)
-
-
-def _as_region(key: Any, shape: tuple[int, ...]) -> tuple[Region, tuple[Any, ...]]:
-    """Return the box that an index touches, and the index within it."""
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if sum(each is Ellipsis for each in keys) > 1:
-        raise IndexError("an index can have one ellipsis only")
-    if Ellipsis in [each if each is Ellipsis else None for each in keys]:
-        place = next(i for i, each in enumerate(keys) if each is Ellipsis)
-        keys[place : place + 1] = [slice(None)] * (len(shape) - len(keys) + 1)
-    if len(keys) > len(shape):
-        raise IndexError(f"{len(keys)} indices for an array of {len(shape)} axes")
-    keys += [slice(None)] * (len(shape) - len(keys))
-    parts = [_axis_region(each, size, axis) for axis, (each, size) in enumerate(zip(keys, shape, strict=True))]
-    return tuple(region for region, _ in parts), tuple(inner for _, inner in parts)
-
-
-def _axis_region(key: Any, size: int, axis: int) -> tuple[slice, Any]:
-    if isinstance(key, slice):
-        touched = range(*key.indices(size))
-        if not touched:
-            return slice(0, 0), slice(None)
-        low, high = min(touched[0], touched[-1]), max(touched[0], touched[-1])
-        inner = slice(None, None, touched.step)
-        return slice(low, high + 1), inner
-    try:
-        place = range(size)[operator.index(key)]
-    except IndexError:
-        raise IndexError(f"index {key} is not inside axis {axis} of size {size}") from None
-    return slice(place, place + 1), 0

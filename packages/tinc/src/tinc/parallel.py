@@ -1,5 +1,6 @@
 """Volumes larger than memory, chunk by chunk, and many volumes at once, on the cores of a machine or a cluster."""
 
+import inspect
 import itertools
 import json
 import math
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tinc.compression import compress
-from tinc.volumes import move_folder, read_volume, refuse_folder, zarr_attributes
+from tinc.volumes import as_metadata, move_folder, read_volume, refuse_folder, zarr_attributes
 from visionkernels import sweeps
 from visionkernels.extras import require
-from visionkernels.files import replace_file
+from visionkernels.files import finite_or_none, replace_file
 
 if TYPE_CHECKING:
     from tinc.chunks import ChunkOptions
@@ -95,7 +96,7 @@ def compress_chunks(
     chunk = tuple(min(size, whole) for size, whole in zip(chunk, shape, strict=True))
     codec.check(chunk, dtype)
     refuse_folder(out, overwrite=overwrite)
-    folder = _begin(out, shape, dtype, chunk, codec, metadata or {}, overwrite)
+    folder = _begin(out, shape, dtype, chunk, codec, as_metadata(metadata), overwrite)
     places = list(itertools.product(*(range(-(-size // part)) for size, part in zip(shape, chunk, strict=True))))
     results = sweeps.map(
         _ChunkWriter(_forward(source), folder, chunk, codec), places, jobs=jobs, backend=backend, description="chunks",
@@ -222,7 +223,8 @@ def _total_psnr(results: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> floa
         return math.inf
     if dtype.kind == "f":
         known = [each for each in results if each["low"] is not None]
-        peak = max(each["high"] for each in known) - min(each["low"] for each in known) or 1.0
+        reach = max(each["high"] for each in known) - min(each["low"] for each in known)
+        peak = reach if reach > 0 else 1.0
     else:
         peak = float(np.iinfo(dtype).max) - float(np.iinfo(dtype).min)
     return 10 * math.log10(peak**2 / (error / count))
@@ -272,7 +274,8 @@ def compress_many(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"several volumes would become {twice[0]}; compress them into different folders")
-    unknown = sorted(set(options) - set(compress.__kwdefaults__ or {}) | set(options) & {"metadata", "callback"})
+    known = set(inspect.signature(compress).parameters) - {"array", "metadata", "callback"}
+    unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"unknown options {', '.join(unknown)}; known are those of tinc.compress for one file")
     # outputs that an interrupted call finished without noting it are its own
@@ -317,8 +320,8 @@ class _VolumeWriter:
         out = self.out_dir / f"{_stem(Path(path))}.tinc"
         file.save(out, overwrite=self.overwrite)
         native = samples.astype(samples.dtype.newbyteorder("="), copy=False)
-        psnr = _total_psnr([_summary(file.nbytes, native, file.decode())], native.dtype)
+        psnr = _total_psnr([_summary(file.nbytes_stored, native, file.decode())], native.dtype)
         return {
-            "path": path, "out": str(out), "raw_bytes": native.nbytes, "bytes": file.nbytes, "ratio": file.ratio,
-            "psnr": None if math.isinf(psnr) else psnr, "note": volume.note,
+            "path": path, "out": str(out), "raw_bytes": native.nbytes, "bytes": file.nbytes_stored, "ratio": file.ratio,
+            "psnr": finite_or_none(psnr), "note": volume.note,
         }  # fmt: skip

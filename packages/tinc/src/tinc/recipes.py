@@ -171,7 +171,10 @@ def expand_grid(path: str | Path) -> list[OfficialRecipe]:
     if not isinstance(options.get("Static"), Mapping):
         raise ValueError(f"{path} has no 'Static' options; a single task goes through read_yaml")
     static, stem = options["Static"], Path(path).stem
-    choices = _choices(options.get("Dynamic") or {})
+    dynamic = options.get("Dynamic")
+    choices = _choices({} if dynamic is None else dynamic)
+    if not choices:
+        raise ValueError(f"{path} has no combinations: Dynamic={dynamic!r}")
     return [from_options(_merge(static, choice), name=f"{stem}_{number}") for number, choice in enumerate(choices)]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from tabulate import tabulate
 
 from tinc.compression import compress
-from tinc.jobs import Layers, OutOfReachError, Preset
+from tinc.encoding.job import Layers, Preset
+from tinc.encoding.targets import OutOfReachError
 from tinc.metrics import psnr, ssim
 from visionkernels.extras import require
 
@@ -76,7 +77,7 @@ def _own(volume: np.ndarray, ratio: float, preset: Preset, layers: Layers) -> Co
         file = compress(volume, ratio=ratio, preset=preset, layers=layers)
     except OutOfReachError:
         return None
-    return file.nbytes, file.decode()
+    return file.nbytes_stored, file.decode()
 
 
 def match(name: str, volume: np.ndarray, ratio: float) -> Coded | None:

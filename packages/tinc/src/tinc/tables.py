@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinc.compression import Layers, compress
+from tinc.compression import compress
+from tinc.encoding.job import Layers
 from tinc.metrics import psnr, ssim
 from tinc.rivals import compare
 from tinc.samples import has_official_volume, official_path, official_volume, sample_volume
@@ -40,6 +41,7 @@ _REACHING = ("hevc", "jpeg2k", "sperr", "sz3")
 _LAYERS: tuple[Layers, ...] = ("residual", "tree", "auto")
 _CODECS = installed("av", "imagecodecs", pip="tinc-vision[bench]")
 _SAMPLES = installed("nibabel", pip="tinc-vision[samples]")
+_TRAIN = installed("accelerate", "timm", pip="tinc-vision[train]")
 
 
 _TEST_TIF = Need("test.tif of the official repository, in the folder that TINC_DATA names", has_official_volume)
@@ -80,10 +82,11 @@ def _brain() -> Table:
     for ratio in (16, 64, 256):
         column = f"PSNR at {ratio}x"
         for layers in _LAYERS[:2]:
-            needs = (_SAMPLES,) if layers == "residual" else (_SAMPLES, TIME)
-            cells.append(_cell(f"tinc, {layers} alone", column, partial(_own_psnr, ratio, layers), needs, ratio))
+            needs = (_SAMPLES, *_time(layers, ratio))
+            cells.append(_cell(f"tinc, {layers} alone", column, partial(_own_psnr, ratio, layers), needs))
         for name in _REACHING:
-            cells.append(_cell(name, column, partial(_rival, name, ratio), (_SAMPLES, _CODECS), ratio))
+            needs = (_SAMPLES, _CODECS, *_time(name, ratio))
+            cells.append(_cell(name, column, partial(_rival, name, ratio), needs))
     convention = (
         "nibabel's example4d, volume 0, 24 x 128 x 96, times 56 in 16 bits. PSNR over 65535; every byte of a .tinc "
         "file counts, of the others the coded stream."
@@ -95,9 +98,19 @@ def _own_psnr(ratio: int, layers: Layers) -> float:
     return _own(ratio, layers)[0]
 
 
-def _cell(row: str, column: str, measure: Callable[[], float], needs: tuple[Need, ...], ratio: int) -> Cell:
+def _time(row: str, ratio: int) -> tuple[Need, ...]:
+    """Return `TIME` for the dear cells: trees, and HEVC and the residual layer at other ratios than 64."""
+    is_dear = row in ("tree", "auto") or (row in ("residual", "hevc") and ratio != 64)
+    return (TIME,) if is_dear else ()
+
+
+def _command(needs: tuple[Need, ...]) -> str:
+    return "tinc reproduce --full" if TIME in needs else "tinc reproduce"
+
+
+def _cell(row: str, column: str, measure: Callable[[], float], needs: tuple[Need, ...]) -> Cell:
     return Cell(row=row, column=column, paper=None, digits=2, tolerance=0.1, measure=measure, needs=needs,
-                command=f"tinc bench VOLUME --ratios {ratio}")  # fmt: skip
+                command=_command(needs))  # fmt: skip
 
 
 @cache
@@ -112,21 +125,21 @@ def _side_by_side() -> Table:
     for place, ratio in enumerate(_RATIOS):
         best, similarity = _SIDE_BY_SIDE["hevc"][place]
         for name, reference in _SIDE_BY_SIDE.items():
+            needs = (_TEST_TIF, _CODECS, *_time(name, ratio))
             cells.append(
                 Cell(row=name, column=f"PSNR at {ratio}x", paper=reference[place][0], digits=2, tolerance=0.15,
-                     measure=partial(_rival_on_test_tif, name, ratio), needs=(_TEST_TIF, _CODECS),
-                     command="tinc bench test.tif")
+                     measure=partial(_rival_on_test_tif, name, ratio), needs=needs, command=_command(needs))
             )  # fmt: skip
         for layers in _LAYERS:
             name = "tinc" if layers == "auto" else f"tinc, {layers} alone"
-            needs = (_TEST_TIF,) if layers == "residual" else (_TEST_TIF, TIME)
+            needs = (_TEST_TIF, *_time(layers, ratio))
             cells += [
                 Cell(row=f"{name}, beside HEVC", column=f"PSNR at {ratio}x", paper=best, digits=2, tolerance=0,
                      better="higher", measure=partial(_own_on_test_tif, ratio, layers, 0), needs=needs,
-                     command="tinc bench test.tif"),
+                     command=_command(needs)),
                 Cell(row=f"{name}, beside HEVC", column=f"SSIM at {ratio}x", paper=similarity, digits=3, tolerance=0,
                      better="higher", measure=partial(_own_on_test_tif, ratio, layers, 1), needs=needs,
-                     command="tinc bench test.tif"),
+                     command=_command(needs)),
             ]  # fmt: skip
     convention = (
         "test.tif of the official repository. Reference: measured, not printed in the paper; in our rows it is HEVC's. "
@@ -147,8 +160,7 @@ def _rival_on_test_tif(name: str, ratio: int) -> float:
 def _structure() -> Table:
     cells = [
         Cell(row=name, column=f"parameters at {ratio}x", paper=parameters, digits=0, tolerance=0,
-             measure=partial(_parameters, name, ratio), needs=(_TEST_TIF,),
-             command=f"tinc train {name} --data test.tif --ratio {ratio} --out runs/{name}")
+             measure=partial(_parameters, name, ratio), needs=(_TEST_TIF,), command="tinc reproduce")
         for name, row in _STRUCTURE.items()
         for ratio, parameters in zip((4, 16, 64), row, strict=True)
     ]  # fmt: skip
@@ -182,9 +194,9 @@ def _levels() -> Table:
 
 
 def _level_psnr(levels: int, ratio: int) -> Measured:
-    from tinc.design import fit_widths
-    from tinc.fitting import FitPlan, fit_tree
     from tinc.signal import SampleFormat
+    from tinc.tree.design import fit_widths
+    from tinc.tree.fitting import FitPlan, fit_tree
 
     volume = sample_volume()
     budget = volume.nbytes / ratio
@@ -201,9 +213,8 @@ def _level_psnr(levels: int, ratio: int) -> Measured:
 
 def _trained() -> Table:
     cells = [
-        Cell(row=name, column=f"PSNR at {ratio}x", paper=reference, digits=2, tolerance=1.5, needs=(_TEST_TIF, TIME),
-             measure=partial(_train, name, ratio),
-             command=f"tinc train {name} --data test.tif --ratio {ratio} --out runs/{name}")
+        Cell(row=name, column=f"PSNR at {ratio}x", paper=reference, digits=2, tolerance=1.5,
+             needs=(_TEST_TIF, _TRAIN, TIME), measure=partial(_train, name, ratio), command="tinc reproduce --full")
         for name, (ratio, reference) in _TRAINED.items()
     ]  # fmt: skip
     convention = "The official procedure with fewer points a step, as the official code came out; single seeds."

@@ -16,6 +16,7 @@ from zarr.abc.codec import ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
 
 from tinc.chunks import ChunkOptions
 from tinc.errors import TincFormatError
+from tinc.regions import slice_region
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter
@@ -43,7 +44,11 @@ class TincCodec(ChunkOptions, ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
         """Return the codec of its metadata. Raises ValueError for another name and unknown options."""
         if data.get("name") != "tinc":
             raise ValueError(f"name={data.get('name')!r} must be 'tinc'")
-        configuration = dict(data.get("configuration") or {})
+        configuration = data.get("configuration")
+        if configuration is None:
+            configuration = {}
+        if not isinstance(configuration, Mapping):
+            raise ValueError(f"configuration={configuration!r} must be an object")
         unknown = sorted(set(configuration) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"the tinc codec has no {', '.join(unknown)}; update it, or correct the name")
@@ -114,11 +119,7 @@ def _box(selection: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tup
 
 def _axis_box(key: Any, size: int) -> tuple[slice, Any]:
     if isinstance(key, slice):
-        touched = range(size)[key]
-        if not touched:
-            return slice(0, 0), slice(None)
-        low, high = min(touched[0], touched[-1]), max(touched[0], touched[-1]) + 1
-        return slice(low, high), slice(None, None, touched.step)
+        return slice_region(key, size)
     places = np.asarray(key)
     if places.dtype == bool:
         (places,) = np.nonzero(places)

@@ -6,6 +6,7 @@ whose data are no labelled images (rays, episodes, image to image, volumes) use 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,11 +57,12 @@ def export(
     come in any number. Raises InputError for other kinds and formats, ImportError that names the extra `install`, and
     FileExistsError unless `overwrite`.
     """
+    options: dict[str, Any] = {"format": format, "size": size, "install": install, "overwrite": overwrite}
     match opened.trained.kind:
         case "classifier" | "probe":
-            return classification.export(opened, path, format=format, size=size, install=install, overwrite=overwrite)
+            return classification.export(opened, path, **options)
         case "segmenter":
-            return segmentation.export(opened, path, format=format, size=size, install=install, overwrite=overwrite)
+            return segmentation.export(opened, path, **options)
         case "detector":
             raise InputError(
                 f"{opened.source} holds a detector, which is not exported: the number of its regions differs by image; "

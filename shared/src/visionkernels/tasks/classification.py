@@ -13,7 +13,6 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from visionkernels import models
 from visionkernels.checks import InputError, check, check_size
@@ -25,8 +24,8 @@ from visionkernels.pictures.reading import read_picture
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
 from visionkernels.pictures.transforms import evaluation_transform, training_transform
 from visionkernels.recipes import Recipe, data_of
+from visionkernels.tasks.sets import LabelledSets
 from visionkernels.tasks.sharing import shard_loader
-from visionkernels.training import FitResult, TrainingData, fit
 from visionkernels.training.task import Task
 from visionkernels.weights import Checkpoint, CheckpointError, Trained, TrainedModel, load_strict, without_prefixes
 
@@ -65,12 +64,10 @@ class ClassificationRecipe(LabelledRecipe):
 
 
 @dataclass(frozen=True)
-class ClassificationSets:
-    """The training and validation images of a recipe."""
+class ClassificationSets(LabelledSets):
+    """Images with a class each; `source` is as `visionkernels.pictures.labelled.open_pictures` takes it."""
 
     recipe: LabelledRecipe
-    source: str
-    """As `visionkernels.pictures.labelled.open_pictures` takes it."""
     train: LabelledPictures
     validation: LabelledPictures
 
@@ -96,54 +93,17 @@ class ClassificationSets:
         train = open_pictures(source, "train", transform)
         evaluated = evaluation_transform(recipe.pictures)
         validation = open_pictures(source, "validation", evaluated, class_names=train.class_names)
-        return cls(recipe, source, train, validation)
+        return cls(recipe, source, len(train.class_names), train, validation)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.train.class_names
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
     def record(self, **details: Any) -> Trained:
-        """Return the record of the recipe's model for these classes; details that are None are left out."""
         trained = self.recipe.record(self.num_classes)
         return replace(trained, class_names=self.class_names, data=self.source).with_details(**details)
 
-    def fit(
-        self,
-        task: Task,
-        out: str | Path,
-        trained: Trained,
-        *,
-        recipe: Recipe | None = None,
-        train: Dataset | None = None,
-        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        measures: bool = True,
-        **options: Any,
-    ) -> FitResult:
-        """Run `visionkernels.training.fit`.
-
-        Args:
-            task: loss and module
-            out: folder of the run
-            trained: record of the weights
-            recipe: instead of the recipe whose images these are
-            train: instead of the training images
-            evaluate: instead of `measure`
-            measures: whether to evaluate at all
-            options: further arguments of `TrainingData`
-        """
-        fit_recipe = (self.recipe if recipe is None else recipe).fit
-        if evaluate is None:
-            evaluate = partial(self.measure, workers=fit_recipe.num_workers)
-        train = self.train if train is None else train
-        data = TrainingData(train=train, evaluate=evaluate if measures else None, **options)
-        return fit(task, fit_recipe, data, out, trained=trained)
-
     def measure(self, model: nn.Module, *, workers: int = 0) -> Mapping[str, float]:
-        """Return the metrics of a model on the validation images."""
         return evaluate(model, self.validation, num_classes=self.num_classes, workers=workers).metrics()
 
 
@@ -244,15 +204,7 @@ def evaluate_trained(
     return asdict(evaluate(model, pictures, num_classes=num_classes, batch_size=batch_size, workers=workers))
 
 
-def export(
-    opened: TrainedModel,
-    path: Path,
-    *,
-    format: str | None = None,
-    size: tuple[int, int] | None = None,
-    install: str = "visionkernels[export]",
-    overwrite: bool = False,
-) -> str:
+def export(opened: TrainedModel, path: Path, *, size: tuple[int, int] | None = None, **options: Any) -> str:
     """Write a classifier as `visionkernels.export.export_program` does; see `visionkernels.tasks.export`."""
     check_size(size)
     model = opened.model
@@ -265,7 +217,7 @@ def export(
         "label_names": opened.trained.class_names, **{name: config[name] for name in ("mean", "std", "interpolation")},
     }  # fmt: skip
     example = torch.zeros(2, channels, height, width, device=next(model.parameters()).device)
-    export_program(model, example, path, install=install, format=format, description=description, overwrite=overwrite)
+    export_program(model, example, path, description=description, **options)
     return f"images [batch, {channels}, {height}, {width}] to logits [batch, {num_classes}]"
 
 

@@ -1,7 +1,7 @@
 """Detection with models of torchvision's form, from lists of images and targets: data, loss, training, precision."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from visionkernels.checks import InputError
 from visionkernels.extras import require
 from visionkernels.pictures.objects import ObjectPictures, collate_detection, open_objects
 from visionkernels.recipes import Recipe, data_of
+from visionkernels.tasks.sets import LabelledSets
 from visionkernels.tasks.sharing import shard_loader
-from visionkernels.training import FitResult, TrainingData, fit
+from visionkernels.training import FitResult
 from visionkernels.training.task import Task
 from visionkernels.weights import Trained, TrainedModel
 
@@ -22,14 +23,12 @@ __all__ = ["DetectionSets", "DetectionTask", "evaluate", "evaluate_trained", "ha
 
 
 @dataclass(frozen=True)
-class DetectionSets:
-    """The training and validation images of a recipe."""
+class DetectionSets(LabelledSets):
+    """Images with objects; `source` is as `visionkernels.pictures.objects.open_objects` takes it.
 
-    recipe: Recipe
-    source: str
-    """As `visionkernels.pictures.objects.open_objects` takes it."""
-    num_classes: int
-    """With the background, class 0."""
+    `num_classes` counts the background, class 0.
+    """
+
     train: ObjectPictures
     validation: ObjectPictures
 
@@ -63,22 +62,14 @@ class DetectionSets:
         return cls(recipe, source, num_classes, train, validation)
 
     def record(self, **details: Any) -> Trained:
-        """Return the record of the recipe's model on these images; a detail that is None is left out.
+        """Return the record; its `category_ids` are those of the classes from 1, where these are their places."""
+        return super().record(category_ids=self.train.category_ids, **details)
 
-        Its `category_ids` are those of the classes from 1, where these are places of categories.
-        """
-        trained = replace(self.recipe.record(), data=self.source)
-        return trained.with_details(category_ids=self.train.category_ids, **details)
-
-    def fit(self, task: Task, out: str | Path, trained: Trained, *, evaluate: Any = None) -> FitResult:
-        """Run `visionkernels.training.fit`; `evaluate` takes the place of `measure`."""
-        if evaluate is None:
-            evaluate = partial(self.measure, workers=self.recipe.fit.num_workers)
-        data = TrainingData(train=self.train, evaluate=evaluate, collate=collate_detection)
-        return fit(task, self.recipe.fit, data, out, trained=trained)
+    def fit(self, task: Task, out: str | Path, trained: Trained, **options: Any) -> FitResult:
+        """Run `visionkernels.training.fit`; see `LabelledSets.fit`."""
+        return super().fit(task, out, trained, collate=collate_detection, **options)
 
     def measure(self, model: nn.Module, *, workers: int = 0) -> Mapping[str, float]:
-        """Return the metrics of a detector on the validation images."""
         return evaluate(model, self.validation, workers=workers)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,10 @@ from visionkernels.extras import require
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.pictures.scenes import IGNORED, Scenes, aligned_size, open_scenes
 from visionkernels.recipes import FitRecipe, Recipe, data_of
+from visionkernels.tasks.sets import LabelledSets
 from visionkernels.tasks.sharing import shard_loader
-from visionkernels.training import FitResult, TrainingData, fit
 from visionkernels.training.task import Task
-from visionkernels.weights import Trained, TrainedModel
+from visionkernels.weights import TrainedModel
 
 __all__ = [
     "SegmentationRecipe",
@@ -44,13 +44,10 @@ class SegmentationRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class SegmentationSets:
-    """The training and validation images of a recipe."""
+class SegmentationSets(LabelledSets):
+    """Images with a class per pixel; `source` is as `visionkernels.pictures.scenes.open_scenes` takes it."""
 
     recipe: SegmentationRecipe
-    source: str
-    """As `visionkernels.pictures.scenes.open_scenes` takes it."""
-    num_classes: int
     train: Scenes
     validation: Scenes
 
@@ -67,28 +64,13 @@ class SegmentationSets:
         )
         return cls(recipe, source, num_classes, train, validation)
 
-    def record(self, **details: Any) -> Trained:
-        """Return the record of the recipe's model on these images; details that are None are left out."""
-        return replace(self.recipe.record(), data=self.source).with_details(**details)
-
-    def fit(
-        self, task: Task, out: str | Path, trained: Trained, *, known: Mapping[str, float] | None = None
-    ) -> FitResult:
-        """Run `visionkernels.training.fit`; `known` are metrics from before, which are reported with the others."""
-        workers = self.recipe.fit.num_workers
-        evaluate = partial(self.measure, workers=workers, known=known)
-        data = TrainingData(train=self.train, evaluate=evaluate)
-        return fit(task, self.recipe.fit, data, out, trained=trained)
-
     def measure(
         self, model: nn.Module, *, workers: int = 0, known: Mapping[str, float] | None = None
     ) -> Mapping[str, float]:
-        """Return the metrics of a model on the validation images."""
+        """Return the metrics of a model on the validation images; `known` are metrics that are reported with them."""
         scene = self.recipe.scene
-        return {
-            **evaluate(model, self.validation, scene, num_classes=self.num_classes, workers=workers),
-            **(known or {}),
-        }
+        measured = evaluate(model, self.validation, scene, num_classes=self.num_classes, workers=workers)
+        return {**measured, **(known or {})}
 
 
 def shares_norms(fit: FitRecipe, sync_norm: bool, *, needs: str | None) -> bool:
@@ -205,24 +187,14 @@ def evaluate_trained(
     return evaluate(opened.model, scenes, scene, num_classes=num_classes, workers=workers)
 
 
-def export(
-    opened: TrainedModel,
-    path: Path,
-    *,
-    format: str | None = None,
-    size: tuple[int, int] | None = None,
-    install: str = "visionkernels[export]",
-    overwrite: bool = False,
-) -> str:
+def export(opened: TrainedModel, path: Path, *, size: tuple[int, int] | None = None, **options: Any) -> str:
     """Write a segmentation model as `visionkernels.export.export_program` does; see `visionkernels.tasks.export`."""
     check_size(size)
     scene, num_classes = _scene_of(opened), opened.trained.options["num_classes"]
     height, width = (scene.crop, scene.crop) if size is None else size
     description = {"model": opened.trained.model, "num_classes": num_classes, "mean": scene.mean, "std": scene.std}
     example = torch.zeros(2, 3, height, width, device=next(opened.model.parameters()).device)
-    export_program(
-        opened.model, example, path, install=install, format=format, description=description, overwrite=overwrite
-    )
+    export_program(opened.model, example, path, description=description, **options)
     return f"images [batch, 3, {height}, {width}] to logits [batch, {num_classes}, {height}, {width}]"
 
 

@@ -1,12 +1,18 @@
 """The official procedure of TINC, number for number: tree, budget, training, and its folders of weights."""
 
-from tinc.official import variants as _variants  # noqa: F401 - registers the timm models
 from tinc.official.allocation import TreePlan, allocate, hidden_width, plan_tree
 from tinc.official.folder import OfficialModel, load_official, save_official
 from tinc.official.model import OctreeMLP, decode
 from tinc.official.training import TrainResult, train
 from tinc.official.volume import SideInfo, denormalise, normalise, read_volume
 from tinc.recipes import RECIPES, Level, OfficialRecipe, expand_grid, find_recipe, read_yaml
+
+try:
+    from tinc.official import variants as _variants  # noqa: F401 - registers the timm models
+except ImportError as error:
+    # everything else here works without the extra `train`
+    if error.name is None or error.name.partition(".")[0] not in ("timm", "torchvision"):
+        raise
 
 __all__ = [
     "RECIPES",

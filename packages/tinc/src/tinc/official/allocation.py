@@ -140,7 +140,7 @@ def check_divisible(volume_shape: Sequence[int], num_levels: int) -> None:
         if size % parts:
             raise ValueError(
                 f"{axis}={size} is not divisible by the {parts} leaves along it of a tree of {num_levels} levels; "
-                f"crop or pad to {size // parts * parts or parts} or {(size // parts + 1) * parts}, or use fewer levels"
+                f"crop or pad to {max(size // parts, 1) * parts} or {(size // parts + 1) * parts}, or use fewer levels"
             )
 
 
@@ -194,6 +194,7 @@ def allocate(
     and, unless compat="official", for a budget that the narrowest tree exceeds; `origin_bytes` lets it name the ratio.
     """
     check(budget >= 0, "budget", budget, "at least 0")
+    check(channels >= 1, "channels", channels, "at least 1")
     layers = levels[-1].layers
     check(layers >= 2, "levels[-1].layers", layers, "at least 2: a leaf of one layer has no width to choose")
     shares = [_node_budgets(levels, level, budget, measured, compat) for level in range(len(levels))]
@@ -205,7 +206,7 @@ def allocate(
         width_in, width_out = outputs[parent] if level else 3, channels if is_leaf else None
         layers = levels[level].layers
         hidden = hidden_width(float(shares[level][index]), layers=layers, input=width_in, output=width_out)
-        dims = Dims(width_in, hidden, width_out or hidden, layers)
+        dims = Dims(width_in, hidden, hidden if width_out is None else width_out, layers)
         outputs[(level, *index)] = dims.output
         nodes.append(Node(level, index, dims))
     if compat != "official":

@@ -109,7 +109,8 @@ def load_official(
     found = _read_folder(path) if path.is_dir() else dict(read_checkpoint(path).state)
     dims = _tree_of(found, path)
     layers = _layers(dims)
-    recipe = recipe or _stored_recipe(path)
+    if recipe is None:
+        recipe = _stored_recipe(path)
     if recipe is None:
         recipe = OfficialRecipe(name=path.stem, levels=tuple(Level(1.0, number) for number in layers))
     if tuple(level.layers for level in recipe.levels) != layers:

@@ -3,11 +3,13 @@
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-
 from tinc.official.allocation import TreePlan, allocate, check_divisible
 from tinc.official.model import OctreeMLP
 from tinc.recipes import equal_shares, find_recipe
+from visionkernels.extras import require
+
+require("timm.models", "tinc-vision[train]")
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402 - named above
 
 __all__ = ["tinc_default", "tinc_multi0", "tinc_multi1", "tinc_multi2"]
 

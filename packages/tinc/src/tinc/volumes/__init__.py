@@ -1,7 +1,16 @@
 """Volumes as files: TIFF, OME-TIFF, NIfTI, NumPy, Zarr and PNG, with what they say of axes, spacing and units."""
 
-from tinc.volumes.description import Volume
+from tinc.volumes.description import Volume, as_metadata
 from tinc.volumes.files import SUFFIXES, read_volume, write_volume
 from tinc.volumes.stores import move_folder, refuse_folder, zarr_attributes
 
-__all__ = ["SUFFIXES", "Volume", "move_folder", "read_volume", "refuse_folder", "write_volume", "zarr_attributes"]
+__all__ = [
+    "SUFFIXES",
+    "Volume",
+    "as_metadata",
+    "move_folder",
+    "read_volume",
+    "refuse_folder",
+    "write_volume",
+    "zarr_attributes",
+]

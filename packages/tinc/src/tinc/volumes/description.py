@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from visionkernels.files import CorruptFileError
 
-__all__ = ["SYMBOLS", "Layout", "Volume", "damage_named", "described", "layout_of"]
+__all__ = ["SYMBOLS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Layout:
         return (None, None) if axis < 0 else (self.spacing[axis], self.units[axis])
 
 
+def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of the metadata; None is an empty dict. Raises TypeError for anything but a dict."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"metadata is of type {type(metadata).__name__}; it must be a dict of JSON values")
+    return {} if metadata is None else dict(metadata)
+
+
 def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
     if channel_axis is not None:
         if not -ndim <= channel_axis < ndim:
@@ -80,10 +88,16 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
     default = "QTZYX"[max(5 - spatial, 0) :].rjust(spatial, "Q")
     if channel_axis is not None:
         default = default[:channel_axis] + ("S" if channel_axis == ndim - 1 else "C") + default[channel_axis:]
-    axes = metadata.get("axes") or default
-    spacing, units = metadata.get("spacing") or [None] * ndim, metadata.get("units") or [None] * ndim
-    if not len(axes) == len(spacing) == len(units) == ndim:
-        raise ValueError(f"metadata are of {len(axes)} axes ({axes}); the array has {ndim}")
+    unknown: dict[str, Any] = {"axes": default, "spacing": [None] * ndim, "units": [None] * ndim}
+    axes, spacing, units = (
+        unknown[name] if metadata.get(name) is None else metadata[name] for name in ("axes", "spacing", "units")
+    )
+    for name, values in (("axes", axes), ("spacing", spacing), ("units", units)):
+        if len(values) != ndim:
+            raise ValueError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
+    for step in spacing:
+        if step is not None and not (isinstance(step, Real) and math.isfinite(step) and float(step) > 0):
+            raise ValueError(f"metadata: spacing={spacing!r} must hold positive numbers, or None where it is unknown")
     return Layout(str(axes), list(spacing), list(units), channel_axis, metadata)
 
 

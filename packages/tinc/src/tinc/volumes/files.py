@@ -8,7 +8,7 @@ from PIL import Image
 
 from tinc.signal import DTYPES
 from tinc.volumes.conversion import with_type
-from tinc.volumes.description import Volume, layout_of
+from tinc.volumes.description import Volume, as_metadata, layout_of
 from tinc.volumes.nifti import read_nifti, write_nifti
 from tinc.volumes.plain import check_png, read_npy, read_png
 from tinc.volumes.stores import read_zarr, write_zarr
@@ -64,7 +64,7 @@ def write_volume(
     path = Path(path)
     format = _format_of(path)
     array = np.asarray(array)
-    layout = layout_of(array.ndim, dict(metadata or {}), channel_axis)
+    layout = layout_of(array.ndim, as_metadata(metadata), channel_axis)
     if format == "zarr":
         write_zarr(path, array, layout, overwrite)
         return

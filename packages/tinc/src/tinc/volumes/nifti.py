@@ -78,16 +78,17 @@ def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
 
 def _set_geometry(header: Any, array: np.ndarray, layout: Layout) -> None:
     kept = layout.metadata.get("nifti", {})
-    steps = [layout.spacing_of(letter)[0] or 1.0 for letter in "XYZ"]
-    header.set_zooms([*steps, layout.spacing_of("T")[0] or 1.0, 1.0][: array.ndim])
+    spacing = [layout.spacing_of(letter)[0] for letter in "XYZT"]
+    zooms = [*(1.0 if step is None else step for step in spacing), 1.0]
+    header.set_zooms(zooms[: array.ndim])
     names = [layout.spacing_of(letter)[1] for letter in "XT"]
     known = {"meter": "mm", "millimeter": "mm", "micrometer": "micron", "second": "sec", "millisecond": "msec"}
     known |= {"meter": "meter", "microsecond": "usec"}
-    header.set_xyzt_units(*(known.get(name or "", "unknown") for name in names))
+    header.set_xyzt_units(*("unknown" if name is None else known.get(name, "unknown") for name in names))
     # it may tell a unit of an axis that the array lacks
     header["xyzt_units"] = kept.get("xyzt_units", header["xyzt_units"])
     whole = {name: np.array([*kept[name], [0, 0, 0, 1]]) for name in ("sform", "qform", "affine") if name in kept}
-    affine = whole.get("affine", np.diag([*steps, 1.0]))
+    affine = whole.get("affine", np.diag([*zooms[:3], 1.0]))
     if "sform" in whole or "qform" not in whole:
         header.set_sform(whole.get("sform", affine), kept.get("sform_code", 0 if "affine" in kept else 1))
     if "qform" in whole:

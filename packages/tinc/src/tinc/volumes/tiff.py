@@ -79,7 +79,7 @@ def write_tiff(path: Path, array: np.ndarray, layout: Layout, *, is_ome: bool) -
         array, layout = layout.moved(array, "TZCYXS")
         description["axes"] = layout.axes
         options |= _imagej_options(layout, description)
-    elif any(layout.spacing):
+    elif any(step is not None for step in layout.spacing):
         description |= {"spacing": layout.spacing, "units": layout.units}
     try:
         tifffile.imwrite(path, array, ome=is_ome, metadata=description, **options)
@@ -104,15 +104,15 @@ def _ome_description(layout: Layout) -> dict[str, Any]:
 
 def _imagej_options(layout: Layout, description: dict[str, Any]) -> dict[str, Any]:
     steps = {letter: layout.spacing_of(letter) for letter in "XYZT"}
-    if steps["Z"][0]:
+    if steps["Z"][0] is not None:
         description["spacing"] = steps["Z"][0]
-    if steps["T"][0]:
+    if steps["T"][0] is not None:
         description["finterval"] = steps["T"][0]
     options: dict[str, Any] = {"imagej": True}
     across, down = steps["X"][0], steps["Y"][0]
     unit = next((unit for _, unit in (steps["X"], steps["Z"]) if unit), None)
     if unit:
         description["unit"] = "um" if unit == "micrometer" else SYMBOLS.get(unit, unit)
-    if across and down:
+    if across is not None and down is not None:
         options["resolution"] = (1 / across, 1 / down)
     return options

@@ -45,7 +45,7 @@ def inverse_blocks(coefficients: np.ndarray, steps: Sequence[int] | None = None)
     """
     axes = coefficients.ndim // 2
     result = coefficients.astype(np.float64)
-    for axis, step in zip(range(axes, 2 * axes), steps or (1,) * axes, strict=True):
+    for axis, step in zip(range(axes, 2 * axes), (1,) * axes if steps is None else steps, strict=True):
         if result.shape[axis] * step > 1:
             summed = np.moveaxis(result, axis, -1) @ cosine_basis(result.shape[axis], step)
             result = np.moveaxis(np.floor(summed * 2.0**-BASIS_BITS + 0.5), -1, axis)

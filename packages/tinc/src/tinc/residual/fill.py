@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinc.transform import forward_blocks
+from tinc.residual.transform import forward_blocks
 
 __all__ = ["continue_blocks", "spread_inside"]
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from tinc.arithmetic import ACTIVATION_BITS, PHASE_BITS, to_fixed
-from tinc.soap import BatchedSoap
-from tinc.tree import (
+from tinc.tree.quantized import (
     COORDINATE_BITS,
     LARGEST_WEIGHT,
     MAX_SHIFT,
     MULTIPLIER_BITS,
     Layer,
     QuantizedTree,
-    TreeShape,
 )
+from tinc.tree.shape import TreeShape
+from tinc.tree.soap import BatchedSoap
 from visionkernels.ops.siren_mlp import siren_mlp
 
 __all__ = ["FitPlan", "Progress", "fit_tree"]

@@ -48,36 +48,40 @@ def _thresholds() -> np.ndarray:
 
 
 _THRESHOLDS = _thresholds()
+# the bucket of each expected magnitude up to the last threshold
+_BUCKET_OF = np.searchsorted(_THRESHOLDS, np.arange(_THRESHOLDS[-1] + 1), side="right")
 
 
 @dataclass(frozen=True)
 class _Wave:
+    """Coefficients that are coded together; all arrays have one entry for each."""
+
     source: np.ndarray
-    """Of its coefficients in the array of coefficients, flat."""
+    """Index in the flat array of coefficients."""
     places: np.ndarray
-    """Of its coefficients in the padded array, flat."""
+    """Index in the flat padded array."""
     is_odd: bool
     per_axis: np.ndarray
-    """2**8 / axes along which there is a lower frequency."""
+    """2**8 / number of axes along which there is a lower frequency."""
     per_neighbour: np.ndarray
-    """2**8 / neighbouring blocks."""
+    """2**8 / number of neighbouring blocks."""
     frequency_class: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Where coefficients and their neighbours lie, for one grid of blocks.
+    """Places of coefficients and of their neighbours, for one grid of blocks.
 
-    The padded array has the frequencies first, so that what a wave reads lies together, and room for neighbours that do
-    not exist.
+    The padded array has the frequencies first, so that the values that a wave reads lie together, and room for
+    neighbours that do not exist.
     """
 
     padded: tuple[int, ...]
     inner: tuple[slice, ...]
     steps: tuple[int, ...]
-    """To the next frequency, by axis."""
+    """Distances to the next frequency, by axis."""
     across: tuple[int, ...]
-    """To the blocks beside, along axes that have some."""
+    """Distances to the neighbouring blocks, along axes of several blocks."""
     waves: tuple[_Wave, ...]
 
 
@@ -99,6 +103,9 @@ def _geometry(grid: tuple[int, ...], block: tuple[int, ...]) -> _Geometry:
     # 16 stands for a block's whole band, whatever its size
     radius = ((frequencies * 16 // np.array(block)[:, None]) ** 2).sum(0)
     classes = np.searchsorted([1, 3, 8, 20, 48, 110, 260], radius, side="right")
+    steps = tuple(strides[:axes])
+    beside = [stride for stride, margin in zip(strides[axes:], margins, strict=True) if margin]
+    across = tuple(sign * stride for stride in beside for sign in (1, -1))
     by_wave = np.argsort(order, kind="stable")
     bounds = np.searchsorted(order[by_wave], np.arange(order.max() + 2))
     waves = []
@@ -108,9 +115,7 @@ def _geometry(grid: tuple[int, ...], block: tuple[int, ...]) -> _Geometry:
             per_axis, per_neighbour = (256 // np.maximum(each[chosen], 1) for each in (lower, neighbours))
             is_odd = bool(order[chosen[0]] % 2)
             waves.append(_Wave(source[chosen], places[chosen], is_odd, per_axis, per_neighbour, classes[chosen]))
-    beside = [stride for stride, margin in zip(strides[axes:], margins, strict=True) if margin]
-    across = tuple(sign * stride for stride in beside for sign in (1, -1))
-    return _Geometry(padded, inner, tuple(strides[:axes]), across, tuple(waves))
+    return _Geometry(padded, inner, steps, across, tuple(waves))
 
 
 class CoefficientCoder:
@@ -196,22 +201,22 @@ class CoefficientCoder:
 
         A reader enters a wave's magnitudes in `seen` before it asks for the next one.
         """
-        geometry = self.geometry
+        steps, across, waves = self.geometry.steps, self.geometry.across, self.geometry.waves
         near = np.zeros_like(seen)
-        waves = geometry.waves
         for number, wave in enumerate(waves):
             if not number or not wave.is_odd or waves[number - 1].is_odd:
+                # the lower frequencies of the even and the odd blocks are known now
                 both = waves[number : number + 1 + (number + 1 < len(waves) and waves[number + 1].is_odd)]
-                for each in both:
-                    near[each.places] = sum(seen[each.places - step] for step in geometry.steps)
+                for other in both:
+                    near[other.places] = sum(seen[other.places - step] for step in steps)
             places = wave.places
             one, two, same, low = _ODD_WEIGHTS if wave.is_odd else _EVEN_WEIGHTS
-            far = sum(seen[places - 2 * step] for step in geometry.steps)
-            below = sum(near[places + other] for other in geometry.across)
+            far = sum(seen[places - 2 * step] for step in steps)
+            below = sum(near[places + beside] for beside in across)
             expected = (one * near[places] + two * far + (low * below * wave.per_neighbour >> 8)) * wave.per_axis
             if wave.is_odd:
-                expected = expected + same * sum(seen[places + other] for other in geometry.across) * wave.per_neighbour
-            yield wave, np.searchsorted(_THRESHOLDS, expected >> 8, side="right")
+                expected = expected + same * sum(seen[places + beside] for beside in across) * wave.per_neighbour
+            yield wave, _BUCKET_OF[np.minimum(expected >> 8, _THRESHOLDS[-1])]
 
     def _write_wave(self, writer: BitWriter, wave: _Wave, bucket: np.ndarray, values: np.ndarray) -> None:
         magnitudes, is_negative = np.abs(values), values < 0
