@@ -97,7 +97,7 @@ class TestFolder:
             FileNotFoundError, match=r"data .*missing is none of 'patches', 'mnist5k' and 'noise', and no folder"
         ):
             data.folder(tmp_path / "missing", 2)
-        with pytest.raises(ValueError, match=r"holds no pictures \(.jpg, .png"):
+        with pytest.raises(ValueError, match=r"holds no images \(.jpg, .png"):
             data.folder(tmp_path, 2)
         save(tmp_path, "whole.png", (300, 300), mode="RGB")
         damaged = tmp_path / "whole.png"

@@ -100,8 +100,11 @@ class TestOpenTrained:
         assert not network.model.training
         assert network.model.pretrained_cfg["label_names"] == COLOURS
 
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    @pytest.mark.parametrize("name", ["cifar_wrn_16_1", "nb201_diswot", "test_resnet", "torchvision:resnet18"])
+    @pytest.mark.parametrize(
+        ("name", "suffix"),
+        [("cifar_wrn_16_1", ".pth"), ("nb201_diswot", ".safetensors"), ("test_resnet", ".pth"),
+         ("torchvision:resnet18", ".safetensors")],
+    )  # fmt: skip
     def test_plain_weights(self, tmp_path, name, suffix):
         """The number of classes is the file's, and outputs are the same."""
         path = tmp_path / f"weights{suffix}"

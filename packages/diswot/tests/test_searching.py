@@ -79,17 +79,17 @@ ALGORITHMS = ("random", "aging", "evolution")
 class TestSearch:
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_the_seed_decides(self, line, cache, algorithm):
-        options = {"algorithm": algorithm, "population": 10, "terms": ("relation",), "evaluations": 40}
+        options = {"algorithm": algorithm, "population": 10, "terms": ("relation",), "evaluations": 24}
         first = run(line, cache, **options)
         torch.rand(3)
         np.random.seed(4)  # noqa: NPY002
         assert repr(run(line, cache, **options)) == repr(first)
         assert run(line, cache, seed=1, **options).history != first.history
-        assert len(first.history) == 40
+        assert len(first.history) == 24
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     @pytest.mark.parametrize(
-        ("name", "options"), [("s0", {}), ("nasbench201", {"width": 4, "cells": 1, "image_size": 8})]
+        ("name", "options"), [("s0", {"depths": (1, 3)}), ("nasbench201", {"width": 4, "cells": 1, "image_size": 8})]
     )
     def test_real_spaces(self, cache, algorithm, name, options):
         space = spaces.create(name, **options)
@@ -101,7 +101,7 @@ class TestSearch:
             terms=("semantic", "relation"),
             project="pad",
             population=8,
-            evaluations=12,
+            evaluations=8,
         )
         scores = [each.score for each in found.candidates]
         assert scores == sorted(scores, reverse=True)
@@ -223,11 +223,11 @@ class TestSearch:
         assert max(Counter(line.built).values()) == 1
 
     def test_evolution_starts_from_the_initial_structure(self, cache):
-        """The first eleven members differ from it in one block; later ones are changes of members."""
+        """The first eleven members differ from it in one block."""
         space = spaces.create("xxbl", image_size=8)
-        found = run(space, cache, algorithm="evolution", evaluations=24, round_size=1)
+        found = run(space, cache, algorithm="evolution", evaluations=11, round_size=1)
         initial = parse_structure(space.initial).blocks
-        for key in found.history[:11]:
+        for key in found.history:
             blocks = parse_structure(key).blocks
             # one block in another form, or cut in two, and the input of the next one
             assert sum(block not in initial for block in blocks) <= 3
@@ -245,7 +245,7 @@ class TestBudget:
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_all_are_within(self, cache, algorithm):
         budget = Budget(params=250_000, macs=30e6)
-        found = run(spaces.create("s0", depths=(1, 3, 5)), cache, algorithm=algorithm, budget=budget, population=8)
+        found = run(spaces.create("s0", depths=(1, 3)), cache, algorithm=algorithm, budget=budget, population=8)
         assert found.candidates
         assert all(each.params <= 250_000 and each.macs <= 30e6 for each in found.candidates)
 
@@ -253,7 +253,7 @@ class TestBudget:
     def test_one_network_fits(self, cache, algorithm):
         """All its neighbours are beyond the budget, so that candidates are drawn anew."""
         found = run(
-            spaces.create("s0", depths=(1, 3, 5)),
+            spaces.create("s0", depths=(1, 3)),
             cache,
             algorithm=algorithm,
             budget=Budget(params=80_000),
@@ -267,10 +267,10 @@ class TestBudget:
             match=r"budget params=1000: none of 2000 candidates of s0 in a row is within it; the smallest seen has "
             r"77,\d{3} parameters and 12,\d{3},\d{3} multiply-accumulates$",
         ):
-            run(spaces.create("s0", depths=(1, 3, 5)), cache, budget=Budget(params=1000))
+            run(spaces.create("s0", depths=(1, 3)), cache, budget=Budget(params=1000))
 
     def test_latency(self, line, cache):
-        found = run(line, cache, budget=Budget(latency_ms=1000), evaluations=3)
+        found = run(line, cache, budget=Budget(latency_ms=1000), evaluations=2)
         assert all(0 < each.latency_ms < 1000 for each in found.candidates)
         assert run(line, cache, evaluations=8).best.latency_ms is None
 
@@ -280,7 +280,7 @@ class TestBudget:
             run(line, cache, budget=Budget(latency_ms=1e-6))
 
     def test_latency_is_kept(self, line, cache, tmp_path):
-        options = {"budget": Budget(latency_ms=1000), "evaluations": 3, "out": tmp_path / "out"}
+        options = {"budget": Budget(latency_ms=1000), "evaluations": 2, "out": tmp_path / "out"}
         assert repr(run(line, cache, **options)) == repr(run(line, cache, **options))
 
 

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
+import g2sd.vit  # noqa: F401 - registers the models
 from g2sd.generic import GenericDistiller
 from g2sd.mae import MaskedAutoencoder
 from g2sd.recipes import AutoencoderSizes, FinetuneRecipe, GenericRecipe, PretrainRecipe, Recipe, ViTSizes

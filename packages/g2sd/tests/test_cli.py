@@ -132,9 +132,9 @@ class TestPretrain:
         assert found["seed"] == 3
         assert found["optimizer"]["lr"] == micro["pretrain"].fit.optimizer.lr / 2
 
-    def test_of_another_stage(self, capsys, tmp_path):
+    def test_recipe_for_another_stage(self, capsys, tmp_path):
         said = fails(capsys, "pretrain", "generic_tiny_in1k", "--out", tmp_path)
-        assert "recipe generic_tiny_in1k is of another stage; this one has pretrain_tiny_in1k" in said
+        assert "recipe generic_tiny_in1k is for another stage; recipes of this stage: pretrain_tiny_in1k" in said
 
 
 class TestDistillGeneric:
@@ -149,7 +149,7 @@ class TestDistillGeneric:
             read_checkpoint(tmp_path / "run/weights.safetensors").state, read_checkpoint(runs["generic"]).state
         )
 
-    def test_the_same_command_goes_on(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
+    def test_rerun_resumes(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
         command = ["distill", "generic", save_recipe(micro["generic"]), "--teacher", runs["pretrain"]]
         for _ in range(2):
             assert g2sd(*command, "--data", pictures, "--out", tmp_path / "run") == 0
@@ -161,10 +161,12 @@ class TestDistillGeneric:
         command = ["distill", "generic", run, "--teacher", runs["pretrain"], "--data", pictures]
         assert g2sd(*command, "--out", tmp_path / "run", "--epochs", 1) == 0
 
-    def test_encoder_alone(self, capsys, official, tmp_path):
-        state = {k: v for k, v in official("gd_tiny_all/teacher").items() if not k.startswith(("decoder", "mask"))}
+    def test_encoder_alone(self, capsys, runs, pictures, micro, save_recipe, tmp_path):
+        state = read_checkpoint(runs["pretrain"]).state
+        state = {key: value for key, value in state.items() if not key.startswith(("decoder", "mask"))}
         torch.save(state, tmp_path / "base.pth")
-        command = ["distill", "generic", "generic_mnist5k", "--teacher", tmp_path / "base.pth"]
+        command = ["distill", "generic", save_recipe(micro["generic"]), "--data", pictures]
+        command += ["--teacher", tmp_path / "base.pth"]
         assert "mae_pretrain_vit_base_full.pth" in fails(capsys, *command, "--out", tmp_path / "run")
 
     @pytest.mark.parametrize("option", [["--init", "x.pth"], ["--loss", "nkd"]])
@@ -180,7 +182,7 @@ class TestDistillGeneric:
         assert "holds 'average'" in fails(capsys, *command, "--teacher", runs["finetune"])
         assert not (tmp_path / "run").exists()
         other = ["distill", "generic", "finetune_tiny_in1k", "--teacher", "x.pth", "--out", tmp_path]
-        assert "recipe finetune_tiny_in1k is of another stage" in fails(capsys, *other)
+        assert "recipe finetune_tiny_in1k is for another stage" in fails(capsys, *other)
 
 
 class TestDistillSpecific:
@@ -233,7 +235,7 @@ class TestFinetune:
         [
             (["specific_tiny_in1k"], "needs a teacher; run `g2sd distill specific specific_tiny_in1k --teacher FILE`"),
             (["finetune_tinny_in1k"], "unknown recipe 'finetune_tinny_in1k'; did you mean 'finetune_tiny_in1k'?"),
-            (["generic_tiny_in1k"], "is of another stage; this one has finetune_tiny_in1k"),
+            (["generic_tiny_in1k"], "is for another stage; recipes of this stage: finetune_tiny_in1k"),
             (["finetune_tiny_in1k"], "has no built-in data; give --data FOLDER"),
             (["finetune_tiny_in1k", "--data", "/nowhere"], "--data /nowhere does not exist"),
             (["nowhere/run.json"], "nowhere/run.json: No such file or directory"),
@@ -258,7 +260,7 @@ class TestProbe:
         command = ["probe", "knn", runs["generic"], "--data", pictures, "--neighbours", 3]
         assert g2sd(*command) == 0
         said = capsys.readouterr().out
-        assert re.fullmatch(r"top-1 [\d.]+ %, majority class 33.33 %, 12 pictures\n", said)
+        assert re.fullmatch(r"top-1 [\d.]+ %, majority class 33.33 %, 12 images\n", said)
         assert g2sd(*command, "--batch-size", 5, "--device", "cpu") == 0
         assert capsys.readouterr().out == said
         assert "patch_size=8" in fails(capsys, *command, "--recipe", "linear_mnist5k")  # pictures of 28 pixels
@@ -267,7 +269,9 @@ class TestProbe:
         options = ["--epochs", 2, "--batch-size", 8, "--device", "cpu", "--workers", 0, "--out", tmp_path / "run"]
         assert g2sd("probe", "linear", runs["generic"], "--data", pictures, *options) == 0
         assert "top-1" in capsys.readouterr().out
-        recipe = json.loads((tmp_path / "run/run.json").read_text())["recipe"]
+        run = json.loads((tmp_path / "run/run.json").read_text())
+        assert run["trained"]["details"]["started_from"] == str(runs["generic"])
+        recipe = run["recipe"]
         assert (recipe["epochs"], recipe["batch_size"]) == (2, 8)
         assert recipe["optimizer"]["lr"] == pytest.approx(1.6 * 8 / 4096)
 
@@ -275,7 +279,7 @@ class TestProbe:
         assert "out is missing; give --out FOLDER" in fails(capsys, "probe", "linear", runs["generic"])
         assert "none.pth is not a file" in fails(capsys, "probe", "linear", "none.pth", "--out", tmp_path)
         said = fails(capsys, "probe", "knn", runs["generic"], "--recipe", "generic_mnist5k")
-        assert "is of another stage" in said
+        assert "is for another stage" in said
 
 
 class TestEval:
@@ -342,7 +346,10 @@ class TestExport:
         assert "images [batch, 3, 32, 32] to logits [batch, 3]" in capsys.readouterr().out
         model, images = load_official(runs["specific"]), torch.randn(2, 3, 32, 32)
         model.eval_head = "class"
-        program = torch.export.load(tmp_path / "m.pt2").module()
+        extra = {"model.json": ""}
+        program = torch.export.load(tmp_path / "m.pt2", extra_files=extra).module()
+        described = json.loads(extra["model.json"])
+        assert (described["num_classes"], described["label_names"]) == (3, ["blue", "green", "red"])
         torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
 
     def test_errors(self, capsys, runs, tmp_path):

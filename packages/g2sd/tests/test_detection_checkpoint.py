@@ -89,7 +89,7 @@ class TestLoadOfficialDetection:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"roi_heads.box_head.fc1.weight": None}, "holds a backbone without heads, no detector"),
+            ({"roi_heads.box_head.fc1.weight": None}, "holds a backbone without heads, not a detector"),
             (
                 {"roi_heads.mask_head.deconv.weight": None},
                 r"1 keys missing \(first: roi_heads.mask_predictor.conv5_mask",
@@ -113,7 +113,7 @@ class TestLoadOfficialDetection:
             load_official_detection(saved(tmp_path, state))
 
     def test_other_kinds(self, runs):
-        with pytest.raises(CheckpointError, match=r"holds 'generic', no detector; `g2sd inspect"):
+        with pytest.raises(CheckpointError, match=r"holds 'generic', not a detector; run `g2sd inspect"):
             load_official_detection(runs["generic"])
 
 

@@ -38,13 +38,13 @@ class TestLoadClassifier:
 
     @pytest.mark.parametrize("stage", ["pretrain", "generic"])
     def test_no_classifier(self, runs, stage):
-        with pytest.raises(CheckpointError, match=r"has no classification head; `g2sd inspect .*` tells"):
+        with pytest.raises(CheckpointError, match=r"has no classification head; run `g2sd inspect"):
             load_classifier(runs[stage])
 
     def test_encoder_alone(self, official, tmp_path):
         state = {k: v for k, v in official("gd_tiny_all/teacher").items() if not k.startswith(("decoder", "mask"))}
         torch.save(state, tmp_path / "file.pth")
-        with pytest.raises(CheckpointError, match="holds 'encoder'; `g2sd inspect"):
+        with pytest.raises(CheckpointError, match="holds 'encoder'; run `g2sd inspect"):
             load_classifier(tmp_path / "file.pth")
 
 

@@ -1,4 +1,4 @@
-"""What the doctor of files says of every kind."""
+"""Reports on weights files of every kind."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def part(state, *left_out):
     return {key: value for key, value in state.items() if not key.startswith(left_out)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def states(official):
     """A state dict of every kind."""
     teacher = official("gd_tiny_all/teacher")

@@ -119,7 +119,7 @@ class TestHeads:
 
     def test_unusual(self):
         with pytest.raises(
-            ValueError, match=r"width 48 does not tell its heads \(known widths: \[192, .*give num_heads"
+            ValueError, match=r"width 48 has no known number of heads \(known widths: \[192, .*give num_heads"
         ):
             encoder_heads(48)
         with pytest.raises(ValueError, match="give decoder_num_heads"):

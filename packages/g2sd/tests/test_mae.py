@@ -146,15 +146,6 @@ class TestMaskedAutoencoder:
         model = MaskedAutoencoder(16, 8, in_chans=1, embed_dim=8, depth=1, num_heads=2, decoder_depth=1)
         assert model(torch.randn(2, 1, 16, 16))[0].shape == (2, 4, 64)
 
-    def test_compile_export(self, teacher):
-        model = teacher().eval()
-        images, mask = inputs(model)
-        compiled = torch.compile(model.encode, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(images, mask), model.encode(images, mask))
-        decode = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
-        encoded = model.encode(images, mask).detach()
-        torch.testing.assert_close(decode(encoded, mask), model.decode(encoded, mask))
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -212,11 +203,7 @@ class TestCreateAutoencoder:
     @pytest.mark.parametrize("name", timm.list_models("mae_vit_*"))
     def test_every_name(self, name):
         with torch.device("meta"):
-            model = create_autoencoder(name, teacher_width=768, teacher_decoder_width=512)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
-        canonical = {value: key for key, value in ALIASES.items()}.get(name, name)
-        if canonical in STUDENTS:
-            assert trained == pytest.approx(STUDENTS[canonical], abs=5e-4)
+            model = create_autoencoder(name, depth=1, decoder_depth=1)
         assert model.patch_embed.patch_size == ((14, 14) if "patch14" in name else (16, 16))
         assert timm.get_pretrained_cfg(name).input_size == (3, 224, 224)
 
@@ -230,7 +217,7 @@ class TestCreateAutoencoder:
         }  # fmt: skip
         for name, wanted in heads.items():
             with torch.device("meta"):
-                model = create_autoencoder(name)
+                model = create_autoencoder(name, depth=1, decoder_depth=1)
             assert (model.blocks[0].attn.num_heads, model.decoder_blocks[0].attn.num_heads) == wanted, name
 
     @pytest.mark.parametrize(("alias", "name"), ALIASES.items())

@@ -209,6 +209,7 @@ class TestMaskRCNN:
         assert losses["loss_mask"].item() == pytest.approx(math.log(2), rel=0.1)
         assert losses["loss_classifier"].item() == pytest.approx(math.log(21), rel=0.1)
 
+    @pytest.mark.slow
     def test_learns(self):
         """Boxes, classes and masks of two pictures, by heart."""
         torch.manual_seed(0)

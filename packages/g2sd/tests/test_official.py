@@ -119,11 +119,11 @@ class TestLoadOfficial:
 
     def test_kind(self, mae):
         assert load_official(mae, kind="mae", **HEADS)
-        with pytest.raises(CheckpointError, match=r"mae\.pth holds 'mae', not 'distilled'; `g2sd inspect"):
+        with pytest.raises(CheckpointError, match=r"mae\.pth holds 'mae', not 'distilled'; run `g2sd inspect"):
             load_official(mae, kind="distilled")
 
-    def test_heads_are_not_told(self, mae):
-        with pytest.raises(ValueError, match=r"width 96 does not tell its heads .* give num_heads"):
+    def test_unusual_width_needs_heads(self, mae):
+        with pytest.raises(ValueError, match=r"width 96 has no known number of heads .* give num_heads"):
             load_official(mae)
         with pytest.raises(ValueError, match="embed_dim=96 must be a multiple of num_heads=5"):
             load_official(mae, num_heads=5)
@@ -152,7 +152,7 @@ class TestLoadOfficial:
 
     @pytest.mark.parametrize(("layout", "prefix"), [("vitdet_backbone/backbone", "backbone."), ("seg_model/model", "")])
     def test_other_kinds(self, official, tmp_path, layout, prefix):
-        with pytest.raises(CheckpointError, match=r"holds '(vitdet|mmseg)'; `g2sd inspect .* tells what can be done"):
+        with pytest.raises(CheckpointError, match=r"holds '(vitdet|mmseg)'; run `g2sd inspect"):
             load_official(save(tmp_path / "file.pth", official(layout, prefix)))
 
     def test_damaged(self, mae, tmp_path):

@@ -115,14 +115,20 @@ class TestNearestNeighbours:
 
 class TestLinearProbe:
     def test_colours(self, student, tmp_path):
+        """The classifier learns, the encoder does not change, and the file opens as a probe only."""
         path, model = student
         data = write_colours(tmp_path / "colours")
         result = linear_probe(probe_recipe(), data, tmp_path / "run", init=path)
         assert result.metrics["top1"] > result.metrics["majority_top1"]
         state = read_checkpoint(result.weights).state
         assert {"head.0.running_mean", "head.1.weight", "norm.weight"} <= set(state)
-        # the encoder is what it was
         torch.testing.assert_close(state["blocks.0.mlp.fc1.weight"], model.blocks[0].mlp.fc1.weight.detach())
+        # measured as in training, with the images and the data that it was trained on
+        measured = tasks.evaluate(open_trained(result.weights), None, device=torch.device("cpu"))
+        assert measured["loss"] == pytest.approx(result.metrics["val_loss"], rel=1e-5)
+        assert measured["top1"] == result.metrics["top1"]
+        with pytest.raises(ValueError, match="holds 'probe'"):
+            load_official(result.weights)
 
     def test_task_trains_the_classifier_alone(self):
         encoder = Encoder(timm.create_model("g2sd_vit_tiny_patch16_224", distilled=False, num_classes=0, **SIZES))
@@ -131,27 +137,12 @@ class TestLinearProbe:
         assert all(parameter.grad is None for parameter in encoder.parameters())
         assert all(parameter.grad is not None for parameter in task.trainable_module.parameters())
 
-    def test_a_probe_is_no_classifier_file(self, student, tmp_path):
-        result = linear_probe(probe_recipe(), write_colours(tmp_path / "colours"), tmp_path / "run", init=student[0])
-        with pytest.raises(ValueError, match="holds 'probe'"):
-            load_official(result.weights)
-
-    def test_opens_again(self, student, tmp_path):
-        """Measured as in training, with the images and the data that it was trained on."""
-        result = linear_probe(probe_recipe(), write_colours(tmp_path / "colours"), tmp_path / "run", init=student[0])
-        opened = open_trained(result.weights)
-        measured = tasks.evaluate(opened, None, device=torch.device("cpu"))
-        assert measured["loss"] == pytest.approx(result.metrics["val_loss"], rel=1e-5)
-        assert measured["top1"] == result.metrics["top1"]
-
-    @pytest.mark.parametrize("data", [True, False])
-    def test_neighbours_of_a_probe(self, runs, pictures, tmp_path, capsys, data):
-        """The frozen encoder has the neighbours that it had before."""
+    def test_neighbours_of_a_probe(self, runs, pictures, tmp_path, capsys):
+        """The frozen encoder has the neighbours that it had before; the data are by default those of the file."""
         recipe = replace(probe_recipe(), pictures=recipe_for(runs["generic"]).pictures)
         probed = linear_probe(recipe, pictures, tmp_path / "run", init=runs["generic"]).weights
-        said = []
-        for file in (runs["generic"], probed):
-            flags = ["--data", str(pictures)] if data else []
+        printed = set()
+        for file, *flags in ((runs["generic"],), (probed,), (probed, "--data", str(pictures))):
             assert main(["probe", "knn", str(file), *flags]) == 0
-            said.append(capsys.readouterr().out)
-        assert said[0] == said[1]
+            printed.add(capsys.readouterr().out)
+        assert len(printed) == 1

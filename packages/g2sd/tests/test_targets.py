@@ -77,7 +77,7 @@ class TestStoredTargets:
         with pytest.raises(ValueError, match="holds no targets"):
             StoredTargets(pictures, tmp_path)
         folder = store_targets(distiller, pictures, tmp_path / "t")
-        with pytest.raises(ValueError, match=r"expected .*, of 4 pictures"):
+        with pytest.raises(ValueError, match=r"expected .*, for 4 images"):
             StoredTargets(TensorDataset(torch.zeros(4, 3, 16, 16)), folder)
         content = (folder / "targets.npy").read_bytes()
         (folder / "targets.npy").write_bytes(content[:-100])

@@ -105,7 +105,7 @@ class TestTokenTeacher:
 
 NAMES = [
     "vit_small_patch14_reg4_dinov2",
-    "vit_base_patch16_clip_224",
+    "vit_xsmall_patch16_clip_224",
     "deit3_small_patch16_224",
     "eva02_tiny_patch14_224",
 ]

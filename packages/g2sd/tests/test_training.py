@@ -269,7 +269,7 @@ class TestWithFewLabels:
         assert names[0] == names[1] != names[2]
 
     @pytest.mark.parametrize(
-        ("count", "message"), [(0, "per_class=0 must be at least 1"), (17, "class blue has 16 pictures, fewer than")]
+        ("count", "message"), [(0, "per_class=0 must be at least 1"), (17, "class blue has 16 images, fewer than")]
     )
     def test_errors(self, opened, count, message):
         with pytest.raises(ValueError, match=message):

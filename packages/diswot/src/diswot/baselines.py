@@ -1,4 +1,4 @@
-"""The official algorithm, written plainly: what the bench compares with."""
+"""A plain implementation of the official algorithm, for the bench."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["dense_semantic", "looped_nst", "plain_score"]
 
 
 def plain_score(teacher: nn.Module, student: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return semantic and relation scores by forward and backward of both networks, for each student anew.
+    """Return semantic and relation scores by a forward and backward pass of both networks.
 
     Both networks have a classifier `fc` and are in training mode.
     """
@@ -25,7 +25,7 @@ def plain_score(teacher: nn.Module, student: nn.Module, images: Tensor, labels: 
         handle.remove()
         gradients.append(network.get_parameter("fc.weight").grad)
         maps.append(kept[0].detach().flatten(1))
-    similarities = [F.normalize(each @ each.T, dim=1) for each in maps]
+    similarities = [F.normalize(features @ features.T, dim=1) for features in maps]
     relation = (similarities[0] - similarities[1]).square().sum() / len(images) ** 2
     assert gradients[0] is not None and gradients[1] is not None
     return -float(dense_semantic(gradients[0], gradients[1])), -float(relation)
@@ -40,8 +40,8 @@ def dense_semantic(student: Tensor, teacher: Tensor, classes_at_once: int = 100)
     total = torch.zeros(())
     for start in range(0, len(student), classes_at_once):
         ours, theirs = (
-            F.normalize(each[:, :, None] * each[:, None], dim=2)
-            for each in (student[start : start + classes_at_once], teacher[start : start + classes_at_once])
+            F.normalize(gradient[:, :, None] * gradient[:, None], dim=2)
+            for gradient in (student[start : start + classes_at_once], teacher[start : start + classes_at_once])
         )
         total = total + (ours - theirs).square().sum()
     return total / student.numel()
@@ -49,7 +49,7 @@ def dense_semantic(student: Tensor, teacher: Tensor, classes_at_once: int = 100)
 
 def looped_nst(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the loss of neuron selectivity of maps [B, C, H, W] with the products of all channels at full size."""
-    ours, theirs = (F.normalize(each.flatten(2), dim=2) for each in (student, teacher))
+    ours, theirs = (F.normalize(maps.flatten(2), dim=2) for maps in (student, teacher))
 
     def kernel(left: Tensor, right: Tensor) -> Tensor:
         return (left[:, :, None] * right[:, None]).sum(3).square().mean()

@@ -1,4 +1,4 @@
-"""Scoring and its losses beside the official algorithm, in turns in one process."""
+"""Time scoring and its losses beside the official algorithm, in turns in one process."""
 
 import math
 import tempfile
@@ -71,10 +71,10 @@ def _sweep(threads: int) -> Iterator[BenchRow]:
     worst, expected = 0.0, (math.nan, math.nan)
     with torch_threads(threads):
         caches: dict[str, TeacherCache] = {}
-        for each in draws:
+        for kind in draws:
             start = time.perf_counter()
-            caches[each] = TeacherCache(teacher, [batch], seeds=1, init="kaiming", draws=each)
-            seconds[each] = time.perf_counter() - start
+            caches[kind] = TeacherCache(teacher, [batch], seeds=1, init="kaiming", draws=kind)
+            seconds[kind] = time.perf_counter() - start
         initialise(teacher.train(), "kaiming", draws_of(0, caches["own"].key, "own"))
         for number, key in enumerate(space.enumerate()):
             student, scores = space.build(key), {}
@@ -85,12 +85,12 @@ def _sweep(threads: int) -> Iterator[BenchRow]:
                 else:
                     scores[name] = caches[name].score(student, key=key)
                 seconds[name] += time.perf_counter() - start
-            found = scores["shared"]
-            worst = max(worst, abs(found.semantic / expected[0] - 1), abs(found.relation / expected[1] - 1))
+            score = scores["shared"]
+            worst = max(worst, abs(score.semantic / expected[0] - 1), abs(score.relation / expected[1] - 1))
     shape = f"{space.size} students, ResNet-56, batch {_BATCH}"
-    notes = {"shared": f"of what students have in common once; scores agree to {worst:.1e}", "own": "of each student"}
+    notes = {"shared": f"shared layers of students once; scores agree to {worst:.1e}", "own": "of each student"}
     for name in notes:
-        note = f"forward {notes[name]}; beside forward and backward of both networks for each"
+        note = f"forward {notes[name]}; beside forward and backward of both networks for every student"
         yield _row(f"s0 sweep/{name} draws", seconds[name], seconds["plain"], 10.0, threads, shape, note)
 
 

@@ -1,4 +1,4 @@
-"""What a student may cost: parameters, multiply-accumulates, and milliseconds on this machine."""
+"""Costs of a student and their limits: parameters, multiply-accumulates, and milliseconds on this machine."""
 
 import math
 import re
@@ -20,11 +20,11 @@ _SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network."""
+    """Cost of one network."""
 
     params: int
     macs: int
-    """Of one image."""
+    """Multiply-accumulates for one image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class Budget:
 
     params: float | None = None
     macs: float | None = None
-    """Of one image."""
+    """Multiply-accumulates for one image."""
     latency_ms: float | None = None
-    """Of one image, one thread, in evaluation mode, the median of several runs."""
+    """Median milliseconds for one image on one thread, in evaluation mode."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for limit in fields(self):
+            value = getattr(self, limit.name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"budget {each.name}={value} must be above 0")
+                raise InputError(f"budget {limit.name}={value} must be above 0")
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
@@ -64,11 +64,11 @@ class Budget:
         return cls(**limits)
 
     def allows(self, cost: Cost) -> bool:
-        """Tell whether parameters and multiply-accumulates are within the limits."""
+        """Return whether parameters and multiply-accumulates are within the limits."""
         return cost.params <= (self.params or math.inf) and cost.macs <= (self.macs or math.inf)
 
     def __str__(self) -> str:
-        given = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) is not None}
+        given = {limit.name: value for limit in fields(self) if (value := getattr(self, limit.name)) is not None}
         return ",".join(f"{name}={value:.15g}" for name, value in given.items()) or "no limit"
 
 
@@ -76,10 +76,10 @@ NO_LIMIT = Budget()
 
 
 def cost_of(build: Callable[[], nn.Module], input_size: tuple[int, int, int]) -> Cost:
-    """Count a network without giving it memory: it is built on the meta device."""
+    """Return the cost of a network, which is built on the meta device without memory."""
     with torch.device("meta"):
         model = build()
-    return Cost(sum(each.numel() for each in model.parameters()), count_macs(model, input_size))
+    return Cost(sum(weight.numel() for weight in model.parameters()), count_macs(model, input_size))
 
 
 def latency_of(model: nn.Module, input_size: tuple[int, int, int]) -> float:

@@ -45,13 +45,13 @@ def score(
     Args:
         teacher: model of timm (ours are s0_713, cifar_resnet56, ...), torchvision:NAME, or module:callable
         student: the same
-        terms: of semantic, relation, channel, correlation
-        data: patches of photographs, mnist5k, noise, or a folder of pictures
-        batch_size: images a batch
-        size: pixels a side
-        num_classes: of both networks
-        seeds: draws of weights and batch that are averaged
-        init: gaussian as the official code, kaiming, or keep the weights
+        terms: any of semantic, relation, channel, correlation
+        data: patches of photographs, mnist5k, noise, or a folder of images
+        batch_size: images per batch
+        size: height and width in pixels
+        num_classes: classes of both networks
+        seeds: draws of weights and batch to average over
+        init: gaussian as in the official code, kaiming, or keep
         feature: module whose output is the last map
         head: the linear classifier
         project: for classifiers of unequal width: pad, or compare classes (class_gram)
@@ -65,12 +65,12 @@ def score(
     networks = [_network(name, num_classes) for name in (teacher, student)]
     batches = _batches(data, seeds, batch_size, size, num_classes)
     cache = TeacherCache(networks[0], batches, seeds, init, Reading(feature, head))
-    found = cache.score(networks[1], key=student, terms=_listed(terms), project=project)
-    for name, value in found.terms.items():
+    result = cache.score(networks[1], key=student, terms=_listed(terms), project=project)
+    for name, value in result.terms.items():
         print(f"{name}: {value:.6g}")
-    spread = f" ± {found.stderr:.2g} over {seeds} seeds" if seeds > 1 else ""
-    print(f"total: {found.total:.6g}{spread}, {found.seconds:.2f} s")
-    write_result(json, {"teacher": teacher, "student": student, **asdict(found)}, overwrite=overwrite)
+    spread = f" ± {result.stderr:.2g} over {seeds} seeds" if seeds > 1 else ""
+    print(f"total: {result.total:.6g}{spread}, {result.seconds:.2f} s")
+    write_result(json, {"teacher": teacher, "student": student, **asdict(result)}, overwrite=overwrite)
 
 
 def proxies(
@@ -91,12 +91,12 @@ def proxies(
     Args:
         model: of timm, torchvision:NAME, or module:callable
         names: which ones; default: all
-        data: patches of photographs, mnist5k, noise, or a folder of pictures
-        batch_size: images a batch
-        size: pixels a side
-        num_classes: of the network
-        seed: of weights and batch
-        init: gaussian, kaiming, or keep the weights
+        data: patches of photographs, mnist5k, noise, or a folder of images
+        batch_size: images per batch
+        size: height and width in pixels
+        num_classes: classes of the network
+        seed: seed of weights and batch
+        init: gaussian, kaiming, or keep
         json: write the figures here as well
         overwrite: replace an existing output
     """
@@ -105,17 +105,17 @@ def proxies(
     refuse_existing(json, overwrite)
     network = _network(model, num_classes)
     batch = _batches(data, 1, batch_size, size, num_classes)[0]
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name in _listed(names) or zero_cost.names():
         try:
-            found |= zero_cost.compute(name, network, *batch, init=init, seed=seed, key=model)
+            values |= zero_cost.compute(name, network, *batch, init=init, seed=seed, key=model)
         except ValueError as error:
             if names:
                 raise
             print(f"{name}: {error}", file=sys.stderr)
         else:
-            print(f"{name}: {found[name]:.6g}")
-    write_result(json, {"model": model, **found}, overwrite=overwrite)
+            print(f"{name}: {values[name]:.6g}")
+    write_result(json, {"model": model, **values}, overwrite=overwrite)
 
 
 def rank(
@@ -138,26 +138,26 @@ def rank(
     plot: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Order the networks of a space by scores, and tell how each order agrees with real accuracies.
+    """Order the networks of a space by scores, and measure how each order agrees with real accuracies.
 
     Args:
         space: a search space, see `diswot info`
-        keys: only these networks; default: those of the truth, or the whole space
+        keys: only these networks; default: those with known accuracies, or the whole space
         budget: only networks within it, such as params=300K,macs=50M
         teacher: model of timm, torchvision:NAME, or module:callable
         proxies: diswot (semantic + relation), semantic, relation, channel, correlation, rank and zscore (of semantic
             and channel), any zero-cost proxy, or a+b, which adds ranks
         truth: file of accuracies (lines "key accuracy", or a NAS-Bench file); auto: the published ones of s0; none
-        seeds: draws of weights and batch that are averaged
-        init: kaiming, gaussian as the official code, or keep the weights
-        draws: of the students' weights: shared by layers of one name, or each its own
-        data: patches of photographs, mnist5k, noise, or a folder of pictures
-        batch_size: images a batch
-        num_classes: of all networks
-        jobs: processes; -1: one a core
+        seeds: draws of weights and batch to average over
+        init: kaiming, gaussian as in the official code, or keep
+        draws: students' weights: shared by layers of the same name, or own for every student
+        data: patches of photographs, mnist5k, noise, or a folder of images
+        batch_size: images per batch
+        num_classes: classes of all networks
+        jobs: processes; -1: one per core
         json: write scores and correlations here as well
         csv: write the scores here as well
-        plot: draw each order against the accuracies into this .png
+        plot: write a .png that plots each order against the accuracies
         overwrite: replace existing outputs
     """
     from diswot import spaces
@@ -220,20 +220,20 @@ def search(
         space: see `diswot info`; auto: s0 for teachers of 32 pixels, else timm's networks of the teacher's kind
         budget: such as params=300K,macs=50M,latency=20 (milliseconds, here)
         algorithm: aging (regularised evolution), evolution, or random
-        evaluations: candidates that are asked for
-        terms: of semantic, relation, channel, correlation, and zero-cost proxies
+        evaluations: number of candidates, repeats included
+        terms: any of semantic, relation, channel, correlation, and zero-cost proxies
         combined: add terms as they are (sum), or over the population as ranks or standard scores
         project: for networks of unequal width: pad with empty channels, or compare classes (class_gram)
-        seeds: draws of weights and batch that are averaged
-        final_seeds: more draws, which order the shortlist; default: 9, or as many as the others; 0: none
-        init: kaiming, gaussian as the official code, or keep the weights
-        draws: of the students' weights: shared by layers of one name, or each its own
-        data: patches of photographs, mnist5k, noise, or a folder of pictures
-        batch_size: images a batch; default: 64 of up to 64 pixels, else 16
-        num_classes: of all networks
-        seed: of the search
-        jobs: processes; -1: one a core
-        shortlist: students that are printed
+        seeds: draws of weights and batch to average over
+        final_seeds: draws for the order of the shortlist; default: the larger of 9 and --seeds; 0: no reordering
+        init: kaiming, gaussian as in the official code, or keep
+        draws: students' weights: shared by layers of the same name, or own for every student
+        data: patches of photographs, mnist5k, noise, or a folder of images
+        batch_size: images per batch; default: 64 for up to 64 pixels, else 16
+        num_classes: classes of all networks
+        seed: seed of the search
+        jobs: processes; -1: one per core
+        shortlist: number of students to print
         out: folder that keeps settings, scores and result
     """
     from diswot import spaces
@@ -249,10 +249,12 @@ def search(
     if space == "auto":
         space = spaces.kin_of(teacher)
         if space != "s0":
-            print(f"space {space}, as the teacher is {teacher}; --space names another", file=sys.stderr)
+            print(f"space {space}, as the teacher is {teacher}; choose another with --space", file=sys.stderr)
     chosen = spaces.create(space)
     size = chosen.input_size[1]
-    batches = _batches(data, max(seeds, final_seeds), batch_size or (64 if size <= 64 else 16), size, num_classes)
+    if batch_size is None:
+        batch_size = 64 if size <= 64 else 16
+    batches = _batches(data, max(seeds, final_seeds), batch_size, size, num_classes)
     network = _network(teacher, num_classes)
     cache, final = (
         TeacherCache(network, batches[:count], count, init, key=teacher, draws=draws) if count else None
@@ -270,7 +272,7 @@ def search(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What is distilled, and how."""
+    """Student and loss."""
 
     student: RecipeDefault[str | None] = None
     """network to train, by name or SPACE:KEY"""
@@ -279,7 +281,7 @@ class TrainOptions:
 
 
 def facts() -> list[str]:
-    """Return what `info` says of networks, spaces, scores and losses."""
+    """Return the lines of `info` on networks, spaces, scores and losses."""
     from diswot import losses, spaces
     from diswot.ranking import ORDERS
 
@@ -314,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Build:
-    """Builds a network of a space; travels between processes."""
+    """Picklable function that builds a network of a space."""
 
     def __init__(self, space: Any, key: str, num_classes: int) -> None:
         self.space, self.key, self.num_classes = space, key, num_classes
@@ -328,7 +330,7 @@ def _network(name: str, num_classes: int) -> Any:
 
     from diswot.models import create_network
 
-    # what no initialisation of ours draws, such as position embeddings, is the same each time
+    # parameters that `initialise` does not draw, such as position embeddings, are always the same
     torch.manual_seed(0)
     return create_network(name, num_classes=num_classes)
 
@@ -338,19 +340,19 @@ def _listed(text: str) -> list[str]:
 
 
 def _keys(text: str, space: Any) -> list[str]:
-    """Return the keys of a list with commas, which keys may have as well: each is the shortest that the space knows."""
-    found: list[str] = []
+    """Return the keys of a list with commas; keys with commas are the shortest texts that the space accepts."""
+    parsed: list[str] = []
     key = ""
     for part in map(str.strip, text.split(",")):
         key = f"{key},{part}" if key else part
         try:
-            found.append(space.parse(key))
+            parsed.append(space.parse(key))
         except ValueError:
             continue
         key = ""
     if key:
         space.parse(key)
-    return found
+    return parsed
 
 
 def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int) -> list[Any]:
@@ -364,15 +366,15 @@ def _batches(data: str, seeds: int, batch_size: int, size: int, num_classes: int
 def _within(budget: "Budget", networks: dict[str, _Build], input_size: tuple[int, int, int]) -> list[str]:
     from diswot.budget import cost_of, latency_of
 
-    found = [
+    allowed = [
         key
         for key, build in networks.items()
         if budget.allows(cost_of(build, input_size))
         and (budget.latency_ms is None or latency_of(build(), input_size) <= budget.latency_ms)
     ]
-    if not found:
+    if not allowed:
         raise InputError(f"budget {budget}: none of {len(networks)} networks is within it")
-    return found
+    return allowed
 
 
 def _truth(source: str, space: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Batches to score on: patches of photographs that come with scikit-image, pictures of a folder, handwritten digits.
+"""Batches to score on: patches of photographs that come with scikit-image, images of a folder, handwritten digits.
 
 Also the accuracies that the official repository published for networks of S0, as cited figures.
 """
@@ -39,7 +39,7 @@ def normalised(images: Tensor, mean: Sequence[float] = CIFAR_MEAN, std: Sequence
 def batches(
     source: str | Path, count: int, batch_size: int, *, size: int = 32, num_classes: int = 100
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return a batch for each of `count` seeds: "patches", "mnist5k", "noise", or the pictures of a folder.
+    """Return a batch for each of `count` seeds: "patches", "mnist5k", "noise", or the images of a folder.
 
     Images are float32 [B, 3, size, size], normalised by CIFAR's statistics; labels int64 [B] are random in
     [0, num_classes), but for digits, which have their own. Raises ValueError for batches below 2, ImportError without
@@ -76,18 +76,18 @@ def noise(batch_size: int, *, size: int = 32, num_classes: int = 100, seed: int 
 def folder(
     path: str | Path, batch_size: int, *, size: int = 32, num_classes: int = 100, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return crops as `patches` does, of the pictures in a folder and the folders in it.
+    """Return crops as `patches` does, of the images in a folder and its sub-folders.
 
-    Raises FileNotFoundError for no folder, ValueError for one without pictures, and for a damaged picture by its name.
+    Raises FileNotFoundError for no folder, ValueError for one without images, and for a damaged image by its name.
     """
     from visionkernels.pictures.reading import read_picture
 
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path} is none of 'patches', 'mnist5k' and 'noise', and no folder")
-    files = sorted(each for each in path.rglob("*") if each.suffix.lower() in _PICTURES and each.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _PICTURES and file.is_file())
     if not files:
-        raise InputError(f"data {path} holds no pictures (.jpg, .png, .bmp, .webp, .tif)")
+        raise InputError(f"data {path} holds no images (.jpg, .png, .bmp, .webp, .tif)")
     random = np.random.default_rng(seed)
     chosen = random.choice(len(files), min(batch_size, len(files)), replace=False)
     pictures = [np.asarray(read_picture(files[index]).convert("RGB")) for index in chosen]
@@ -123,7 +123,7 @@ def s0_ground_truth(kind: str = "distilled") -> dict[str, float]:
     """Return CIFAR-100 top-1 accuracy in percent of 32 networks of S0, by key.
 
     "distilled": trained with knowledge distillation; "vanilla": without. Cited from the official repository
-    (lilujunai/DisWOT-CVPR2023, Apache-2.0), one run each.
+    (lilujunai/DisWOT-CVPR2023, Apache-2.0), trained once.
     """
     column = {"distilled": 0, "vanilla": 1}.get(kind)
     if column is None:

@@ -1,6 +1,6 @@
-"""What distillation losses take of a network, read by hooks in its ordinary forward pass: maps, pooled vectors, logits.
+"""Features for distillation losses, read by hooks in an ordinary forward pass: maps, pooled vectors, logits.
 
-A plan names modules, so that it fits every copy of a network; hooks stand only while one pass runs.
+A plan names modules, so that it fits every copy of a network; hooks exist only during one pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +37,11 @@ _ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """Where a network has the features of a source."""
+    """The modules of a network whose outputs are the features of a source."""
 
     source: Source
     modules: tuple[str, ...] = ()
-    """Of the maps, in order; of "pooled", the classifier."""
+    """Modules of the maps, in order; for "pooled", the classifier."""
 
 
 def plan_features(model: nn.Module, source: Source, layers: Sequence[str] = ()) -> FeaturePlan:
@@ -78,7 +78,7 @@ def plan_features(model: nn.Module, source: Source, layers: Sequence[str] = ()) 
 def find_stages(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     """Return the names of the stem, if there is one, and of the stages.
 
-    Networks of this package and of timm tell them in `feature_info`: the first entry is the stem for ours, and for
+    Networks of this package and of timm list them in `feature_info`: the first entry is the stem for ours, and for
     others where its module has no parts. Networks like torchvision's ResNet have them in layer1, layer2, ... after
     `relu`. Raises ValueError for other networks, with their children.
     """
@@ -95,15 +95,15 @@ def find_stages(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
 
 
 def find_classifier(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Return the name and the module of the linear classifier: what timm's `get_classifier` tells, else the last one.
+    """Return the name and the module of the linear classifier: that of timm's `get_classifier`, else the last one.
 
     Raises ValueError for a network without.
     """
     modules = dict(model.named_modules())
     if callable(get_classifier := getattr(model, "get_classifier", None)):
-        found = get_classifier()
-        if isinstance(found, nn.Linear):
-            return next(name for name, module in modules.items() if module is found), found
+        classifier = get_classifier()
+        if isinstance(classifier, nn.Linear):
+            return next(name for name, module in modules.items() if module is classifier), classifier
     linear = [(name, module) for name, module in modules.items() if isinstance(module, nn.Linear)]
     if not linear:
         raise InputError(f"{type(model).__name__} has no linear classifier; {_children(model)}")

@@ -1,4 +1,4 @@
-"""Fresh weights for scoring, a function of seed and key alone, and models that come out of it as they went in."""
+"""Fresh weights for scoring, a function of seed and key alone, and a context that restores models."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def draws_of(seed: int, key: str, draws: Draws) -> Draw:
-    """Return where the weights of a network come from: one generator of its own, or one for each layer's name.
+    """Return the generators of a network's weights by layer name: one for all, or one for each name.
 
     With "shared" all networks that have a layer of one name and shape have the same weights there, so that they differ
     by what they are and less by luck (common random numbers).
@@ -73,7 +73,7 @@ def undrawn(model: nn.Module, init: Init) -> list[Tensor]:
         if isinstance(module, redrawn)
         for parameter in (module.weight, module.bias)
     }
-    return [*(each for each in model.parameters() if id(each) not in drawn), *model.buffers()]
+    return [*(weight for weight in model.parameters() if id(weight) not in drawn), *model.buffers()]
 
 
 def _draw(weight: Tensor, init: Init, generator: torch.Generator, *, is_linear: bool) -> None:
@@ -90,9 +90,9 @@ def _draw(weight: Tensor, init: Init, generator: torch.Generator, *, is_linear: 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Give weights, buffers, modes, `requires_grad` and the global random state back as they were.
+    """Restore weights, buffers, modes, `requires_grad` and the global random state at the end.
 
-    Gradients are nobody's business inside: no parameter requires one.
+    Inside, no parameter requires a gradient.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""How well one order predicts another: rank correlations, intervals, what remains at equal size, and the best few."""
+"""Agreement of two orders: rank correlations, their intervals, partial correlations, and precision of the best few."""
 
 # n candidates; `predicted` and `true` are their scores, higher is better
 
@@ -52,9 +52,9 @@ def pearson(predicted: Values, true: Values) -> float:
     if not np.isfinite(predicted).all() or not np.isfinite(true).all():
         return math.nan
     # the largest number becomes one, so that no square overflows
-    centred = [each / max(np.abs(each).max(), 1e-300) for each in (predicted, true)]
-    centred = [each - each.mean() for each in centred]
-    lengths = [np.sqrt(np.square(each).sum()) for each in centred]
+    centred = [values / max(np.abs(values).max(), 1e-300) for values in (predicted, true)]
+    centred = [values - values.mean() for values in centred]
+    lengths = [np.sqrt(np.square(values).sum()) for values in centred]
     return float(np.clip(centred[0] @ centred[1] / max(lengths[0] * lengths[1], 1e-300), -1, 1))
 
 
@@ -91,16 +91,16 @@ def kendall_interval(
     if (size := len(predicted)) > 5000:
         chosen = random.permutation(size)[:5000]
         predicted, true, size = predicted[chosen], true[chosen], 5000
-    signs = [np.sign(each[:, None] - each).astype(np.float32) for each in map(stats.rankdata, (predicted, true))]
+    signs = [np.sign(ranks[:, None] - ranks).astype(np.float32) for ranks in map(stats.rankdata, (predicted, true))]
     # how often each candidate is drawn, as multinomial counts
     counts = random.multinomial(size, np.full(size, 1 / size), draws).astype(np.float32)
     agreeing, ours, theirs = (
         ((counts @ pairs) * counts).sum(1) for pairs in (signs[0] * signs[1], np.abs(signs[0]), np.abs(signs[1]))
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = agreeing / np.sqrt(ours * theirs)
-    found = found[np.isfinite(found)]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if found.size else (math.nan, math.nan)
+        taus = agreeing / np.sqrt(ours * theirs)
+    taus = taus[np.isfinite(taus)]
+    low, high = np.quantile(taus, [(1 - level) / 2, (1 + level) / 2]) if taus.size else (math.nan, math.nan)
     return Interval(float(low), float(high))
 
 
@@ -113,7 +113,7 @@ def ranks(values: Values) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TopShare:
-    """Of the best and the worst k of n."""
+    """Agreement on the best and the worst k of n."""
 
     ratio: float
     k: int
@@ -121,7 +121,7 @@ class TopShare:
     """Share of the predicted best k that are the true best k."""
     bottom_precision: float
     top_kendall: float
-    """Within the predicted best k."""
+    """Kendall's tau within the predicted best k."""
     bottom_kendall: float
 
 
@@ -133,7 +133,7 @@ def top_precision(predicted: Values, true: Values, ratios: Sequence[float] = (0.
     predicted, true = _checked(predicted, true)
     _check_ratios(ratios)
     by_prediction, by_truth = np.argsort(ranks(predicted)), np.argsort(ranks(true))
-    found = []
+    shares_by_ratio = []
     for ratio in ratios:
         k = int(ratio * len(predicted))
         if k >= 1:
@@ -141,8 +141,10 @@ def top_precision(predicted: Values, true: Values, ratios: Sequence[float] = (0.
             shares = [
                 len(np.intersect1d(ours, theirs)) / k for ours, theirs in ((top, by_truth[:k]), (bottom, by_truth[-k:]))
             ]
-            found.append(TopShare(ratio, k, *shares, *(kendall(predicted[each], true[each]) for each in (top, bottom))))
-    return found
+            shares_by_ratio.append(
+                TopShare(ratio, k, *shares, *(kendall(predicted[chosen], true[chosen]) for chosen in (top, bottom)))
+            )
+    return shares_by_ratio
 
 
 def best_in_top(
@@ -169,10 +171,10 @@ def same_sign_ratio(predicted: Values, true: Values) -> float:
 
 
 def _checked(*values: Values) -> list[np.ndarray]:
-    arrays = [np.asarray(each, dtype=np.float64) for each in values]
-    if any(each.ndim != 1 or len(each) != len(arrays[0]) for each in arrays):
+    arrays = [np.asarray(value, dtype=np.float64) for value in values]
+    if any(array.ndim != 1 or len(array) != len(arrays[0]) for array in arrays):
         raise InputError(
-            f"values have shapes {', '.join(str(each.shape) for each in arrays)}; they must be lists of one length"
+            f"values have shapes {', '.join(str(array.shape) for array in arrays)}; they must be lists of one length"
         )
     return arrays
 

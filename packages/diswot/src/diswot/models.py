@@ -1,4 +1,4 @@
-"""Networks by name: of timm, of torchvision, of a search space, or of the user's own module."""
+"""Networks by name: of timm, of torchvision, of a search space, or of a user's module."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def create_network(name: str, *, num_classes: int | None = None, **options: Any)
 
     `name` is "SPACE:KEY" of a search space, or as `visionkernels.models.create` takes it: one of timm's (ours are among
     them: s0_713, nb201, ...), "torchvision:resnet18", or "package.module:callable" for a function that takes
-    `num_classes`. A network of a space or of the user's that does not say how it takes images gets CIFAR's. Raises
+    `num_classes`. A network of a space or of a user without a `pretrained_cfg` gets CIFAR's. Raises
     InputError for unknown names, with the nearest.
     """
     source, colon, key = name.partition(":")

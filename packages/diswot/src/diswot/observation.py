@@ -1,4 +1,4 @@
-"""What scoring reads of a network in one forward pass: the last map, and the gradient of the classifier's weight."""
+"""The inputs of scoring from one forward pass: the last map, and the gradient of the classifier's weight."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ class Reading:
     """Which parts of a network are read, and how it runs."""
 
     feature: str = "auto"
-    """Module whose output is the last map; "auto": what `forward_features` gives (timm), else the last output of a
+    """Module whose output is the last map; "auto": the output of `forward_features` (timm), else the last output of a
     module before the classifier that has positions."""
     head: str = "auto"
-    """The linear classifier; "auto": what `get_classifier` tells (timm), else the linear layer that runs last."""
+    """The linear classifier; "auto": the result of `get_classifier` (timm), else the linear layer that runs last."""
     mode: Literal["train", "eval"] = "train"
-    """Of the norms: the statistics of the batch, or running ones."""
+    """Mode of the network: norms use the statistics of the batch, or running ones."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("train", "eval"):
@@ -41,15 +41,15 @@ _LARGE = 1e5
 
 @dataclass(frozen=True)
 class Observation:
-    """Of one network on one batch; at least float32, and float64 where the products of products would overflow it."""
+    """Features of one network on one batch, in float32 or more, and in float64 where fourth powers overflow float32."""
 
     map: Float[Tensor, "batch channels *positions"]
-    """Before global pooling, channels second whatever the network's layout."""
+    """Map before global pooling, with channels second in any layout of the network."""
     pooled: Tensor
-    """What the classifier takes, [batch, channels] or, for classifiers of positions, [batch, ..., channels]."""
+    """Input of the classifier, [batch, channels] or, for classifiers of positions, [batch, ..., channels]."""
     logits: Float[Tensor, "batch classes"]
     gradient: Float[Tensor, "classes channels"]
-    """Of the mean cross-entropy with respect to the classifier's weight."""
+    """Gradient of the mean cross-entropy with respect to the classifier's weight."""
 
 
 def observe(
@@ -78,11 +78,12 @@ def observe(
             what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"{type(model).__name__} gives {what}; it must give logits [batch, classes]")
         loss = cross_entropy(logits, labels)
-        found = torch.autograd.grad(loss, seen["weight"], allow_unused=True) if loss.requires_grad else (None,)
-    if found[0] is None or len(found[0]) != logits.shape[1]:
+        is_used = loss.requires_grad
+        (gradient,) = torch.autograd.grad(loss, seen["weight"], allow_unused=True) if is_used else (None,)
+    if gradient is None or len(gradient) != logits.shape[1]:
         raise InputError(f"head={name!r} does not give the logits [batch, {logits.shape[1]}]; {_candidates(model)}")
     last_map = _last_map(model, head, seen, reading.feature)
-    return Observation(last_map, seen["pooled"], logits.detach(), _roomy(found[0]))
+    return Observation(last_map, seen["pooled"], logits.detach(), _promote_if_large(gradient))
 
 
 def read_map(model: nn.Module, images: Tensor, feature: str = "auto") -> Float[Tensor, "batch channels *positions"]:
@@ -125,9 +126,9 @@ def _find_heads(model: nn.Module, reading: Reading) -> dict[str, nn.Linear]:
             raise InputError(f"head={reading.head!r} is no linear layer; {_candidates(model)}")
         return {reading.head: cast(nn.Linear, head)}
     classifier = getattr(model, "get_classifier", None)
-    told = classifier() if callable(classifier) else model
-    # a timm model tells a layer, one that has a norm before it, or two for two heads
-    inside = {part for each in (told if isinstance(told, tuple) else (told,)) for part in each.modules()}
+    holder = classifier() if callable(classifier) else model
+    # timm models return a layer, a module with a norm before it, or one layer for each of two heads
+    inside = {part for head in (holder if isinstance(holder, tuple) else (holder,)) for part in head.modules()}
     heads = {
         name: cast(nn.Linear, module) for name, module in modules.items() if module in inside and _is_linear(module)
     }
@@ -154,7 +155,7 @@ def _run(
             try:
                 outputs = model(images)
             except AssertionError as error:
-                # timm's word for a size that a network does not take
+                # raised by timm for a size that a network does not take
                 what = f"images are {list(images.shape)}, which {type(model).__name__} does not take: {error}"
                 raise InputError(what) from error
         if not order:
@@ -189,10 +190,10 @@ def _watching(model: nn.Module, head: nn.Linear, feature: str, seen: dict[str, T
             seen["map"] = output.detach()
 
     def features(*args: Any, **options: Any) -> Any:
-        found = forward_features(*args, **options)
-        if isinstance(found, Tensor):
-            seen["features"] = found.detach()
-        return found
+        output = forward_features(*args, **options)
+        if isinstance(output, Tensor):
+            seen["features"] = output.detach()
+        return output
 
     forward_features: Any = getattr(model, "forward_features", None)
     if feature == "auto":
@@ -218,20 +219,20 @@ def _set_back(attributes: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _last_map(model: nn.Module, head: nn.Linear, seen: Mapping[str, Tensor], feature: str) -> Tensor:
-    found = seen.get("features", seen.get("map"))
-    if found is None or found.ndim < 3:
+    last_map = seen.get("features", seen.get("map"))
+    if last_map is None or last_map.ndim < 3:
         which = "no module" if feature == "auto" else f"feature={feature!r} is no module"
         raise InputError(
             f"{which} of {type(model).__name__} before the classifier with positions; name one by feature="
         )
-    return _roomy(_channels_second(_wide(found), head.in_features))
+    return _promote_if_large(_channels_second(_wide(last_map), head.in_features))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _roomy(tensor: Tensor) -> Tensor:
+def _promote_if_large(tensor: Tensor) -> Tensor:
     return tensor.double() if float(tensor.abs().max()) > _LARGE else tensor
 
 

@@ -1,4 +1,4 @@
-"""Official weights of the paper's networks, and records of weights files of before records."""
+"""Official weights of the paper's networks, and records for weights files of earlier releases."""
 
 import json
 from collections.abc import Mapping
@@ -54,14 +54,14 @@ def open_official(checkpoint: Checkpoint, name: str | None = None) -> TrainedMod
     """
     if name is not None and name not in variant_names() and not isinstance(create_network(name), StagedClassifier):
         return None
-    model = load_official(checkpoint, name)
     name = variant_of(checkpoint) if name is None else name
+    model = load_official(checkpoint, name)
     assert name is not None and isinstance(model, StagedClassifier)
     return as_classifier(model, name, model.num_classes, package="diswot", source=str(checkpoint.path))
 
 
 def upgrade(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Trained | None:
-    """Return the record of a file of diswot 0.1 before records, or None for another file."""
+    """Return the record of a file of an early diswot 0.1, which has none, or None for another file."""
     if "diswot" not in metadata or "model_name" not in metadata:
         return None
     return Trained(

@@ -1,4 +1,4 @@
-"""What students begin with alike is computed once: the maps after blocks of the same weights on the same images.
+"""A cache of the first blocks that students share: maps after blocks of the same weights on the same images.
 
 With shared draws the 64 networks of S0 have 768 blocks, of which 147 differ in themselves or in what comes before them.
 """

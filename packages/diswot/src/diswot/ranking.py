@@ -36,7 +36,7 @@ DEFAULT_ORDERS = (
 _SUMS: Mapping[str, tuple[str, ...]] = {"diswot": ("semantic", "relation")}
 _OVER_SETS: Mapping[str, tuple[str, ...]] = {"rank": ("semantic", "channel"), "zscore": ("semantic", "channel")}
 ORDERS = (*_SUMS, *TERMS, *_OVER_SETS, *PROXIES)
-"""What students can be ordered by: diswot (the sum of semantic and relation), the terms of the score, rank and zscore
+"""Names of orders: diswot (the sum of semantic and relation), the terms of the score, rank and zscore
 (semantic and channel added as ranks or as standard scores), and every proxy. "a+b" adds a and b as ranks."""
 # neither weights nor images change them
 _COUNTS = ("params", "flops")
@@ -47,7 +47,7 @@ Candidates: TypeAlias = Mapping[str, nn.Module | Callable[[], nn.Module]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one order with the true one; intervals hold 95 % of bootstrap draws."""
+    """Agreement of one order with the true one; intervals hold 95 % of bootstrap draws."""
 
     proxy: str
     kendall: float
@@ -56,7 +56,7 @@ class Agreement:
     kendall_low: float
     kendall_high: float
     kendall_given_params: float
-    """What the order adds once the number of parameters is known: partial Kendall."""
+    """Partial Kendall given the number of parameters: what the order adds to it."""
     seconds: float
     """To compute it for all candidates."""
 
@@ -78,17 +78,17 @@ class Ranking:
         """Compare each order with true figures of the candidates. Raises KeyError for a candidate without one."""
         true = np.array([truth[key] for key in self.keys])
         params = np.array(self.scores["params"])
-        found = []
+        rows = []
         for proxy, values in self.scores.items():
             ours = np.array(values)
             low, high = kendall_interval(ours, true)
-            found.append(
+            rows.append(
                 Agreement(
                     proxy, kendall(ours, true), spearman(ours, true), pearson(ours, true), low, high,
                     partial_kendall(ours, true, params), self.seconds[proxy],
                 )
             )  # fmt: skip
-        return found
+        return rows
 
 
 def best_first(scores: np.ndarray) -> np.ndarray:
@@ -197,9 +197,9 @@ def measure_candidate(
             groups.setdefault(PROXIES[name], []).append(name)  # one pass gives all proxies of a group
     for names in groups.values():
         start = time.perf_counter()
-        found_by_seed = _proxies(names, model, key, teacher)
+        values_by_seed = _proxies(names, model, key, teacher)
         for name in names:
-            scores[name], stderr[name] = _mean([found[name] for found in found_by_seed])
+            scores[name], stderr[name] = _mean([values[name] for values in values_by_seed])
             seconds[name] = time.perf_counter() - start
     return {"scores": scores, "stderr": stderr, "seconds": seconds}
 
@@ -218,12 +218,12 @@ def _proxies(names: Sequence[str], model: nn.Module, key: str, teacher: TeacherC
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Return what an order over a set is made of; of another one, itself."""
+    """Return the parts of an order over a set; another order is its own part."""
     return _OVER_SETS.get(name) or tuple(name.split("+"))
 
 
 def _leaves(name: str) -> list[str]:
-    """Return what is measured of each candidate alone for an order."""
+    """Return the scores of a single candidate that an order needs."""
     parts = _parts(name)
     return [name] if parts == (name,) else [leaf for part in parts for leaf in _leaves(part)]
 

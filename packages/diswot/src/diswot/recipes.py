@@ -25,28 +25,28 @@ class DistillRecipe(LabelledRecipe):
     trainer: ClassVar[str] = "diswot.training:train"
 
     student: str
-    """As `diswot.models.create_network` takes it."""
+    """Name for `diswot.models.create_network`."""
     teacher: str | None
-    """The same, or a weights file; None trains by the labels alone."""
+    """Name of a network, or a weights file; None trains by the labels alone."""
     distiller: str = "none"
-    """Loss added to KD, a name of `diswot.losses`; "none" or "kd": KD alone."""
+    """Loss added to KD, a name of `diswot.losses`; "none" or "kd" for KD alone."""
     ce_weight: float = 0.1
     kd_weight: float = 0.9
     beta: float | None = None
     """Weight of the distiller's loss; None: the published one, or 1 where there is none."""
     temperature: float = 4.0
-    """Of KD."""
+    """Temperature of KD."""
     pretraining_epochs: int = 0
     """Epochs with the distiller's loss alone, at a constant rate, before a training by KD alone; 0: one training by
     all losses."""
     student_layers: tuple[str, ...] = ()
-    """Modules whose maps the distiller takes; (): the network's stages."""
+    """Modules whose maps the distiller takes; () takes the network's stages."""
     teacher_layers: tuple[str, ...] = ()
     pictures: PictureRecipe = field(default_factory=lambda: _pictures(32))
     padding: int = 4
-    """Black pixels added on each side before a random crop of the picture's size."""
+    """Black pixels added on each side before a random crop of the image's size."""
     is_flipped: bool = True
-    """Whether half of the training pictures are mirrored."""
+    """Whether half of the training images are mirrored."""
 
     def __post_init__(self) -> None:
         check_known("distiller", self.distiller, ("none", *names()))
@@ -62,7 +62,7 @@ class DistillRecipe(LabelledRecipe):
         check(self.padding >= 0, "padding", self.padding, "at least 0")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the student."""
+        """Return the record of the student."""
         options = {} if num_classes is None else {"num_classes": num_classes}
         return Trained(
             kind="classifier", package="diswot", model=self.student, options=options,
@@ -79,7 +79,7 @@ def _fit(lr: float, batch_size: int, epochs: int, milestones: tuple[int, ...]) -
     return FitRecipe(
         epochs=epochs,
         batch_size=batch_size,
-        # SGD without Nesterov's step, as timm calls it
+        # timm's name for SGD without Nesterov momentum
         optimizer=OptimizerRecipe(name="momentum", lr=lr, momentum=0.9, weight_decay=5e-4, decay="all"),
         schedule=ScheduleRecipe(name="multistep", milestones=milestones, decay_rate=0.1),
         num_workers=2,

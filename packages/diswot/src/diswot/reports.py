@@ -23,9 +23,9 @@ def agreement_table(agreements: Sequence[Agreement]) -> str:
     """Return a GitHub table, a row an order."""
     headers = ("order", "Kendall", "95 % interval", "given params", "Spearman", "Pearson", "seconds")
     rows = [
-        (each.proxy, _figure(each.kendall), f"{_figure(each.kendall_low)} to {_figure(each.kendall_high)}",
-         _figure(each.kendall_given_params), _figure(each.spearman), _figure(each.pearson), f"{each.seconds:.1f}")
-        for each in agreements
+        (row.proxy, _figure(row.kendall), f"{_figure(row.kendall_low)} to {_figure(row.kendall_high)}",
+         _figure(row.kendall_given_params), _figure(row.spearman), _figure(row.pearson), f"{row.seconds:.1f}")
+        for row in agreements
     ]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -47,15 +47,15 @@ def shortlist_table(result: "SearchResult", most: int = 10) -> str:
     headers = ["student", "score", "±", *terms, "seeds", "params", "MACs"]
     rows = [
         [
-            each.key,
-            f"{each.score:.6g}",
-            _figure(each.stderr, ".2g"),
-            *(f"{each.terms[term]:.6g}" for term in terms),
-            str(each.seeds),
-            f"{each.params:,}",
-            f"{each.macs / 1e6:.2f} M",
+            candidate.key,
+            f"{candidate.score:.6g}",
+            _figure(candidate.stderr, ".2g"),
+            *(f"{candidate.terms[term]:.6g}" for term in terms),
+            str(candidate.seeds),
+            f"{candidate.params:,}",
+            f"{candidate.macs / 1e6:.2f} M",
         ]
-        for each in result.candidates[:most]
+        for candidate in result.candidates[:most]
     ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
@@ -66,8 +66,8 @@ def ranking_json(ranking: Ranking, agreements: Sequence[Agreement]) -> dict[str,
         {"key": key, **{proxy: values[i] for proxy, values in ranking.scores.items()}}
         for i, key in enumerate(ranking.keys)
     ]
-    found: dict[str, Any] = finite_or_none({"rows": [asdict(each) for each in agreements], "scores": scores})
-    return found
+    report: dict[str, Any] = finite_or_none({"rows": [asdict(row) for row in agreements], "scores": scores})
+    return report
 
 
 def write_csv(path: Path, ranking: Ranking, truth: Mapping[str, float], *, overwrite: bool = False) -> None:
@@ -91,7 +91,7 @@ def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, o
         rows, columns, figsize=(3.2 * columns, 2.9 * rows), squeeze=False, layout="constrained"
     )
     true = [truth[key] for key in ranking.keys]
-    agreements = {each.proxy: each for each in ranking.agreements(truth)}
+    agreements = {row.proxy: row for row in ranking.agreements(truth)}
     for axis, (proxy, values) in zip(axes.flat, ranking.scores.items(), strict=False):
         axis.scatter(values, true, s=14, color="#2a6f97")
         axis.set_title(f"{proxy}: Kendall {_figure(agreements[proxy].kendall)}", fontsize=10)

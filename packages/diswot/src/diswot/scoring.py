@@ -84,7 +84,7 @@ def _padded(student: Tensor, teacher: Tensor, project: Project) -> tuple[Tensor,
     if project != "pad" or student.shape[1] == teacher.shape[1]:
         return student, teacher
     width = max(student.shape[1], teacher.shape[1])
-    pads = [(0, 0) * (each.ndim - 2) + (0, width - each.shape[1]) for each in (student, teacher)]
+    pads = [(0, 0) * (values.ndim - 2) + (0, width - values.shape[1]) for values in (student, teacher)]
     return nn.functional.pad(student, pads[0]), nn.functional.pad(teacher, pads[1])
 
 
@@ -100,7 +100,7 @@ channels, which after a ReLU drown what varies (ours)."""
 class TeacherCache:
     """A teacher's side of the score, computed once for each seed.
 
-    `batches` is one for each seed, or one for all. Raises what `observe` does.
+    `batches` has one batch for each seed, or one for all. Raises as `observe` does.
     """
 
     model: nn.Module
@@ -109,12 +109,12 @@ class TeacherCache:
     init: Init = "gaussian"
     reading: Reading = DEFAULT_READING
     key: str = "teacher"
-    """With the seed it decides the weights."""
+    """Determines the weights together with the seed."""
     draws: Draws = "own"
-    """Of the students' weights: each its own, or "shared" by layers of one name."""
+    """Students' weights: "own" for every student, or "shared" by layers of the same name."""
     observations: tuple[Observation, ...] = field(init=False)
     known: KnownPrefixes = field(init=False, repr=False, default_factory=KnownPrefixes)
-    """What students with shared draws have in common."""
+    """Cache of the outputs of first blocks that students with shared draws have in common."""
 
     def __post_init__(self) -> None:
         check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
@@ -142,11 +142,11 @@ class TeacherCache:
         return content.hexdigest()[:16]
 
     def _observations(self, model: nn.Module, key: str, reading: Reading, draws: Draws) -> list[Observation]:
-        found = []
+        observations = []
         weight = next(model.parameters(), None)
         if weight is None:
             raise InputError(f"{type(model).__name__} has no parameters, and so no linear classifier (head)")
-        # the classifier's gradient is taken whatever the caller's mode
+        # the classifier's gradient is needed even in the caller's inference mode
         with torch.inference_mode(False), preserved(model):
             for seed in range(self.seeds):
                 images, labels = self.batches[seed % len(self.batches)]
@@ -154,12 +154,12 @@ class TeacherCache:
                 # dropout and the like draw from the global generator
                 torch.manual_seed(generator_for(seed, key).initial_seed())
                 images, labels = images.to(weight), labels.to(weight.device)
-                # what is known of a network is of one mode
+                # cached outputs are valid in one mode
                 model.train(reading.mode == "train")
                 is_shared = draws == "shared" and reading.feature == "auto"
                 with self.known.used(model, images) if is_shared else nullcontext():
-                    found.append(observe(model, images, labels, reading))
-        return found
+                    observations.append(observe(model, images, labels, reading))
+        return observations
 
     def score(
         self,
@@ -170,7 +170,7 @@ class TeacherCache:
         project: Project = "none",
         reading: Reading | None = None,
     ) -> Score:
-        """Return the score of a student; `score` says what the arguments are."""
+        """Return the score of a student; arguments are those of `score`."""
         start = time.perf_counter()
         if not terms:
             raise InputError(f"terms are none; give one or more of {', '.join(TERMS)}")
@@ -217,8 +217,8 @@ def score(
     """Score a student for a teacher: how alike the two are before any training (DisWOT, sec. 3).
 
     total = -(M_s + M_r), each the mean over `seeds` draws of both networks' weights; `init` as
-    `diswot.initialisation.initialise`. `images` are normalised, `labels` int64 in [0, classes). Both networks come out
-    as they went in. With a `TeacherCache` instead of a teacher, its batches, seeds, init and mode count, and no images
+    `diswot.initialisation.initialise`. `images` are normalised, `labels` int64 in [0, classes). Both networks are left
+    unchanged. With a `TeacherCache` instead of a teacher, its batches, seeds, init and mode count, and no images
     are given. `key` and the seed decide the student's weights. `feature` and `head` name modules of both networks, see
     `diswot.observation.Reading`.
 

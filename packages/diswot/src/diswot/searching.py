@@ -1,7 +1,7 @@
 """Search in a space of students, within a budget, by the score or a proxy: random, evolution, aging evolution (sec. 4).
 
 A search is a function of its settings: candidates come in rounds from one generator, and a folder keeps every score
-that was computed. Run again it goes the same way, takes what is there, and ends with the same result.
+that was computed. A second run repeats the same steps, reads these scores, and ends with the same result.
 """
 
 import json
@@ -41,21 +41,21 @@ class Candidate:
 
     key: str
     score: float
-    """Of all terms together; NaN for a student that lacks one of them."""
+    """Combined score of all terms; NaN for a student that lacks one of them."""
     terms: Mapping[str, float]
     stderr: float
-    """Of the sum of the terms, over seeds."""
+    """Standard error of the sum of the terms, over seeds."""
     seeds: int
-    """Draws that the score is the mean of."""
+    """Number of draws that the score averages over."""
     params: int
     macs: int
     latency_ms: float | None = None
-    """Where the budget limits it."""
+    """Milliseconds for one image; None without a limit in the budget."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All students that were scored, and in which order they were asked for."""
+    """All students that were scored, and the order of evaluation."""
 
     candidates: tuple[Candidate, ...]
     """Each once, from best to worst; finalists, whose scores are of more draws, before the others."""
@@ -94,15 +94,15 @@ def search(
     population, and drops the oldest; "evolution" changes any member twice, and drops the worst; in spaces with an
     initial structure its first members are changes of that one. `population` is 36 for "aging" and 512 for
     "evolution". `terms` are terms of the score or proxies, put together by `combined`: "sum", or over the population as
-    ranks or standard scores. `evaluations` counts repeats, which cost nothing. Candidates of a round of `round_size` do
-    not know of each other; so the result does not depend on `jobs`. Where all changes lead beyond the budget,
-    candidates are drawn anew.
+    ranks or standard scores. `evaluations` counts repeats, which cost nothing. Candidates of a round of
+    `round_size` do not depend on each other, so the result does not depend on `jobs`. Where all changes exceed the
+    budget, candidates are drawn anew.
 
     Few seeds are fast and noisy: with `final`, the same teacher with more of them, the best `finalists` are scored
     again and ordered among themselves by that.
 
-    `out` is a folder that keeps settings and scores; the same call goes on where it stopped. Raises RuntimeError if
-    2,000 candidates in a row are beyond the budget, ValueError for settings that cannot be, or for a folder of others.
+    `out` is a folder that keeps settings and scores; call again with the same arguments to resume. Raises RuntimeError
+    if 2,000 candidates in a row exceed the budget, and ValueError for invalid settings or a folder of other settings.
     """
     check_choice("algorithm", algorithm, Algorithm)
     check_choice("combined", combined, How)
@@ -153,8 +153,11 @@ def search(
     candidates = first_round.candidates(list(dict.fromkeys(history)))
     if final is not None:
         last_round = students.scored_by(final, "finals")
-        last_round.evaluate([each.key for each in candidates[:finalists]])
-        candidates = [*last_round.candidates([each.key for each in candidates[:finalists]]), *candidates[finalists:]]
+        last_round.evaluate([candidate.key for candidate in candidates[:finalists]])
+        candidates = [
+            *last_round.candidates([candidate.key for candidate in candidates[:finalists]]),
+            *candidates[finalists:],
+        ]
     result = SearchResult(tuple(candidates), tuple(history))
     if folder is not None:
         write_json(folder / "result.json", finite_or_none({"settings": settings, **asdict(result)}), overwrite=True)
@@ -177,7 +180,7 @@ def _grandchild(space: Space, members: Sequence[str], rng: np.random.Generator) 
 
 
 class _Students:
-    """What keys cost, each computed once; latencies in a folder outlive the process."""
+    """Costs by key, computed once; a folder keeps latencies beyond the process."""
 
     def __init__(
         self, space: Space, terms: tuple[str, ...], combined: How, project: Project, budget: Budget, num_classes: int,
@@ -190,7 +193,7 @@ class _Students:
         self.build = partial(_built, space=space, num_classes=num_classes)
 
     def within_budget(self, draws: Sequence[Callable[[], str]]) -> str:
-        """Return the first key drawn that the budget allows; the next way to draw is for where there is none."""
+        """Return the first key drawn that the budget allows; later functions are used where earlier ones find none."""
         for draw in draws:
             for _ in range(_MAX_TRIES):
                 key = draw()
@@ -214,13 +217,13 @@ class _Students:
         return self.latencies[key] <= self.budget.latency_ms
 
     def kept(self, name: str, measure: Callable[[str], Any], keys: Sequence[str], *, jobs: int) -> dict[str, Any]:
-        """Return what `measure` gives for each key; what the folder has of it is not measured again."""
+        """Return the result of `measure` for each key; results in the folder are not measured again."""
         done = None if self.folder is None else self.folder / f"{name}.jsonl"
         if done is None and jobs == 1:
             return {key: measure(key) for key in keys}
         threads = torch.get_num_threads() if jobs == 1 else 1
-        found = sweeps.map(measure, keys, jobs=jobs, threads=threads, done=done, key=str, show_progress=False)
-        return dict(zip(keys, found, strict=True))
+        results = sweeps.map(measure, keys, jobs=jobs, threads=threads, done=done, key=str, show_progress=False)
+        return dict(zip(keys, results, strict=True))
 
     def scored_by(self, teacher: TeacherCache, name: str) -> "_Round":
         """Return the scores of these students for a teacher; the folder keeps them under `name`."""
@@ -228,7 +231,7 @@ class _Students:
 
 
 class _Round:
-    """Scores of all keys that were asked for, each computed once."""
+    """Scores of all requested keys, computed once."""
 
     def __init__(self, students: _Students, teacher: TeacherCache, name: str) -> None:
         self.students, self.name, self.seeds = students, name, teacher.seeds
@@ -240,8 +243,8 @@ class _Round:
     def evaluate(self, keys: Sequence[str]) -> None:
         """Score those keys that were not scored yet."""
         new = [key for key in dict.fromkeys(keys) if key not in self.results]
-        found = self.students.kept(self.name, self._measure, new, jobs=self.students.jobs)
-        for key, result in found.items():
+        results = self.students.kept(self.name, self._measure, new, jobs=self.students.jobs)
+        for key, result in results.items():
             try:
                 self.results[key] = {
                     name: {term: float(result[name][term]) for term in self.students.terms}
@@ -263,7 +266,7 @@ class _Round:
 
     def _candidate(self, key: str, score: float) -> Candidate:
         result, cost = self.results[key], self.students.costs[key]
-        stderr = math.sqrt(sum(each**2 for each in result["stderr"].values()))
+        stderr = math.sqrt(sum(error**2 for error in result["stderr"].values()))
         latency = self.students.latencies.get(key)
         return Candidate(key, score, result["scores"], stderr, self.seeds, cost.params, cost.macs, latency)
 
@@ -279,11 +282,13 @@ def _latency(key: str, *, build: Callable[[str], nn.Module], input_size: tuple[i
 def _measured(
     key: str, *, build: Callable[[str], nn.Module], teacher: TeacherCache, terms: tuple[str, ...], project: Project
 ) -> dict[str, Any]:
-    """Return scores and standard errors as JSON; what is not finite is a text."""
-    found = measure_candidate((key, partial(build, key)), teacher=teacher, orders=terms, project=project)
+    """Return scores and standard errors for JSON, in which numbers that are not finite are strings."""
+    measured = measure_candidate((key, partial(build, key)), teacher=teacher, orders=terms, project=project)
     return {
         name: {
-            term: value if math.isfinite(value) else str(value) for term, value in found[name].items() if term in terms
+            term: value if math.isfinite(value) else str(value)
+            for term, value in measured[name].items()
+            if term in terms
         }
         for name in ("scores", "stderr")
     }

@@ -58,7 +58,9 @@ def semantic_loss(
     _check_items(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         # [n, C, P]
-        student, teacher = (each.flatten(2) if each.ndim > 2 else each[:, :, None] for each in (student, teacher))
+        student, teacher = (
+            values.flatten(2) if values.ndim > 2 else values[:, :, None] for values in (student, teacher)
+        )
         num_channels, num_positions = student.shape[1], max(student.shape[2], teacher.shape[2])
         if num_positions == 1:
             total = _vectors_apart(student.squeeze(2), teacher.squeeze(2))

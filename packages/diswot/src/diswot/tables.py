@@ -43,7 +43,7 @@ _COUNTS = {
 }
 # Kendall with distilled and with vanilla accuracy on all 64 networks, from the repository's plots
 _REPOSITORY = {"diswot": (0.710, None), "fisher": (0.63, 0.81), "nwot": (0.32, 0.40), "snip": (0.67, 0.85)}
-# teacher: top-1 of ResNet-20 distilled, of the student found, and of that with the terms as losses too
+# teacher: top-1 of distilled ResNet-20, of DisWOT's student, and of that student with the terms as losses too
 _TEACHERS = {
     "ResNet-32": (70.24, 71.01, 71.85),
     "ResNet-44": (70.56, 71.25, 72.12),
@@ -69,12 +69,12 @@ def tables() -> list[Table]:
 
 
 def figures() -> list[Figure]:
-    """Return what `diswot reproduce` draws."""
+    """Return the figures of `diswot reproduce`."""
     caption = (
         "32 networks of S0: scores without training, nine seeds, against CIFAR-100 accuracy after distillation as the "
         "official repository published it."
     )
-    return [Figure("s0", "What each order knows of S0", caption, _draw)]
+    return [Figure("s0", "Orders of S0 against measured accuracies", caption, _draw)]
 
 
 def _counts() -> Table:
@@ -100,7 +100,7 @@ def _network(name: str) -> Any:
 
 
 def _params(name: str) -> float:
-    return float(sum(each.numel() for each in _network(name).parameters()))
+    return float(sum(weight.numel() for weight in _network(name).parameters()))
 
 
 def _macs(name: str) -> float:
@@ -122,20 +122,20 @@ def ranking(init: Init, draws: Draws, teacher: str, data: str, orders: tuple[str
 def _agreements(
     kind: str, init: Init, draws: Draws, teacher: str, data: str, orders: tuple[str, ...]
 ) -> dict[str, Agreement]:
-    found = ranking(init, draws, teacher, data, orders).agreements(s0_ground_truth(kind))
-    return {each.proxy: each for each in found}
+    rows = ranking(init, draws, teacher, data, orders).agreements(s0_ground_truth(kind))
+    return {row.proxy: row for row in rows}
 
 
 def _kendall(order: str, kind: str = "distilled", init: Init = "kaiming", draws: Draws = "shared",
              teacher: str = "cifar_resnet56", data: str = "patches") -> Measured:  # fmt: skip
     orders = _FORWARD_ONLY if order in _FORWARD_ONLY else _ORDERS
-    each = _agreements(kind, init, draws, teacher, data, orders)[order]
-    note = f"95 %: {each.kendall_low:.2f} to {each.kendall_high:.2f}; given parameters {each.kendall_given_params:.2f}"
-    return Measured(each.kendall, note=note)
+    row = _agreements(kind, init, draws, teacher, data, orders)[order]
+    note = f"95 %: {row.kendall_low:.2f} to {row.kendall_high:.2f}; given parameters {row.kendall_given_params:.2f}"
+    return Measured(row.kendall, note=note)
 
 
 def _s0() -> Table:
-    """One row an order, with the defaults of `diswot rank`; then the initialisation and the draws of the paper."""
+    """Return a row per order with the defaults of `diswot rank`, then with the paper's initialisation and draws."""
     cells = []
     for order in ("diswot", *_ORDERS):
         distilled, vanilla = _REPOSITORY.get(order, (None, None))
@@ -164,7 +164,7 @@ def _s0() -> Table:
 
 
 def _sources() -> Table:
-    """The same for other teachers and other images, where a score that was fitted would fail."""
+    """Return the table for other teachers and other images, where a fitted score would fail."""
     cells = []
     for order in ("semantic", "channel", "correlation", "correlation+params"):
         for teacher, data in (("cifar_resnet20", "patches"), ("cifar_resnet110", "patches"),
@@ -184,13 +184,13 @@ def _students() -> Table:
         Cell(row=row, column="top-1 %", paper=None, digits=2, tolerance=1.0, needs=(SAMPLES, TIME),
              measure=partial(_distilled, row),
              command="diswot search --budget params=200K; diswot train mnist5k_kd --student KEY --out RUN")
-        for row in ("found", "random")
+        for row in ("best of the search", "random")
     ]  # fmt: skip
     convention = (
         "MNIST-5k, students of S0 within 200 thousand parameters, distilled from one trained teacher by mnist5k_kd; "
-        "mean and spread of five seeds. The random ones are another network for each seed."
+        "mean and spread of five seeds. The random student differs by seed."
     )
-    return Table("students", "The student found beside random ones", convention, tuple(cells))
+    return Table("students", "The best student of the search beside random ones", convention, tuple(cells))
 
 
 @cache
@@ -206,11 +206,11 @@ def _accuracies() -> dict[str, list[float]]:
     teacher, batches_ = timm.create_model("cifar_resnet56"), batches("patches", 9, BATCH)
     first, final = (TeacherCache(teacher, batches_[:n], n, "kaiming", draws="shared") for n in (3, 9))
     result = search(space, first, final=final, budget=budget, algorithm="random", evaluations=200)
-    within = [each.key for each in result.candidates]
+    within = [candidate.key for candidate in result.candidates]
     random = np.random.default_rng(0).choice(within[1:], 5, replace=False).tolist()
     recipe, accuracies = RECIPES["mnist5k_kd"], {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, keys in (("found", [result.best.key] * 5), ("random", random)):
+        for name, keys in (("best of the search", [result.best.key] * 5), ("random", random)):
             accuracies[name] = [
                 compare_students(
                     {f"{name} {key}": partial(space.build, key, num_classes=10)}, recipe, (seed,), Path(folder) / "runs"
@@ -242,9 +242,9 @@ def _nasbench201() -> Table:
              command="diswot search --space nasbench201 --evaluations 1000 --out RUN")
         for name, paper in _NASBENCH201.items()
     ]  # fmt: skip
-    return Table("nasbench201", "NAS-Bench-201", "CIFAR-100 accuracy of the network found.", tuple(cells))
+    return Table("nasbench201", "NAS-Bench-201", "CIFAR-100 accuracy of the best network of the search.", tuple(cells))
 
 
 def _draw(path: Path) -> None:
-    found = ranking("kaiming", "shared", "cifar_resnet56", "patches", _FORWARD_ONLY)
-    write_scatter(path, found, s0_ground_truth(), overwrite=True)
+    scores = ranking("kaiming", "shared", "cifar_resnet56", "patches", _FORWARD_ONLY)
+    write_scatter(path, scores, s0_ground_truth(), overwrite=True)

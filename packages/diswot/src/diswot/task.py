@@ -1,4 +1,4 @@
-"""What one step of distillation computes: the labels' loss, the teacher's logits, and a loss between features.
+"""One step of distillation: the labels' loss, the teacher's logits, and a loss between features.
 
 The task needs no run of this package: like every `timm.task.TrainingTask` it goes into any loop.
 
@@ -35,13 +35,13 @@ KD_ALONE = ("none", "kd")
 class DistillationTask(Task):
     """ce_weight * cross-entropy + kd_weight * KD + beta * the distiller's loss; without a teacher, cross-entropy alone.
 
-    `distiller` is a name of `diswot.losses`, or one of KD_ALONE; `options` are those of its class. What it trains
-    itself, made for images of `image_size`, belongs with the student to `trainable_module`, which in evaluation mode is
-    just the student; without such a loss it is the student itself. `beta` is by default the published one, else
-    DEFAULT_BETA. `student_layers` and `teacher_layers` name the maps, see `diswot.features.plan_features`. The teacher
-    stays frozen and in evaluation mode; where `mean` and `std` say how images are normalised, it gets them as its own
-    `pretrained_cfg` says. Losses are float32 in any precision. With several processes, losses between samples see those
-    of their process.
+    `distiller` is a name of `diswot.losses`, or one of KD_ALONE; `options` are those of its class. Its own
+    parameters, made for images of `image_size`, are in `trainable_module` with the student, which alone runs in
+    evaluation mode; without such parameters `trainable_module` is the student itself. `beta` is by default
+    the published one, else DEFAULT_BETA. `student_layers` and `teacher_layers` name the maps (see
+    `diswot.features.plan_features`). The teacher stays frozen and in evaluation mode; where `mean` and `std` say how
+    images are normalised, it gets them normalised by its own `pretrained_cfg`. Losses are float32 in any precision.
+    With several processes, losses between samples see those of their process.
 
     Raises ValueError for networks of different numbers of classes or input channels, a distiller without a teacher or
     whose features do not pair, a negative weight, and for "crd" without `num_samples`, the size of the training set.
@@ -189,24 +189,24 @@ def _create(
 def _examples(
     student: nn.Module, teacher: nn.Module, plans: tuple[FeaturePlan, FeaturePlan], size: tuple[int, int]
 ) -> tuple[Features, Features]:
-    """Return features of two blank images; raise ValueError for networks that take or give different things."""
+    """Return features of two blank images; raise ValueError for networks of different inputs or outputs."""
     kinds = [type(model).__name__ for model in (student, teacher)]
     channels = [_in_channels(model) for model in (student, teacher)]
     if channels[0] != channels[1]:
         raise InputError(f"student {kinds[0]} takes {channels[0]} input channels, teacher {kinds[1]} {channels[1]}")
-    found = []
+    outputs = []
     for model, plan in zip((student, teacher), plans, strict=True):
         images = torch.zeros(2, channels[0], *size, device=next(model.parameters()).device)
         with preserved(model), torch.no_grad():
-            found.append(read_features(model.eval(), images, plan))
-    classes = [logits.shape[1] for logits, _ in found]
+            outputs.append(read_features(model.eval(), images, plan))
+    classes = [logits.shape[1] for logits, _ in outputs]
     if classes[0] != classes[1]:
         raise InputError(f"student {kinds[0]} has {classes[0]} classes, teacher {kinds[1]} {classes[1]}")
-    return found[0][1], found[1][1]
+    return outputs[0][1], outputs[1][1]
 
 
 def _in_channels(model: nn.Module) -> int:
-    # a network that starts otherwise is taken for one of colours
+    # without convolutions, colour images are assumed
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 

@@ -1,4 +1,4 @@
-"""Distillation by a recipe, on the loop that all packages share, and comparisons of students."""
+"""Distillation by a recipe, and comparisons of students."""
 
 import hashlib
 import re
@@ -98,7 +98,7 @@ def compare_students(
 
 
 def training_transform(recipe: DistillRecipe) -> Callable[[Any], Any]:
-    """Return what a training picture goes through: resized, padded and cropped at random, mirrored, normalised."""
+    """Return the transform of training images: resize, pad and crop at random, mirror, normalise."""
     pictures = recipe.pictures
     mode = transforms.InterpolationMode(pictures.interpolation)
     steps: list[Any] = [transforms.Resize((pictures.size, pictures.size), mode)]
@@ -110,7 +110,7 @@ def training_transform(recipe: DistillRecipe) -> Callable[[Any], Any]:
 
 
 class IndexedPictures(Dataset):
-    """Pictures with their class and their place: item i is (picture, class, i)."""
+    """Images with their class and index: item i is (image, class, i)."""
 
     def __init__(self, pictures: LabelledPictures) -> None:
         self.pictures = pictures
@@ -123,20 +123,22 @@ class IndexedPictures(Dataset):
 
 
 class _Course:
-    """The data of a recipe, and how networks are trained on it."""
+    """The data of a recipe, and trainings on it."""
 
     def __init__(self, recipe: DistillRecipe, data: str | Path | None) -> None:
         self.recipe = recipe
         self.sets = ClassificationSets.open(recipe, data, install="diswot[train]", transform=training_transform(recipe))
 
     def teacher(self, folder: Path, checkpoint: str | Path | None) -> tuple[nn.Module | None, dict[str, str]]:
-        """Return the teacher with its weights, and what the record says of their origin."""
+        """Return the teacher with its weights, and the details of their origin for the record."""
         recipe = self.recipe
         if recipe.teacher is None:
             if checkpoint is not None:
                 raise InputError(f"recipe {recipe.name} has no teacher for --teacher-checkpoint {checkpoint}")
             return None, {}
         if Path(recipe.teacher).is_file():
+            if checkpoint is not None:
+                raise InputError(f"--teacher {recipe.teacher} is a file; --teacher-checkpoint is for a teacher by name")
             model = open_teacher(recipe.teacher, package="diswot", num_classes=self.sets.num_classes)
             return model, {"teacher_weights": recipe.teacher}
         if checkpoint is None:
@@ -159,7 +161,7 @@ class _Course:
     def distil(
         self, student: nn.Module, teacher: nn.Module | None, folder: Path, recipe: DistillRecipe, trained: Trained
     ) -> FitResult:
-        """Train `student` in `folder` as `recipe` says, on the data of this course; the weights hold it alone."""
+        """Train `student` in `folder` as `recipe` says, on the data of this course; the weights file holds it alone."""
         if recipe.pretraining_epochs:
             schedule = ScheduleRecipe(name="constant")
             first = replace(recipe.fit, epochs=recipe.pretraining_epochs, updates=None, schedule=schedule)
@@ -195,7 +197,7 @@ class _Course:
 
 
 def _folder_name(name: str) -> str:
-    """Return a name that every file system takes: keys of search spaces are long and full of signs."""
+    """Return a name for any file system: keys of search spaces are long and contain special characters."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
     if plain == name and len(name) <= 60 and not name.startswith("."):
         return name

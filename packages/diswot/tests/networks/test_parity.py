@@ -1,4 +1,4 @@
-"""Networks, mutations and counts against the numbers of the official implementation."""
+"""Wrong facts about networks, mutations and counts are reported; ../test_parity.py runs the cases themselves."""
 
 import json
 from pathlib import Path
@@ -17,23 +17,6 @@ CASES = {case["name"]: case for case in INDEX["cases"] if case["kind"] in parity
 
 def stored(case):
     return dict(np.load(TESTS / "golden" / case["file"])) if case["file"] else {}
-
-
-@pytest.mark.parametrize("name", CASES)
-class TestGolden:
-    def test_agrees(self, name):
-        assert parity.run(CASES[name], stored(CASES[name])) == []
-
-    def test_perturbed(self, name):
-        """Ten times the tolerance off, in one element of each array, is reported; so is every wrong fact."""
-        case, arrays = CASES[name], stored(CASES[name])
-        for key, array in arrays.items():
-            moved = array.copy()
-            tolerance = case["tolerance"]
-            moved.flat[0] += 10 * (tolerance["atol"] + tolerance["rtol"] * case["outputs"][key]["absmax"])
-            arrays[key] = moved
-        found = parity.run(case, arrays)
-        assert {mismatch.split(":")[0] for mismatch in found} >= {f"{name}.{key}" for key in arrays}
 
 
 @pytest.mark.parametrize(

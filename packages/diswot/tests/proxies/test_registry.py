@@ -55,11 +55,15 @@ class TestCompute:
         assert compute("snip", model, batch) == {"snip": several["snip"]}
         assert all(isinstance(value, float) for value in several.values())
 
+    def test_order_of_names_does_not_matter(self, s0, batch):
+        several = compute(list(reversed(NAMES)), s0(), batch, init="gaussian", seed=1, key="a")
+        for name in NAMES:
+            torch.rand(5)
+            assert compute(name, s0(), batch, init="gaussian", seed=1, key="a")[name] == several[name]
+
     @pytest.mark.parametrize("name", NAMES)
     def test_seed_and_key_decide(self, s0, batch, name):
         first = compute(name, s0(), batch, init="gaussian", seed=1, key="a")
-        torch.rand(5)
-        assert compute(list(reversed(NAMES)), s0(), batch, init="gaussian", seed=1, key="a")[name] == first[name]
         same_for_all = ("params", "flops", "linear_regions")
         for other in ({"seed": 2, "key": "a"}, {"seed": 1, "key": "b"}):
             changed = compute(name, s0(), batch, init="gaussian", **other)

@@ -1,4 +1,4 @@
-"""The official algorithms, written plainly on the same weights: what the bench compares with, and tests agree with."""
+"""Plain implementations of the official algorithms on the same weights, for the bench and the tests."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 
 def plain_attention(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what attention gives, and its queries, keys and values, heads side by side."""
+    """Return the output of attention and its queries, keys and values, with heads concatenated."""
     batch, tokens, width = x.shape
     projected = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, -1)
     query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
@@ -84,7 +84,7 @@ def plain_attention(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     limits = torch.finfo(torch.float32)
     weights = _wide(scores).clamp(limits.min, limits.max).softmax(-1).to(value.dtype)
     mixed = (weights @ value).transpose(1, 2).reshape(batch, tokens, width)
-    copies = [each.transpose(1, 2).reshape(batch, tokens, width) for each in (query, key, value)]
+    copies = [part.transpose(1, 2).reshape(batch, tokens, width) for part in (query, key, value)]
     return attention.proj(mixed), copies[0], copies[1], copies[2]
 
 
@@ -101,7 +101,7 @@ def plain_biased_attention(attention: Any, x: Tensor, index: Tensor) -> Tensor:
 def plain_channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return channel-wise distillation from maps of full size, with a student's softmax that nothing uses."""
     rows = student.shape[0] * student.shape[1]
-    ours, theirs = (each.reshape(rows, -1) / temperature for each in (student, teacher))
+    ours, theirs = (maps.reshape(rows, -1) / temperature for maps in (student, teacher))
     target = F.softmax(theirs, 1)
     F.softmax(ours, 1)
     return torch.sum(-target * F.log_softmax(ours, 1)) * temperature**2 / rows
@@ -110,5 +110,5 @@ def plain_channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.
 def two_softmax_channel_wise(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return channel-wise distillation from one softmax and one log-softmax."""
     rows = student.shape[0] * student.shape[1]
-    ours, theirs = (each.reshape(rows, -1) / temperature for each in (student, teacher))
+    ours, theirs = (maps.reshape(rows, -1) / temperature for maps in (student, teacher))
     return -(F.softmax(theirs, 1) * F.log_softmax(ours, 1)).sum() * temperature**2 / rows

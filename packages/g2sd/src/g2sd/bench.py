@@ -76,11 +76,11 @@ def _several(threads: int, repeats: int) -> BenchRow:
     alone = [
         GenericDistiller(both.teacher, student) for student in both.students.members  # type: ignore[arg-type]
     ]  # fmt: skip
-    optimizers = {id(each): _optimizer(each, fused=True) for each in (both, *alone)}
+    optimizers = {id(model): _optimizer(model, fused=True) for model in (both, *alone)}
 
     def run(*distillers: GenericDistiller) -> None:
-        for each in distillers:
-            _step(lambda each=each: each(images, noise).loss, optimizers[id(each)])  # type: ignore[misc]
+        for distiller in distillers:
+            _step(lambda model=distiller: model(images, noise).loss, optimizers[id(distiller)])  # type: ignore[misc]
 
     timings = compare(
         {"together": partial(run, both), "apart": partial(run, *alone)},

@@ -30,14 +30,14 @@ def create_block(width: int, num_heads: int, mlp_ratio: float = 4.0, **options: 
 def attend(block: Any, x: Tensor, projections: Tensor) -> Tensor:
     """Go on with a block from its input and the projections [batch, tokens, 3 * width] of norm1(x)."""
     x = x + block.attn.mix(projections)
-    found: Tensor = x + block.mlp(block.norm2(x))
-    return found
+    output: Tensor = x + block.mlp(block.norm2(x))
+    return output
 
 
 class LeanAttention(Attention):
     """Attention without dropout, norms and gate, in the way that is faster where it runs.
 
-    Arguments are timm's. Raises ValueError for those that it has no use for.
+    Arguments are timm's. Raises ValueError for those that it does not support.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -69,7 +69,7 @@ class LeanAttention(Attention):
 
 
 class LeanMlp(Mlp):
-    """fc2(GELU(fc1(x))), where the backward pass computes GELU again instead of keeping what it gave.
+    """fc2(GELU(fc1(x))), where the backward pass recomputes GELU instead of storing its output.
 
     Of the two tensors of hidden width that autograd would keep one remains. Settings other than those of
     `create_block` keep both.
@@ -84,7 +84,7 @@ class LeanMlp(Mlp):
         if not is_plain or not hidden.requires_grad or torch.compiler.is_compiling():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(hidden)))))
         # hidden has the precision of autocast already
-        weight, bias = (each.to(hidden.dtype) for each in (self.fc2.weight, cast(Tensor, self.fc2.bias)))
+        weight, bias = (value.to(hidden.dtype) for value in (self.fc2.weight, cast(Tensor, self.fc2.bias)))
         with torch.autocast(hidden.device.type, enabled=False):
             return _GeluLinear.apply(hidden, weight, bias)
 

@@ -119,16 +119,16 @@ def probe(
     neighbours: int = 20,
     fit: FitOptions = FitOptions(),
 ) -> None:
-    """Tell how good the features of an encoder are, without fine-tuning it.
+    """Measure the features of an encoder without fine-tuning it.
 
     Args:
-        kind: linear: a classifier is trained on frozen features; knn: votes of nearest neighbours
+        kind: linear: a classifier trained on frozen features; knn: votes of the nearest neighbours
         file: weights of any stage
         data: folder with train/CLASS and val/CLASS, wds/FOLDER or hfds/NAME; default: those that the file names
         recipe: linear probe of `g2sd info`; default: ImageNet's, with images prepared as the file's were
         out: linear: folder of the run
         pool: features: the class token, or the mean of the patches
-        neighbours: of knn, which of the training options needs batch size, device and workers alone
+        neighbours: knn: number of neighbours; of the training options, knn uses batch size, device and workers alone
     """
     from g2sd.probe import encoder_of, nearest_neighbours, recipe_for
     from g2sd.recipes import ProbeRecipe
@@ -147,31 +147,31 @@ def probe(
         _train(chosen, data, out, init=checkpoint)
         return
     encoder = encoder_of(checkpoint, img_size=chosen.pictures.size, pool=pool)
-    found = nearest_neighbours(
+    result = nearest_neighbours(
         encoder, data_of(chosen, data), chosen.pictures, num_neighbours=neighbours,
         batch_size=64 if fit.batch_size is None else fit.batch_size, workers=0 if fit.workers is None else fit.workers,
         device=find_device("auto" if fit.device is None else fit.device),
     )  # fmt: skip
-    print(f"top-1 {found.top1:.2f} %, majority class {found.majority_top1:.2f} %, {found.count} pictures")
+    print(f"top-1 {result.top1:.2f} %, majority class {result.majority_top1:.2f} %, {result.count} images")
 
 
 def inspect(
     file: Positional[Path], *, entry: str | None = None, json: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Tell what a weights file is, what it lacks, and which command takes it.
+    """Report the contents of a weights file, what is missing, and which command takes it.
 
     Args:
         file: .pth or .safetensors
-        entry: which weights, where the file has several
-        json: write the findings here as well
+        entry: name of the weights in a file with several
+        json: write the report here as well
         overwrite: replace an existing output
     """
     from g2sd.inspection import inspect_file
 
     refuse_existing(json, overwrite)
-    found = inspect_file(file, entry=entry)
-    print(f"{file}: " + "\n  ".join(found.lines()))
-    write_result(json, {"file": str(file), **asdict(found)}, overwrite=overwrite)
+    inspection = inspect_file(file, entry=entry)
+    print(f"{file}: " + "\n  ".join(inspection.lines()))
+    write_result(json, {"file": str(file), **asdict(inspection)}, overwrite=overwrite)
 
 
 def convert(
@@ -204,7 +204,7 @@ def export(opened: Any, path: Path, *, head: Heads | None = None, **options: Any
 
 
 def verdict(metrics: Mapping[str, float]) -> str | None:
-    """Return whether a loss without labels is below those that need no model; None where there are none."""
+    """Return a sentence that compares a loss without labels with trivial baselines; None where there are none."""
     baselines = {
         "val_zero_loss": "always 0", "val_position_loss": "the mean of each position", "val_flat_loss": "flat patches"
     }  # fmt: skip
@@ -219,7 +219,7 @@ def verdict(metrics: Mapping[str, float]) -> str | None:
 
 
 def facts() -> list[str]:
-    """Return what `info` says of models."""
+    """Return the line of `info` on models."""
     import timm
 
     import g2sd.mae
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _labelled() -> tuple[type, ...]:
-    """The kinds of recipes that train with labels, with a teacher or without."""
+    """Return the classes of recipes that train with labels, with a teacher or without."""
     from g2sd.recipes import DetectionRecipe, FinetuneRecipe, SegmentationRecipe
 
     return FinetuneRecipe, SegmentationRecipe, DetectionRecipe
@@ -275,7 +275,7 @@ def _recipe(name: str, kinds: tuple[type, ...], fit: FitOptions) -> Any:
     chosen = choose(name, RECIPES)
     if not isinstance(chosen, kinds):
         known = ", ".join(recipe.name for recipe in RECIPES.values() if isinstance(recipe, kinds))
-        raise InputError(f"recipe {name} is of another stage; this one has {known}")
+        raise InputError(f"recipe {name} is for another stage; recipes of this stage: {known}")
     return replace(chosen, fit=fit.apply(chosen.fit))
 
 

@@ -29,7 +29,7 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
     `from_pretrained` of Hugging Face transformers; "vitdet" and "mmseg": the backbone's part for detectron2 and
     mmsegmentation, which start the rest afresh, and a whole detector or segmentation model as it is. `source` is any
     file of the family, or a file of transformers. `out` ends in .pth or .safetensors, and is a folder for "hf". Raises
-    CheckpointError for what has no place in the other layout, ValueError for another suffix, FileExistsError unless
+    CheckpointError for weights that the other layout cannot hold, ValueError for another suffix, FileExistsError unless
     `overwrite`.
     """
     check_choice("to", to, Target)
@@ -69,7 +69,7 @@ def _as_mae(state: dict[str, Tensor], kind: Kind, source: object) -> tuple[dict[
 def _as_timm(state: dict[str, Tensor], kind: Kind, source: object) -> tuple[dict[str, Tensor], list[str]]:
     kept, left_out = _without(state, _DECODER)
     if kind == "distilled":
-        # timm's distillation token stands second and has a position: that of ours is 0
+        # timm's distillation token is second and has a position: that of ours is 0
         table = kept["pos_embed"]
         kept["pos_embed"] = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], 1)
     return kept, left_out
@@ -132,12 +132,12 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kind: Kind = next((kind for key, kind in kinds.items() if key in kept), "encoder")
     if kind == "encoder":
         kept = {key.removeprefix("vit."): value for key, value in kept.items()}
-    found = _joined(_rules(kind).inverse().rename(kept))
+    renamed = _joined(_rules(kind).inverse().rename(kept))
     if kind == "distilled":
-        table = found["pos_embed"]
-        found["dist_token"] = found["dist_token"] + table[:, 1:2]
-        found["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], 1)
-    return found
+        table = renamed["pos_embed"]
+        renamed["dist_token"] = renamed["dist_token"] + table[:, 1:2]
+        renamed["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], 1)
+    return renamed
 
 
 def _rules(kind: Kind) -> KeyRules:
@@ -175,26 +175,26 @@ def _block_rules(ours: str, theirs: str) -> dict[str, str]:
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict with queries, keys and values apart."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if ".attn.qkv." in key:
             names = (key.replace(".qkv.", f".{name}.") for name in _PROJECTIONS)
-            found |= dict(zip(names, value.chunk(3), strict=True))
+            renamed |= dict(zip(names, value.chunk(3), strict=True))
         else:
-            found[key] = value
-    return found
+            renamed[key] = value
+    return renamed
 
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo `_split`."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if ".attn.query." in key:
             parts = [state[key.replace(".query.", f".{name}.")] for name in _PROJECTIONS]
-            found[key.replace(".query.", ".qkv.")] = torch.cat(parts)
+            renamed[key.replace(".query.", ".qkv.")] = torch.cat(parts)
         elif not (".attn.key." in key or ".attn.value." in key):
-            found[key] = value
-    return found
+            renamed[key] = value
+    return renamed
 
 
 def _config(contents: Contents, source: object, heads: tuple[int | None, int | None]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _write(out: Path, state: Mapping[str, Tensor], trained: Trained | None, *, o
 
 
 def _record_of(checkpoint: Checkpoint, state: Mapping[str, Tensor], to: Target) -> Trained | None:
-    """Return what is still true of weights in another layout: numbers of heads, which shapes do not show."""
+    """Return the metadata that weights keep in another layout: numbers of heads, which shapes do not show."""
     trained = checkpoint.trained
     if trained is None or set(state) == set(checkpoint.state):
         return trained

@@ -84,8 +84,8 @@ class DetectionDistillTask(Task):
 
     loss = the detector's + ramp (feature_weight features + objectness_weight objectness), the two of
     `objectness_weighted_losses`; the ramp rises linearly from 0 to 1 over `ramp_updates`. The teacher stays in
-    evaluation mode, sees the same pictures, and computes nothing but its maps. Several processes draw regions by
-    themselves, and weigh the imitation by what the teacher sees in their own pictures. Raises ValueError for detectors
+    evaluation mode, sees the same images, and computes nothing but its maps. Each process samples its own regions
+    and weight the imitation by what the teacher sees in their own images. Raises ValueError for detectors
     of different image or patch sizes, and for settings that cannot be.
     """
 
@@ -120,12 +120,12 @@ class DetectionDistillTask(Task):
     def forward(  # type: ignore[override]  # lists, since images differ in size
         self, images: Sequence[Tensor], targets: Targets
     ) -> dict[str, Tensor]:
-        """Take what the detector takes in training; return the loss and its parts."""
+        """Take the training inputs of the detector; return the loss and its parts."""
         losses, prepared, features, objectness = self.trainable_module(images, targets)
         with torch.no_grad():
-            told_features, told_objectness = self.teacher.maps(prepared)
-        imitation = objectness_weighted_losses(features, told_features, objectness, told_objectness)
-        own = torch.stack([each.float() for each in losses.values()]).sum()
+            target_features, target_objectness = self.teacher.maps(prepared)
+        imitation = objectness_weighted_losses(features, target_features, objectness, target_objectness)
+        own = torch.stack([loss.float() for loss in losses.values()]).sum()
         weighted = self.feature_weight * imitation.features + self.objectness_weight * imitation.objectness
         parts = {"feature_imitation": imitation.features, "objectness_imitation": imitation.objectness}
         return {"loss": own + self.ramp * weighted, **losses, **parts}
@@ -148,8 +148,8 @@ class DistilledDetector(nn.Module):
         """Return detections, or in training the outputs of the detector with adapted features."""
         if not self.training:
             return self.model(images)
-        found = self.model.outputs(images, targets or ())
-        return found._replace(features=self.adapter(found.features))
+        outputs = self.model.outputs(images, targets or ())
+        return outputs._replace(features=self.adapter(outputs.features))
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that timm's optimisers leave without decay."""

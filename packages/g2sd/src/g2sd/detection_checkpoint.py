@@ -69,19 +69,19 @@ def load_official_detection(source: str | Path | Checkpoint, *, entry: str | Non
     missing = [key for key in _NEEDED if key not in state]
     if contents.kind != "vitdet" or missing:
         what = "a backbone without heads" if contents.kind == "vitdet" else f"{contents.kind!r}"
-        raise CheckpointError(f"{path} holds {what}, no detector; `g2sd inspect {path}` tells what it is for")
+        raise CheckpointError(f"{path} holds {what}, not a detector; run `g2sd inspect {path}`")
     try:
         model = detection_model(**_sizes(state, contents.patch_size[0]))
         renamed = detector_rules().rename(state)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        # sizes that shapes tell may be none, or more than fits in memory
+        # sizes inferred from shapes may be invalid, or exceed memory
         raise CheckpointError(f"{path} is damaged or no Mask R-CNN of ViTDet: {error}") from error
     load_strict(model, renamed, source=path)
     return model.eval()
 
 
 def _sizes(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
-    """Return the arguments of `detection_model` that shapes tell."""
+    """Return the arguments of `detection_model` that follow from shapes."""
     width, head_dim = len(state[f"{_NET}patch_embed.proj.weight"]), state[f"{_NET}blocks.0.attn.rel_pos_h"].shape[1]
     sides: list[int] = []
     while (table := state.get(f"{_NET}blocks.{len(sides)}.attn.rel_pos_h")) is not None:
@@ -97,7 +97,7 @@ def _sizes(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
         "depth": len(sides),
         "num_heads": width // head_dim,
         "window_size": window,
-        # windows of the whole picture are none
+        # a window as large as the image is no window
         "window_blocks": tuple(i for i, side in enumerate(sides) if side < grid),
         "pretrain_size": round((state[f"{_NET}pos_embed"].shape[1] - 1) ** 0.5) * patch_size,
     }
@@ -106,7 +106,7 @@ def _sizes(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
 def load_detection_encoder(
     backbone: ViTDetBackbone, source: str | Path | Checkpoint, *, entry: str | None = None
 ) -> str:
-    """Copy the encoder of a file of any stage into a detector's backbone; return a sentence on what was done.
+    """Copy the encoder of a file of any stage into a detector's backbone; return a sentence about the result.
 
     Positions are interpolated to the backbone's grid; relative ones are a detector's alone, and stay as they are for
     other files. What a file has beyond blocks and embeddings is left out; everything else must fit. Raises

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionkernels.checks import InputError
+from visionkernels.checks import InputError, check
 
 __all__ = ["FeatureAdapter", "ImitationLosses", "objectness_weighted_losses"]
 
@@ -18,7 +18,8 @@ class FeatureAdapter(nn.Module):
 
     def __init__(self, channels: int = 256, num_levels: int = 5, teacher_channels: int | None = None) -> None:
         super().__init__()
-        target = teacher_channels or channels
+        target = channels if teacher_channels is None else teacher_channels
+        check(target >= 1, "teacher_channels", teacher_channels, "at least 1")
         self.conv = nn.ModuleList(nn.Conv2d(channels, target, 3, padding=1) for _ in range(num_levels))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -54,13 +55,13 @@ def objectness_weighted_losses(
     for ours, theirs, our_logits, their_logits in levels:
         dtype = torch.promote_types(ours.dtype, torch.float32)
         ours, theirs, our_logits, their_logits = (
-            each.to(dtype) for each in (ours, theirs.detach(), our_logits, their_logits.detach())
+            value.to(dtype) for value in (ours, theirs.detach(), our_logits, their_logits.detach())
         )
-        told = their_logits.sigmoid()
-        weight = told.amax(1, keepdim=True)
+        target = their_logits.sigmoid()
+        weight = target.amax(1, keepdim=True)
         total = weight.sum().clamp_min(torch.finfo(dtype).tiny)
         features.append((weight * (theirs - ours).square()).sum() / total)
-        entropy = F.binary_cross_entropy_with_logits(our_logits, told, reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(our_logits, target, reduction="none")
         objectness.append((weight * entropy).sum() / total)
     return ImitationLosses(torch.stack(features).sum(), torch.stack(objectness).sum())
 

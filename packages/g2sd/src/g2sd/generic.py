@@ -1,4 +1,4 @@
-"""Generic distillation: a student's decoder learns what a masked autoencoder's decoder thinks of every patch.
+"""Generic distillation: a student's decoder learns the hidden state of a masked autoencoder's decoder for every patch.
 
 Teacher and student see the same image and the same visible patches. The target is the teacher's hidden state after a
 block in the middle of its decoder, layer-normalised (G2SD, sec. 3.2).
@@ -31,14 +31,14 @@ class DistillOutput:
     """Sum over students."""
     losses: tuple[Float[Tensor, ""], ...]
     predictions: tuple[Float[Tensor, "batch tokens channels"], ...]
-    """Of each student: class token (if supervised), visible and removed patches, in the order of `mask`."""
+    """For each student: class token (if supervised), visible and removed patches, in the order of `mask`."""
     hidden: Float[Tensor, "batch tokens channels"]
     """The teacher's hidden state, in the same order; the target is its layer norm."""
     mask: PatchMask
 
 
 class Students(nn.Module):
-    """The students and what they lose against a teacher's hidden state: what is trained, apart from the teacher."""
+    """The students and their losses against a teacher's hidden state: the trainable module, without the teacher."""
 
     def __init__(self, students: Sequence[MaskedAutoencoder], *, supervise: Supervision, beta: float) -> None:
         super().__init__()
@@ -53,11 +53,11 @@ class Students(nn.Module):
         for student in cast(list[Any], self.members):
             decoded = student.decode(student.encode(images, mask), mask)
             predictions.append(student.decoderfeature_pred(supervised(decoded, mask, self.supervise)))
-        return tuple(feature_smooth_l1(each, hidden, beta=self.beta) for each in predictions), tuple(predictions)
+        return tuple(feature_smooth_l1(output, hidden, beta=self.beta) for output in predictions), tuple(predictions)
 
 
 def supervised(tokens: Tensor, mask: PatchMask, supervise: Supervision) -> Tensor:
-    """Return those of the tokens [class, visible, removed] that the loss is of."""
+    """Return the supervised ones of the tokens [class, visible, removed]."""
     return tokens if supervise == "all" else tokens[:, 1 + mask.num_visible :]
 
 
@@ -66,8 +66,8 @@ class GenericDistiller(nn.Module):
 
     `supervise` all tokens, or the removed patches ("masked"). `num_masks` masks of each image are used at a time. The
     teacher stays in evaluation mode. `teacher_layer` counts the blocks of the teacher's decoder from 1; it is not for a
-    `TokenTeacher`. Raises ValueError for a teacher and students that do not fit each other, and for settings that
-    cannot be.
+    `TokenTeacher`. Raises ValueError for a teacher and students that do not fit each other, and for invalid
+    settings.
     """
 
     def __init__(

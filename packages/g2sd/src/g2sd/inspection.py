@@ -1,4 +1,4 @@
-"""What a weights file is, what it lacks, and which command takes it."""
+"""Inspect a weights file: its contents, what is missing, and which command takes it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +23,24 @@ _IS: dict[Kind, str] = {
 }
 _CLASSIFIER_USES = (
     "teacher of `g2sd distill specific --teacher FILE`, of as many classes as the data",
-    "`g2sd eval --checkpoint FILE`, `g2sd export FILE`",
-    "start of `g2sd finetune` and `g2sd distill specific --encoder FILE`, without its head",
+    "`g2sd eval --checkpoint FILE`, `g2sd export --checkpoint FILE`",
+    "start of `g2sd finetune` and `g2sd distill specific --init FILE`, without its head",
 )
 _USES: dict[Kind, tuple[str, ...]] = {
     "mae": (
         "teacher of `g2sd distill generic --teacher FILE`",
-        "start of `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+        "start of `g2sd finetune` and `g2sd distill specific --init FILE`",
     ),
-    "generic": ("start of `g2sd distill specific` and `g2sd finetune --encoder FILE`",),
-    "encoder": ("start of `g2sd finetune` and `g2sd distill specific --encoder FILE`",),
+    "generic": ("start of `g2sd distill specific` and `g2sd finetune --init FILE`",),
+    "encoder": ("start of `g2sd finetune` and `g2sd distill specific --init FILE`",),
     "distilled": _CLASSIFIER_USES,
     "average": _CLASSIFIER_USES,
     "class": _CLASSIFIER_USES,
-    "probe": ("start of `g2sd finetune --encoder FILE`, without its probe",),
+    "probe": ("start of `g2sd finetune --init FILE`, without its probe",),
     "vitdet": (
         "teacher of `g2sd distill specific --teacher FILE` for detection, of as many pixels as the student",
         "`g2sd eval --checkpoint FILE`",
-        "start of a detector's `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+        "start of a detector's `g2sd finetune` and `g2sd distill specific --init FILE`",
     ),
     "mmseg": (
         "teacher of `g2sd distill specific --teacher FILE` for segmentation, of as many classes as the data",
@@ -55,7 +55,7 @@ _LACKS: dict[Kind, str] = {
 }
 _BACKBONE_USES = (
     "start of ViTDet in detectron2",
-    "start of a detector's `g2sd finetune` and `g2sd distill specific --encoder FILE`",
+    "start of a detector's `g2sd finetune` and `g2sd distill specific --init FILE`",
 )
 
 
@@ -65,27 +65,28 @@ class Inspection:
 
     contents: Contents
     taken_from: str
-    """Entry of the file that the weights are in; "" for the file itself."""
+    """Entry of the file that holds the weights; "" for the file itself."""
     num_tensors: int
     num_values: int
     what: str
     lacks: str
-    """What users most often miss in it; "" for nothing."""
+    """Weights that users often expect in it; "" if none are missing."""
     uses: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Return the report, a line each."""
-        found = self.contents
-        sizes = f"encoder {found.width} channels, {found.depth} blocks, patches of {_pixels(found.patch_size)} pixels"
-        if found.num_positions is not None:
-            sizes += f", positions for {found.num_positions} patches"
+        """Return the lines of the report."""
+        contents = self.contents
+        patch = _pixels(contents.patch_size)
+        sizes = f"encoder {contents.width} channels, {contents.depth} blocks, patches of {patch} pixels"
+        if contents.num_positions is not None:
+            sizes += f", positions for {contents.num_positions} patches"
         report = [self.what, sizes]
-        if found.decoder_width is not None:
-            report.append(f"decoder {found.decoder_width} channels, {found.decoder_depth} blocks")
-        if found.teacher_decoder_width is not None:
-            report.append(f"feature head for a teacher's decoder of {found.teacher_decoder_width} channels")
-        if found.num_classes is not None:
-            report.append(f"{found.num_classes} classes")
+        if contents.decoder_width is not None:
+            report.append(f"decoder {contents.decoder_width} channels, {contents.decoder_depth} blocks")
+        if contents.teacher_decoder_width is not None:
+            report.append(f"feature head for a teacher's decoder of {contents.teacher_decoder_width} channels")
+        if contents.num_classes is not None:
+            report.append(f"{contents.num_classes} classes")
         where = f"entry {self.taken_from!r}" if self.taken_from else "the file itself"
         report.append(f"{self.num_tensors} tensors, {self.num_values / 1e6:.3f} M values, in {where}")
         report += [f"lacks {self.lacks}"] if self.lacks else []
@@ -97,7 +98,7 @@ def _pixels(size: tuple[int, int]) -> str:
 
 
 def inspect_file(path: str | Path, *, entry: str | None = None) -> Inspection:
-    """Tell what a .pth or .safetensors file holds, without running code that it holds.
+    """Report the contents of a .pth or .safetensors file without running code in it.
 
     `entry` names the weights where a file has several. Raises FileNotFoundError, and CheckpointError for a damaged file
     and for one of another family.

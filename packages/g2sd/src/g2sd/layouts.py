@@ -1,4 +1,4 @@
-"""What a weights file of the family of MAE holds, told from the names and shapes of its tensors (spec of the files:
+"""The contents of a weights file of the MAE family, inferred from names and shapes of its tensors (spec of the files:
 G2SD's and MAE's repositories)."""
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _DECODER_HEADS = {64: 4, 128: 4, 192: 8, 256: 8, 512: 16}
 
 @dataclass(frozen=True)
 class Contents:
-    """A kind and its sizes; what does not apply is None."""
+    """A kind and its sizes; sizes that do not apply are None."""
 
     kind: Kind
     width: int
@@ -42,7 +42,7 @@ class Contents:
 
 
 def contents_of(state: Mapping[str, Tensor], source: object) -> Contents:
-    """Tell what a state dict holds. Raises CheckpointError, which names `source`, for any other kind of file."""
+    """Return the contents of a state dict. Raises CheckpointError, which names `source`, for any other kind of file."""
     read = _Reader(state, source)
     if "backbone.net.patch_embed.proj.weight" in state:
         rows = read.rows("roi_heads.box_predictor.cls_score.weight")
@@ -78,11 +78,11 @@ class _Reader:
     source: object
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        found = self.state.get(key)
-        if found is None or found.ndim != axes:
-            what = "is missing" if found is None else f"has shape {list(found.shape)}"
-            raise CheckpointError(f"{self.source} is damaged: {key} {what}; it must have {axes} axes")
-        return tuple(found.shape)
+        value = self.state.get(key)
+        if value is None or value.ndim != axes:
+            fault = "is missing" if value is None else f"has shape {list(value.shape)}"
+            raise CheckpointError(f"{self.source} is damaged: {key} {fault}; it must have {axes} axes")
+        return tuple(value.shape)
 
     def rows(self, key: str) -> int | None:
         return self.shape(key, 2)[0] if key in self.state else None
@@ -108,7 +108,7 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def encoder_heads(width: int, given: int | None = None) -> int:
-    """Return the attention heads of an encoder, which files do not tell. Raises ValueError for unusual widths."""
+    """Return the attention heads of an encoder, which files do not store. Raises ValueError for unusual widths."""
     return _heads(width, given, _ENCODER_HEADS, "num_heads")
 
 
@@ -120,5 +120,7 @@ def decoder_heads(width: int, given: int | None = None) -> int:
 def _heads(width: int, given: int | None, known: Mapping[int, int], argument: str) -> int:
     if given is None and width not in known:
         widths: Sequence[int] = list(known)
-        raise InputError(f"a file of width {width} does not tell its heads (known widths: {widths}); give {argument}")
+        raise InputError(
+            f"a file of width {width} has no known number of heads (known widths: {widths}); give {argument}"
+        )
     return known[width] if given is None else given

@@ -134,8 +134,8 @@ class MaskedAutoencoder(nn.Module):
     ) -> Float[Tensor, "masks tokens embed_dim"]:
         """Return class and visible tokens before the last norm; without a mask, all patches are visible.
 
-        A mask of a multiple of the batch stands for several masks of the images, all images for the first ones, again
-        for the second ones, and so on.
+        A mask whose length is a multiple of the batch holds several masks per image: first one for every image, then a
+        second one for every image, and so on.
         """
         patches = self.embed(images, mask)
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], 1)
@@ -174,7 +174,7 @@ class MaskedAutoencoder(nn.Module):
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward pass, instead of keeping what they computed."""
+        """Recompute blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def forward_features(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
@@ -206,7 +206,7 @@ def _head(width: int, target_width: int) -> Mlp:
 def pixel_patches(
     images: Float[Tensor, "batch channels height width"], patch_size: tuple[int, int]
 ) -> Float[Tensor, "batch patches pixels"]:
-    """Cut images into patches, row by row, each as (row, column, channel)."""
+    """Cut images into patches, row by row; values of a patch are ordered (row, column, channel)."""
     batch, channels, height, width = images.shape
     rows, columns = patch_size
     if height % rows or width % columns:

@@ -62,7 +62,7 @@ def detection_model(
     """Return a detector with random weights; "tiny", "small", "base" have 27.7, 44.5, 110.9 M of them.
 
     `num_classes` counts the background, class 0. `options` (`embed_dim`, `depth`, `num_heads`, `patch_size`,
-    `window_size`, `window_blocks`, `pretrain_size`, `drop_path_rate`) go to `ViTDetBackbone`, in the place of what
+    `window_size`, `window_blocks`, `pretrain_size`, `drop_path_rate`) go to `ViTDetBackbone` and replace what
     `size` says. The heads' convolutions have `pyramid_channels`, the boxes' linear layer `head_width`; they learn from
     `regions_per_image` proposals, of which up to a quarter lie on objects. Raises ValueError for sizes that do not fit.
     """
@@ -77,7 +77,7 @@ def detection_model(
 
 
 class DetectorOutputs(NamedTuple):
-    """What a detector computes of a batch in training."""
+    """Outputs of a detector for a batch in training."""
 
     losses: dict[str, Tensor]
     images: Tensor
@@ -115,7 +115,7 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
             image_mean=list(IMAGENET_DEFAULT_MEAN),
             image_std=list(IMAGENET_DEFAULT_STD),
             size_divisible=net.img_size,
-            _skip_resize=True,  # in training, where pictures come jittered
+            _skip_resize=True,  # training images are already jittered
         )
         proposals = _region_proposals(pyramid.out_channels, strides)
         heads = _region_heads(pyramid.out_channels, strides[:4], num_classes, head_width, regions_per_image)
@@ -135,7 +135,7 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
         """Return the losses of a batch, and the maps that a teacher's are compared with. Raises as `forward`."""
         self._check(images)
         self._check_targets(images, targets)
-        batch, wanted = self.transform(list(images), [dict(each) for each in targets])
+        batch, wanted = self.transform(list(images), [dict(target) for target in targets])
         features = self.backbone(batch.tensors)
         with _kept_output(self.rpn.head) as objectness:
             proposals, losses = self.rpn(batch, features, wanted)
@@ -154,7 +154,7 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
     def group_matcher(self, coarse: bool = False, *, prefix: str = "") -> dict[str, Any]:
         """Return timm's groups of layers: embeddings, then each block, then everything else.
 
-        `prefix` is what the detector's parameters are called within a larger model.
+        `prefix` precedes the names of the detector's parameters in a larger model.
         """
         own = re.escape(f"{prefix}backbone.net.")
         return {"stem": rf"^{own}(?:pos_embed|patch_embed)", "blocks": [(rf"^{own}blocks\.(\d+)", None)]}
@@ -178,9 +178,9 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision.models has
             boxes, labels, masks = (target[key] for key in ("boxes", "labels", "masks"))
             wanted = ([len(labels), 4], [len(labels), *image.shape[1:]])
             if labels.ndim != 1 or (list(boxes.shape), list(masks.shape)) != wanted:
-                found = ", ".join(f"{key} {list(target[key].shape)}" for key in ("boxes", "labels", "masks"))
+                shapes = ", ".join(f"{key} {list(target[key].shape)}" for key in ("boxes", "labels", "masks"))
                 raise InputError(
-                    f"target {place} has {found}; expected [N, 4], [N] and [N, {image.shape[1]}, {image.shape[2]}]"
+                    f"target {place} has {shapes}; expected [N, 4], [N] and [N, {image.shape[1]}, {image.shape[2]}]"
                 )
             if not (labels.dtype == torch.int64 and bool(((labels > 0) & (labels < self.num_classes)).all())):
                 raise InputError(f"target {place} has labels other than integers of 1 to {self.num_classes - 1}")
@@ -258,7 +258,7 @@ class _RegionProposals(RegionProposalNetwork):  # type: ignore[misc]  # torchvis
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(each).bool() for each in self.fg_bg_sampler(labels))
+        positive, negative = (torch.cat(masks).bool() for masks in self.fg_bg_sampler(labels))
         drawn, wanted = positive | negative, torch.cat(labels)
         classes = F.binary_cross_entropy_with_logits(objectness.flatten()[drawn], wanted[drawn], reduction="sum")
         boxes = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
@@ -312,14 +312,14 @@ class _AlignedPool(nn.Module):
     ) -> Tensor:
         # of the finer maps, as many as there are strides
         maps = list(features.values())[: len(self.strides)]
-        regions = torch.cat([F.pad(each, (1, 0), value=place) for place, each in enumerate(boxes)])
+        regions = torch.cat([F.pad(box, (1, 0), value=place) for place, box in enumerate(boxes)])
         # a region of 14 x 14 patches belongs to the map of the patches' stride, the third
         octaves = torch.log2(box_area(regions[:, 1:]).sqrt() / (56 * self.strides[0]) + 1e-8) + 2
         levels = octaves.floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], self.side, self.side)
-        for level, (each, stride) in enumerate(zip(maps, self.strides, strict=True)):
+        for level, (map_, stride) in enumerate(zip(maps, self.strides, strict=True)):
             places = torch.where(levels == level)[0]
-            pooled[places] = roi_align(each, regions[places], self.side, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled[places] = roi_align(map_, regions[places], self.side, 1 / stride, sampling_ratio=0, aligned=True)
         return pooled
 
 
@@ -342,15 +342,15 @@ class _RegionHeads(RoIHeads):  # type: ignore[misc]  # torchvision.models has no
         positive = torch.where(classes > 0)[0]
         box_deltas = box_deltas.unflatten(1, (-1, 4))[positive, classes[positive]]
         boxes = F.l1_loss(box_deltas, torch.cat(deltas)[positive], reduction="sum")
-        inside = [each > 0 for each in labels]
-        regions = [each[where] for each, where in zip(regions, inside, strict=True)]
+        inside = [label > 0 for label in labels]
+        regions = [region[where] for region, where in zip(regions, inside, strict=True)]
         pooled = self.mask_roi_pool(features, regions, image_shapes)
         mask_logits = self.mask_predictor(self.mask_head(pooled))
         mask_logits = mask_logits[torch.arange(len(mask_logits), device=classes.device), classes[positive]]
         assert targets is not None
         wanted = [
-            _masks_in(target["masks"], each[where], region, mask_logits.shape[-1])
-            for target, each, where, region in zip(targets, matches, inside, regions, strict=True)
+            _masks_in(target["masks"], match[where], region, mask_logits.shape[-1])
+            for target, match, where, region in zip(targets, matches, inside, regions, strict=True)
         ]
         masks = F.binary_cross_entropy_with_logits(mask_logits, torch.cat(wanted), reduction="sum")
         return [], {
@@ -361,7 +361,7 @@ class _RegionHeads(RoIHeads):  # type: ignore[misc]  # torchvision.models has no
 
 
 def _masks_in(masks: Tensor, places: Tensor, regions: Tensor, side: int) -> Tensor:
-    """Return the masks at `places` within their regions, each pixel 0 or 1."""
+    """Return the masks at `places` within their regions, with values 0 and 1."""
     rows = torch.cat([places[:, None].to(regions), regions], 1)
     pooled = roi_align(masks[:, None].to(regions), rows, side, 1.0, sampling_ratio=0, aligned=True)
     return (pooled[:, 0] >= 0.5).to(regions)
@@ -376,4 +376,4 @@ def _in_float32(head: Any) -> Any:
 def _convert(head: nn.Module, inputs: Any, outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return type(outputs)(_convert(head, inputs, each) for each in outputs)
+    return type(outputs)(_convert(head, inputs, output) for output in outputs)

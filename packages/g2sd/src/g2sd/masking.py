@@ -21,7 +21,7 @@ class PatchMask:
 
     @property
     def ids_restore(self) -> Int[Tensor, "batch patches"]:
-        """Where each patch stands in the permutation."""
+        """Place of each patch in the permutation."""
         return self.ids_shuffle.argsort(1)
 
     @property

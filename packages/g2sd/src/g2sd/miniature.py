@@ -1,4 +1,4 @@
-"""The paper's comparison in small: five ways to a student that classifies digits with 200 labels."""
+"""The paper's comparison at small scale: five ways to train a digit classifier with 200 labels."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ __all__ = ["ARMS", "compare_arms"]
 _WEIGHTS = "weights.safetensors"
 
 ARMS = ("scratch", "scratch, teacher", "MAE", "generic", "generic, specific")
-"""What a student goes through: labels alone; labels and a teacher's; its own pre-training and then labels; generic
+"""How a student is trained: labels alone; labels and a teacher's; its own pre-training and then labels; generic
 distillation and then labels; both distillations."""
 
 
@@ -37,26 +37,26 @@ def compare_arms(seeds: Sequence[int], out: str | Path, *, jobs: int = 2) -> dic
         "by the teacher": list(product(("generic", "teacher, fine-tuned"), seeds)),
         "by its logits": list(product(("generic, specific", "scratch, teacher"), seeds)),
     }
-    found: dict[_Step, float] = {}
+    results_by_step: dict[_Step, float] = {}
     for name, steps in rounds.items():
         results = sweeps.map(partial(_run, out=Path(out)), steps, jobs=jobs, description=name)
-        found |= dict(zip(steps, results, strict=True))
-    return {arm: tuple(found[arm, seed] for seed in seeds) for arm in ARMS}
+        results_by_step |= dict(zip(steps, results, strict=True))
+    return {arm: tuple(results_by_step[arm, seed] for seed in seeds) for arm in ARMS}
 
 
 _Step: TypeAlias = tuple[str, int | None]
-"""An arm or what arms wait for, and its seed; None for what all seeds share."""
+"""An arm, or a step that arms depend on, and its seed; None for a step that all seeds share."""
 
 
 def _run(step: _Step, *, out: Path) -> float:
     """Take a step, and return the top-1 of an arm."""
     kind, seed = step
     folder = out / f"seed-{seed}"
-    masked, adapted, generic = (each / _WEIGHTS for each in (out / "teacher", folder / "teacher", folder / "generic"))
+    masked, adapted, generic = (run / _WEIGHTS for run in (out / "teacher", folder / "teacher", folder / "generic"))
 
     def recipe(name: str) -> Any:
-        found = RECIPES[name]
-        return found if seed is None else replace(found, fit=replace(found.fit, seed=seed))
+        chosen = RECIPES[name]
+        return chosen if seed is None else replace(chosen, fit=replace(chosen.fit, seed=seed))
 
     if kind == "teacher":
         pretrain(recipe("pretrain_teacher_mnist5k"), None, masked.parent)

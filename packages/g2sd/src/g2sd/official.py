@@ -1,4 +1,4 @@
-"""Weights of the family of MAE into models: official files of every stage, and those of `g2sd train`.
+"""Models from weights files of the MAE family: official ones of every stage, and those of `g2sd train`.
 
 The models have the official names of parameters; loading is strict.
 """
@@ -47,7 +47,7 @@ def load_official(
 ) -> nn.Module:
     """Return the model of a .pth or .safetensors file in evaluation mode: an autoencoder or a classifier.
 
-    What the file holds is read off its keys and shapes. Detectors and segmentation models have their own loaders,
+    The kind of model is inferred from keys and shapes. Detectors and segmentation models have their own loaders,
     encoders without a head `load_encoder`.
 
     Args:
@@ -65,9 +65,9 @@ def load_official(
     path, state, options = checkpoint.path, checkpoint.state, options_of(checkpoint)
     contents = contents_of(state, path)
     if kind is not None and contents.kind != kind:
-        raise CheckpointError(f"{path} holds {contents.kind!r}, not {kind!r}; `g2sd inspect {path}` tells more")
+        raise CheckpointError(f"{path} holds {contents.kind!r}, not {kind!r}; run `g2sd inspect {path}`")
     if contents.kind not in (*_AUTOENCODERS, *_CLASSIFIERS):
-        raise CheckpointError(f"{path} holds {contents.kind!r}; `g2sd inspect {path}` tells what can be done with it")
+        raise CheckpointError(f"{path} holds {contents.kind!r}; run `g2sd inspect {path}`")
     model = create_model(
         contents,
         img_size=img_size,
@@ -82,7 +82,7 @@ def load_official(
 
 
 def options_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Return what a file of `g2sd train` says of its model; nothing for other files."""
+    """Return the model options that a file of `g2sd train` stores; an empty mapping for other files."""
     return {} if checkpoint.trained is None else checkpoint.trained.options
 
 
@@ -96,7 +96,7 @@ def load_classifier(source: str | Path | Checkpoint) -> nn.Module:
     model: Any = load_official(checkpoint)
     if not hasattr(model, "head"):
         path = checkpoint.path
-        raise CheckpointError(f"{path} has no classification head; `g2sd inspect {path}` tells what it is for")
+        raise CheckpointError(f"{path} has no classification head; run `g2sd inspect {path}`")
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size}
     describe_inputs(model, checkpoint.trained)
@@ -123,7 +123,7 @@ def load_teacher(source: str | Path | Checkpoint, **options: Any) -> MaskedAutoe
 
 
 def load_encoder(model: VisionTransformer, source: str | Path | Checkpoint, *, entry: str | None = None) -> str:
-    """Copy the encoder of any file of the family into a classifier, and return a sentence on what was done.
+    """Copy the encoder of any file of the family into a classifier, and return a sentence about the result.
 
     Heads, tokens of heads and the norm that a classifier of patches has in its place stay as they are; everything else
     must be there. Positions are interpolated to the model's grid. Raises CheckpointError.
@@ -172,7 +172,7 @@ def create_model(
 ) -> nn.Module:
     """Return a model with random weights of the sizes of a file: an autoencoder or a classifier."""
     sizes: dict[str, Any] = {
-        "img_size": img_size or square_size(contents, source),
+        "img_size": square_size(contents, source) if img_size is None else img_size,
         "patch_size": contents.patch_size,
         "in_chans": contents.in_chans,
         "embed_dim": contents.width,

@@ -1,4 +1,4 @@
-"""Weights files of every kind into models: official ones, and records of those of before records."""
+"""Models from official weights files, and records for files of earlier releases."""
 
 import json
 from collections.abc import Mapping
@@ -38,49 +38,49 @@ def open_official(checkpoint: Checkpoint, name: str | None = None) -> TrainedMod
 
 
 def open_converted(checkpoint: Checkpoint) -> nn.Module:
-    """Return the model of a file of `g2sd convert`, whose record says no more than its heads."""
+    """Return the model of a file of `g2sd convert`, whose record stores only the numbers of heads."""
     opened = open_official(checkpoint)
     assert opened is not None
     return opened.model
 
 
 def open_students(checkpoint: Checkpoint) -> Any:
-    """Raise CheckpointError: a file of several students is none of one model."""
+    """Raise CheckpointError: a file of several students cannot be opened as one model."""
     raise CheckpointError(
-        f"{checkpoint.path} holds several students; each has a file beside it, student-0.safetensors ..."
+        f"{checkpoint.path} holds several students; open the file of one beside it, student-0.safetensors ..."
     )
 
 
 def upgrade(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Trained | None:
-    """Return the record of a file of g2sd 0.1 before records, or None for another file."""
+    """Return the record of a file of an early g2sd 0.1, which has none, or None for another file."""
     is_probe = {"settings", "num_heads", "class_names"} <= set(metadata) and "head.1.weight" in state
     if "g2sd" not in metadata and not is_probe:
         return None
-    told: dict[str, Any] = {name: json.loads(value) for name, value in metadata.items() if name in _JSON}
-    settings = told["settings"]
+    values: dict[str, Any] = {name: json.loads(value) for name, value in metadata.items() if name in _JSON}
+    settings = values["settings"]
     kind = {"segmentation": "segmenter", "detection": "detector"}.get(metadata.get("task", ""))
     if kind is None:
         # several students have their places before their keys
-        found = "students" if "0.cls_token" in state else contents_of(state, "the file").kind if state else "class"
-        kind = found if found == "students" else _KINDS.get(found, "classifier")
+        stored = "students" if "0.cls_token" in state else contents_of(state, "the file").kind if state else "class"
+        kind = stored if stored == "students" else _KINDS.get(stored, "classifier")
     options: dict[str, Any] = {
-        name: told[name] for name in ("num_heads", "decoder_num_heads", "out_indices") if name in told
+        name: values[name] for name in ("num_heads", "decoder_num_heads", "out_indices") if name in values
     }
     sizes = settings.get("model", {})
-    if "class_names" in told or "num_classes" in sizes:
-        options["num_classes"] = len(told["class_names"]) if "class_names" in told else sizes["num_classes"]
+    if "class_names" in values or "num_classes" in sizes:
+        options["num_classes"] = len(values["class_names"]) if "class_names" in values else sizes["num_classes"]
     details = {name: metadata[name] for name in ("eval_head", "started_from", "teacher") if name in metadata}
     if kind == "detector":
         details["is_ranked"] = settings["is_ranked"]
-    if told.get("category_ids") is not None:
-        details["category_ids"] = told["category_ids"]
+    if values.get("category_ids") is not None:
+        details["category_ids"] = values["category_ids"]
     return Trained(
         kind=kind,
         package="g2sd",
         model=metadata.get("model_name", sizes.get("name")),
         options=options,
-        inputs=told.get("scene", settings.get("pictures")),
-        class_names=told.get("class_names"),
+        inputs=values.get("scene", settings.get("pictures")),
+        class_names=values.get("class_names"),
         data=settings["data"],
         settings=settings,
         details=details,

@@ -33,7 +33,7 @@ def interpolate_positions(
     `source` is the grid of the table, by default a square. Raises ValueError for a table of another number of rows.
     """
     patches = table.shape[1] - 1
-    rows, columns = source or (round(patches**0.5),) * 2
+    rows, columns = (round(patches**0.5),) * 2 if source is None else source
     if table.ndim != 3 or len(table) != 1 or rows * columns != patches:
         raise InputError(
             f"table has shape {list(table.shape)}; a class token and a grid of {rows}x{columns} patches need "

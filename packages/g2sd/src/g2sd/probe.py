@@ -1,4 +1,4 @@
-"""How good an encoder's features are before any fine-tuning: nearest neighbours, and a linear classifier."""
+"""Probes of an encoder's features without fine-tuning: nearest neighbours, and a linear classifier."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -106,9 +106,9 @@ class NeighbourResult:
 
     top1: float
     majority_top1: float
-    """Of always naming the most frequent class."""
+    """Accuracy of always naming the most frequent class."""
     count: int
-    """Pictures."""
+    """Number of images."""
 
 
 def nearest_neighbours(
@@ -122,7 +122,7 @@ def nearest_neighbours(
     workers: int = 0,
     device: torch.device | None = None,
 ) -> NeighbourResult:
-    """Classify validation pictures by their nearest training pictures; see `vote`.
+    """Classify validation images by their nearest training images; see `vote`.
 
     `data` is as for `visionkernels.pictures.labelled.open_pictures`. Raises ValueError as `vote` does.
     """
@@ -172,8 +172,8 @@ def vote(
 def _features(encoder: Encoder, pictures: LabelledPictures, *, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
     device = next(encoder.parameters()).device
     loader = DataLoader(pictures, batch_size=batch_size, num_workers=workers)
-    found = [(encoder(images.to(device)), labels.to(device)) for images, labels in loader]
-    return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+    batches = [(encoder(images.to(device)), labels.to(device)) for images, labels in loader]
+    return torch.cat([features for features, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 class LinearProbeTask(Task):
@@ -205,7 +205,9 @@ def _probe(width: int, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
 
-def linear_probe(recipe: ProbeRecipe, data: str | Path | None, out: str | Path, *, init: str | Path) -> FitResult:
+def linear_probe(
+    recipe: ProbeRecipe, data: str | Path | None, out: str | Path, *, init: str | Path | Checkpoint
+) -> FitResult:
     """Train a linear classifier on the frozen encoder of `init`; rerun with the same arguments to resume.
 
     The metrics are those of `visionkernels.tasks.classification`. Errors as for `encoder_of`, `open_pictures` and
@@ -223,7 +225,7 @@ def linear_probe(recipe: ProbeRecipe, data: str | Path | None, out: str | Path, 
     }  # fmt: skip
     trained = Trained(
         kind="probe", package="g2sd", options=options, inputs=recipe.pictures.inputs(), class_names=sets.class_names,
-        data=sets.source, settings=settings(recipe), details={"started_from": str(init)},
+        data=sets.source, settings=settings(recipe), details={"started_from": str(checkpoint.path)},
     )  # fmt: skip
     return sets.fit(task, out, trained, evaluate=evaluate)
 

@@ -1,6 +1,6 @@
 """Segmentation with G2SD: specific distillation from a teacher's class maps, and training by a recipe (G2SD, sec. 3.3).
 
-The student learns labels, and where in the image each class lies for the teacher. Models are those of `g2sd.upernet`.
+The student learns labels, and where in the image the teacher sees each class. Models are those of `g2sd.upernet`.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ class SegmentationDistillTask(Task):
     `channel_wise_loss` or `pixel_kl_loss` (`mode`, `temperature`, `reduction`). A teacher of other classes is met by a
     1x1 convolution, which is not kept; the channel-wise loss is divided by the student's classes then too. The teacher
     stays in evaluation mode and computes no loss. Raises ValueError for models of different patch grids, and for
-    settings that cannot be.
+    invalid settings.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class SegmentationDistillTask(Task):
         """Take images and class indices, 255 for pixels that do not count; return the losses and the main logits."""
         class_maps, aligned = self.trainable_module(images)
         with torch.no_grad():
-            told = self.teacher.class_maps(images)[0]
+            target = self.teacher.class_maps(images)[0]
         size = (images.shape[2], images.shape[3])
-        logits = [self.teacher.enlarge(each, size) for each in class_maps]
-        main, *auxiliary = (pixel_loss(each, labels) for each in logits)
-        distillation = self._distillation(aligned, told)
+        logits = [self.teacher.enlarge(maps, size) for maps in class_maps]
+        main, *auxiliary = (pixel_loss(head, labels) for head in logits)
+        distillation = self._distillation(aligned, target)
         loss = main + self.weight * distillation
         if auxiliary:
             loss = loss + self.auxiliary_weight * sum(auxiliary)

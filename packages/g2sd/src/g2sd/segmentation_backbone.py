@@ -84,7 +84,7 @@ class SegmentationBackbone(nn.Module):
     def group_matcher(self, coarse: bool = False, *, prefix: str = "") -> dict[str, Any]:
         """Return timm's groups of layers: embeddings, then each block, then everything else.
 
-        `prefix` is what the backbone's parameters are called within a larger model.
+        `prefix` precedes the names of the backbone's parameters in a larger model.
         """
         own = re.escape(prefix)
         return {"stem": rf"^{own}(?:cls_token|pos_embed|patch_embed)", "blocks": [(rf"^{own}blocks\.(\d+)", None)]}
@@ -184,7 +184,7 @@ class BiasedAttention(nn.Module):
         """Return the biases of all pairs, query before key."""
         table = self.relative_position_bias_table
         assert table is not None
-        # a tensor made in inference mode does not tell that it changed, nor does any after a step of a fused optimiser
+        # tensors made in inference mode do not count changes, and a step of a fused optimiser is not counted either
         if torch.compiler.is_compiling():
             return _gathered(table, index, dtype)
         if self.training or torch.is_grad_enabled() or table.is_inference():
@@ -198,8 +198,8 @@ class BiasedAttention(nn.Module):
 
 def _gathered(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     # head by head from a short row: several times as fast, with its gradient, as table[index]
-    found = table.to(dtype).t().contiguous().index_select(1, index.flatten())
-    return found.view(1, -1, *index.shape)
+    biases = table.to(dtype).t().contiguous().index_select(1, index.flatten())
+    return biases.view(1, -1, *index.shape)
 
 
 def num_biases(grid: tuple[int, int]) -> int:

@@ -39,7 +39,7 @@ def load_official_segmentation(
     """Return the model of an official file, or of one of `g2sd.segmentation.train`, in evaluation mode.
 
     Of a distiller's file, which has student and teacher, `part` is taken. The model takes images of the file's size,
-    unless `img_size` is another, to which positions and biases are interpolated. Official files do not tell
+    unless `img_size` is another, to which positions and biases are interpolated. Official files do not store
     `out_indices` of depths other than 12 and 24, nor `num_heads` of unusual models without relative positions. Raises
     CheckpointError for a damaged file, another kind, and keys or shapes that differ, with the first five.
     """
@@ -66,10 +66,10 @@ def load_official_segmentation(
 def load_segmentation_encoder(
     backbone: SegmentationBackbone, source: str | Path | Checkpoint, *, entry: str | None = None
 ) -> str:
-    """Copy the encoder of a file of MAE, generic distillation or a classifier; return a sentence on what was done.
+    """Copy the encoder of a file of MAE, generic distillation or a classifier; return a sentence about the result.
 
     Positions are interpolated to the backbone's grid. Up-sampling, layer scale and biases of attention stay as they
-    are; what a file has beyond blocks and embeddings is left out; everything else must fit. Raises CheckpointError.
+    are; weights other than blocks and embeddings are left out; all others must fit. Raises CheckpointError.
     """
     checkpoint = read_checkpoint(source, entry=entry)
     path, state = checkpoint.path, checkpoint.state
@@ -110,7 +110,7 @@ def _square(contents: Contents, path: str | Path) -> tuple[int, int]:
 
 
 def _sizes(state: State, contents: Contents, num_heads: int | None) -> dict[str, Any]:
-    """Return the arguments of `segmentation_model` that shapes tell."""
+    """Return the arguments of `segmentation_model` that follow from shapes."""
     auxiliary = state.get("auxiliary_head.conv_seg.weight")
     has_bias = _FIRST_TABLE in state
     return {

@@ -48,6 +48,6 @@ def pixel_kl_loss(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must be equal, and not empty"
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
-    ours, theirs = (F.log_softmax(each.to(dtype) / temperature, 1) for each in (student, teacher.detach()))
+    ours, theirs = (F.log_softmax(logits.to(dtype) / temperature, 1) for logits in (student, teacher.detach()))
     total = temperature**2 * F.kl_div(ours, theirs, reduction="sum", log_target=True)
     return total / {"mean": ours.numel(), "batchmean": len(ours), "sum": 1}[reduction]

@@ -30,8 +30,8 @@ def hard_distillation_loss(
     class_logits, distillation_logits, teacher_logits = _checked(
         target, class_logits=class_logits, distillation_logits=distillation_logits, teacher_logits=teacher_logits
     )
-    told = F.cross_entropy(distillation_logits, teacher_logits.argmax(1))
-    return (F.cross_entropy(class_logits, _probabilities(target, class_logits)) + told) / 2
+    teacher_loss = F.cross_entropy(distillation_logits, teacher_logits.argmax(1))
+    return (F.cross_entropy(class_logits, _probabilities(target, class_logits)) + teacher_loss) / 2
 
 
 def soft_distillation_loss(
@@ -50,9 +50,9 @@ def soft_distillation_loss(
     class_logits, distillation_logits, teacher_logits = _checked(
         target, class_logits=class_logits, distillation_logits=distillation_logits, teacher_logits=teacher_logits
     )
-    ours, theirs = (F.log_softmax(each / temperature, 1) for each in (distillation_logits, teacher_logits))
-    told = temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    return (F.cross_entropy(class_logits, _probabilities(target, class_logits)) + told) / 2
+    ours, theirs = (F.log_softmax(logits / temperature, 1) for logits in (distillation_logits, teacher_logits))
+    teacher_loss = temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return (F.cross_entropy(class_logits, _probabilities(target, class_logits)) + teacher_loss) / 2
 
 
 def relation_loss(
@@ -60,7 +60,7 @@ def relation_loss(
 ) -> Float[Tensor, ""]:
     """Compare how tokens relate: KL of softmax(t_i t_j^T / sqrt(d)) and softmax(s_i s_j^T / sqrt(d)).
 
-    For each layer (query, key, value), each [batch, tokens, channels]; all nine pairs i, j. Channels are divided into
+    A layer is (query, key, value), each [batch, tokens, channels]; all nine pairs i, j count. Channels divide into
     `num_heads` relation heads of d channels. Sum over keys, mean over everything else (as in TinyMIM). In float32.
     Raises ValueError for numbers of layers or tokens that differ, and for channels that heads do not divide.
     """
@@ -68,17 +68,16 @@ def relation_loss(
         raise InputError(f"student has {len(student)} layers and teacher {len(teacher)}; give as many, one or more")
     total = torch.zeros((), device=student[0][0].device)
     for ours, theirs in zip(student, teacher, strict=True):
-        ours_heads, theirs_heads = ([_split(each, num_heads) for each in layer] for layer in (ours, theirs))
+        ours_heads, theirs_heads = ([_split(tokens, num_heads) for tokens in layer] for layer in (ours, theirs))
         if ours_heads[0].shape[2] != theirs_heads[0].shape[2]:
             raise InputError(
                 f"student has {ours_heads[0].shape[2]} tokens, the teacher {theirs_heads[0].shape[2]}; use one grid"
             )
         for i in range(3):
             for j in range(3):
-                told, said = (
-                    _relations(heads[i], heads[j]) for heads in ([each.detach() for each in theirs_heads], ours_heads)
-                )
-                total = total + F.kl_div(said, told, reduction="none", log_target=True).sum(3).mean()
+                target = _relations(theirs_heads[i].detach(), theirs_heads[j].detach())
+                relations = _relations(ours_heads[i], ours_heads[j])
+                total = total + F.kl_div(relations, target, reduction="none", log_target=True).sum(3).mean()
     return total / (9 * len(student))
 
 
@@ -114,7 +113,7 @@ class SpecificDistiller(nn.Module):
         check_choice("mode", mode, Mode)
         check(temperature > 0, "temperature", temperature, "above 0")
         check(alpha >= 0, "alpha", alpha, "at least 0")
-        classes = [int(getattr(each, "num_classes", 0)) for each in (student, teacher)]
+        classes = [int(getattr(model, "num_classes", 0)) for model in (student, teacher)]
         if classes[0] != classes[1]:
             raise InputError(f"the student has {classes[0]} classes, the teacher {classes[1]}; they must have the same")
         has_heads = hasattr(student, "set_distilled_training")
@@ -149,7 +148,7 @@ class SpecificDistiller(nn.Module):
         outputs: Tensor | tuple[Tensor, Tensor],
         target: Target,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch classes"]]:
-        """Return the loss of what the student gave for images in training, and the class logits."""
+        """Return the loss of the student's training outputs for images, and the class logits."""
         with torch.no_grad():
             teacher_logits = self.teacher(images)
         class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
@@ -167,7 +166,7 @@ class SpecificDistiller(nn.Module):
 
 def _checked(target: Tensor, **logits: Tensor) -> list[Tensor]:
     """Return logits in float32 or float64."""
-    shapes = {name: list(each.shape) for name, each in logits.items()}
+    shapes = {name: list(value.shape) for name, value in logits.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1 or next(iter(logits.values())).ndim != 2:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise InputError(f"{listed} must all be [batch, classes]")
@@ -182,7 +181,7 @@ def _checked(target: Tensor, **logits: Tensor) -> list[Tensor]:
         raise InputError("the batch is empty")
     if target.ndim == 1 and not (int(target.min()) >= 0 and int(target.max()) < classes):
         raise InputError(f"target reaches from {int(target.min())} to {int(target.max())}; there are {classes} classes")
-    widened = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits.values()]
+    widened = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in logits.values()]
     widened[-1] = widened[-1].detach()
     return widened
 

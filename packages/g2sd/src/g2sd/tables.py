@@ -1,4 +1,4 @@
-"""The paper's tables as data: each figure, how this package measures it, or what that would need."""
+"""The paper's tables as data: the figures, and how this package measures them or what that would need."""
 
 import tempfile
 from collections.abc import Callable
@@ -46,7 +46,7 @@ TRAIN = installed("accelerate", "torchmetrics", pip="g2sd-vision[train]")
 _SEGMENTERS: dict[Size, float] = {"tiny": 11.028, "small": 41.998, "base": 163.877}
 # parameters in millions, with 80 classes
 _DETECTORS: dict[DetectorSize, float] = {"tiny": 27.73, "small": 44.50, "base": 110.90}
-# top-1 in percent: (figure, whether it was read)
+# top-1 in percent: (figure, whether it was read from the paper)
 _IMAGENET = {
     "MAE ViT-B, the teacher": (83.6, True), "DeiT-Ti": (72.2, True), "DeiT-S": (79.8, True),
     "G2SD ViT-S": (82.5, False), "G2SD ViT-Ti": (77.0, False), "G2SD ViT-S, generic only": (82.0, False),
@@ -63,11 +63,9 @@ def _imagenet() -> Table:
     def command(row: str) -> str:
         size = "tiny" if "Ti" in row else "small"
         if "only" in row:
-            return f"g2sd finetune finetune_{size}_in1k --encoder GENERIC --data IMAGENET --out RUN"
+            return f"g2sd finetune finetune_{size}_in1k --init GENERIC --data IMAGENET --out RUN"
         if row.startswith("G2SD"):
-            return (
-                f"g2sd distill specific specific_{size}_in1k --encoder GENERIC --teacher FILE --data IMAGENET --out RUN"
-            )
+            return f"g2sd distill specific specific_{size}_in1k --init GENERIC --teacher FILE --data IMAGENET --out RUN"
         return "g2sd eval --checkpoint FILE --data IMAGENET"
 
     cells = [
@@ -122,9 +120,9 @@ def _segmenters() -> Table:
              needs=(DATASET, CHECKPOINT, GPU), command=command)
         for row, figure, command in (
             ("UperNet, ViT-base, the teacher", 48.3,
-             "g2sd finetune finetune_base_ade20k --encoder MAE --data ADE20K --out RUN"),
+             "g2sd finetune finetune_base_ade20k --init MAE --data ADE20K --out RUN"),
             ("UperNet, ViT-small", 48.0,
-             "g2sd distill specific specific_small_ade20k --encoder GENERIC --teacher FILE --data ADE20K --out RUN"),
+             "g2sd distill specific specific_small_ade20k --init GENERIC --teacher FILE --data ADE20K --out RUN"),
         )
     ]  # fmt: skip
     convention = "ADE20K, 150 classes, 512 x 512; parameters with the auxiliary head."
@@ -143,8 +141,8 @@ def _detectors() -> Table:
              command="g2sd reproduce", measure=partial(_official_parameters, size))
         for size, figure in _DETECTORS.items()
     ]  # fmt: skip
-    teach = "g2sd finetune finetune_base_coco --encoder MAE --data COCO --out RUN"
-    distil = "g2sd distill specific specific_small_coco --encoder GENERIC --teacher FILE --data COCO --out RUN"
+    teach = "g2sd finetune finetune_base_coco --init MAE --data COCO --out RUN"
+    distil = "g2sd distill specific specific_small_coco --init GENERIC --teacher FILE --data COCO --out RUN"
     cells += [
         Cell(row=row, column=column, paper=figure, digits=1, tolerance=0.3, needs=(DATASET, CHECKPOINT, GPU),
              command=command)
@@ -164,7 +162,7 @@ def _detectors() -> Table:
 def _official_parameters(size: DetectorSize) -> float:
     with torch.device("meta"):
         state = detection_model(size).state_dict()
-    return sum(each.numel() for each in detector_rules().inverse().rename(state).values()) / 1e6
+    return sum(weight.numel() for weight in detector_rules().inverse().rename(state).values()) / 1e6
 
 
 def _steps() -> Table:
@@ -223,8 +221,8 @@ def _seeds_above(upper: str, lower: str) -> float:
 def _parameters(build: Callable[[], nn.Module]) -> float:
     with torch.device("meta"):
         model = build()
-    fixed = {name for name, each in model.named_parameters() if "pos_embed" in name and not each.requires_grad}
-    return sum(each.numel() for name, each in model.named_parameters() if name not in fixed) / 1e6
+    fixed = {name for name, weight in model.named_parameters() if "pos_embed" in name and not weight.requires_grad}
+    return sum(weight.numel() for name, weight in model.named_parameters() if name not in fixed) / 1e6
 
 
 def _gmacs(build: Callable[[], nn.Module]) -> float:

@@ -1,4 +1,4 @@
-"""A teacher's targets on disk, for trainings that see the same pictures again and again: the teacher runs once."""
+"""A teacher's targets on disk, for training on images that do not vary: the teacher runs once."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ __all__ = ["StoredTargets", "store_targets"]
 
 
 class StoredTargets(Dataset):
-    """Pictures with stored targets: item i is (picture, noise, hidden) for one of its masks, drawn at random.
+    """Images with stored targets: item i is (image, noise, hidden) for one of its masks, drawn at random.
 
     `noise` decides the mask, `hidden` [tokens, channels] is the teacher's hidden state in its order, float32. Raises
     ValueError for pictures that the folder is not of.
@@ -37,7 +37,7 @@ class StoredTargets(Dataset):
         shape = self.settings.get("shape")
         if list(self.hidden.shape) != shape or self.hidden.dtype != np.float16 or len(pictures) != shape[0]:
             raise InputError(
-                f"{folder} has targets {list(self.hidden.shape)}; expected {shape}, of {len(pictures)} pictures"
+                f"{folder} has targets {list(self.hidden.shape)}; expected {shape}, for {len(pictures)} images"
             )
         self.pictures = pictures
 
@@ -62,7 +62,7 @@ def store_targets(
     batch_size: int = 32,
     workers: int = 0,
 ) -> Path:
-    """Compute the teacher's hidden states of all pictures, each under some masks, and return the folder.
+    """Compute the teacher's hidden states of all images under several masks, and return the folder.
 
     `pictures` are a data set of (image, label) that does not vary. Stored are float16 numbers, 2 (1 + patches) width
     bytes for each mask. A folder that holds the same targets is left as it is. Raises ValueError for a folder of others
@@ -97,15 +97,15 @@ def store_targets(
 
 
 def _hidden(distiller: GenericDistiller, images: Tensor, first: int, masks: int, seed: int) -> np.ndarray:
-    """Return hidden states [batch, masks, tokens, width] of pictures `first` and on."""
+    """Return hidden states [batch, masks, tokens, width] of the images from `first` on."""
     device = next(distiller.teacher.parameters()).device
     patches = distiller.teacher.grid[0] * distiller.teacher.grid[1]
-    found = []
+    states = []
     for number in range(masks):
         noise = torch.stack([_noise(seed, first + i, number, patches) for i in range(len(images))])
         mask = mask_patches(noise.to(device), distiller.mask_ratio)
-        found.append(distiller.target(images.to(device), mask).cpu())
-    hidden = torch.stack(found, 1)
+        states.append(distiller.target(images.to(device), mask).cpu())
+    hidden = torch.stack(states, 1)
     if not hidden.half().isfinite().all():
         raise InputError("the teacher's hidden states exceed float16, which targets are stored in")
     return hidden.half().numpy()

@@ -1,4 +1,4 @@
-"""What one training step of each stage computes: MAE's pixels, generic distillation, and classification.
+"""Training steps of the stages: MAE's pixels, generic distillation, and classification.
 
 Losses are float32 in any precision.
 """
@@ -45,9 +45,9 @@ class AutoencoderTask(Task):
 
 
 class GenericTask(Task):
-    """Generic distillation. The teacher is no part of what is trained and stored.
+    """Generic distillation. The teacher is neither trained nor saved.
 
-    Beside the loss stand two that need no student, and that it must get below: `zero_loss` of always predicting 0, and
+    Two baselines need no student, and the loss must fall below them: `zero_loss` of always predicting 0, and
     `position_loss` of predicting, for each position, the mean of all targets so far.
     """
 
@@ -67,10 +67,10 @@ class GenericTask(Task):
         noise: Tensor | None = None,
         hidden: Float[Tensor, "batch tokens features"] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the sum of the students' losses, each of them, and the baselines.
+        """Return the sum of the students' losses, the losses themselves, and the baselines.
 
         `hidden` are stored targets of the masks that `noise` gives; without them, the second argument is not used, so
-        that batches with labels do.
+        that it may be the labels of a batch.
         """
         (distiller,) = self._distiller
         if noise is None or hidden is None:
@@ -78,24 +78,24 @@ class GenericTask(Task):
         mask = mask_patches(noise, distiller.mask_ratio)
         hidden = distiller.target(images, mask) if hidden is None else hidden
         losses, _ = self.trainable_module(images, mask, supervised(hidden, mask, distiller.supervise))
-        found = {"loss": torch.stack(losses).sum()}
+        outputs = {"loss": torch.stack(losses).sum()}
         if len(losses) > 1:
-            found |= {f"loss_{i}": loss for i, loss in enumerate(losses)}
+            outputs |= {f"loss_{i}": loss for i, loss in enumerate(losses)}
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             target = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
             ids = mask.ids_shuffle[:, :, None].expand(-1, -1, target.shape[2])
             mean = self.mean_target.expand(len(target), -1, -1)
             mean = torch.cat([mean[:, :1], mean[:, 1:].gather(1, ids)], 1)
             for name, guess in (("zero_loss", torch.zeros_like(target)), ("position_loss", mean)):
-                ours, theirs = (supervised(each, mask, distiller.supervise) for each in (guess, target))
-                found[name] = len(losses) * F.smooth_l1_loss(ours, theirs, beta=distiller.beta)
+                ours, theirs = (supervised(tokens, mask, distiller.supervise) for tokens in (guess, target))
+                outputs[name] = len(losses) * F.smooth_l1_loss(ours, theirs, beta=distiller.beta)
             self.num_targets += len(target)
             update = mask.unshuffle(target).mean(0) - self.mean_target
             self.mean_target += update * (len(target) / self.num_targets)
-        return found
+        return outputs
 
     def final_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of a single student under its own names; of several, with the place of each before."""
+        """Return a single student's weights under its own names; names of several students begin with their place."""
         (distiller,) = self._distiller
         prefix = "members.0." if len(distiller.students.members) == 1 else "members."
         return {key.removeprefix(prefix): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""The stages by recipes: pre-training, generic distillation, classification."""
+"""Training by recipe: pre-training, generic distillation, classification."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from visionkernels.pictures.transforms import LabelMixing
 from visionkernels.tasks.classification import ClassificationRecipe, ClassificationSets, build_classifier
 from visionkernels.tasks.teachers import Teacher, open_teacher
 from visionkernels.training import FitResult
-from visionkernels.weights import Trained, read_checkpoint
+from visionkernels.weights import Trained, open_trained, read_checkpoint
 
 __all__ = ["distil_generic", "finetune", "pretrain", "with_few_labels"]
 
@@ -39,9 +39,9 @@ _REMEMBERED_BYTES = 256 << 20
 def pretrain(recipe: PretrainRecipe, data: str | Path | None, out: str | Path) -> FitResult:
     """Pre-train a masked autoencoder; rerun with the same arguments to resume the run in the folder `out`.
 
-    `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own; labels are not used.
+    `data` is as for `visionkernels.pictures.labelled.open_pictures`, by default the recipe's own; labels are ignored.
     `out`/weights.safetensors opens with `g2sd.official.load_official`. The metrics are `val_loss` on masks of the
-    validation images that are always the same, and `val_flat_loss`, that of patches of one colour.
+    validation images that are always the same, and the baseline `val_flat_loss` of patches of one colour.
     """
     sets = _open(recipe, data)
     torch.manual_seed(recipe.fit.seed)
@@ -63,7 +63,7 @@ def distil_generic(
     """Distil a teacher into the recipe's students, without labels; rerun with the same arguments to resume.
 
     `out`/weights.safetensors holds the student, which `load_official` and `g2sd.official.load_encoder` open; of several
-    students it holds all, and each has a file of its own, student-0.safetensors, ... The metrics are `val_loss` on
+    students it holds all, and one student per file is in student-0.safetensors, ... The metrics are `val_loss` on
     masks that are always the same, and `val_zero_loss` and `val_position_loss`, which it must be below (see
     `GenericTask`).
 
@@ -114,9 +114,7 @@ def _masked_teacher(
     if isinstance(teacher, nn.Module):
         return teacher
     size = recipe.pictures.size
-    if Path(teacher).is_file():
-        if checkpoint is not None:
-            raise InputError(f"--teacher {teacher} is a file; --teacher-checkpoint is for a teacher by name")
+    if _is_file(teacher, checkpoint):
         return load_teacher(teacher, img_size=(size, size))
     name = str(teacher)
     if Path(name).suffix in (".pth", ".safetensors"):
@@ -129,7 +127,7 @@ def _masked_teacher(
 
 
 def _part(weights: Path, records: Sequence[Trained]) -> None:
-    """Write each of several students into a file of its own, beside that of all."""
+    """Write one file for each of several students, beside the file of all."""
     checkpoint = read_checkpoint(weights)
     assert checkpoint.trained is not None
     for place, record in enumerate(records):
@@ -194,25 +192,34 @@ def _classifying_teacher(
     """Return a teacher of the student's images; positions of a file of this family are resized to them."""
     if isinstance(teacher, nn.Module):
         return teacher
-    if checkpoint is None and Path(teacher).is_file():
+    if _is_file(teacher, checkpoint):
         opened = read_checkpoint(teacher)
         if opened.trained is None or opened.trained.package == "g2sd":
             return load_official(opened, img_size=(recipe.pictures.size,) * 2)
+        teacher = open_trained(opened).model
     model = open_teacher(teacher, checkpoint=checkpoint, num_classes=num_classes)
     wrapped = Teacher(model, mean=recipe.pictures.mean, std=recipe.pictures.std)
     wrapped.num_classes = num_classes  # type: ignore[assignment]
     return wrapped
 
 
+def _is_file(teacher: str | Path, checkpoint: str | Path | None) -> bool:
+    """Tell whether a teacher is a weights file. Raises InputError for one with a `checkpoint`."""
+    is_file = Path(teacher).is_file()
+    if is_file and checkpoint is not None:
+        raise InputError(f"--teacher {teacher} is a file; --teacher-checkpoint is for a teacher by name")
+    return is_file
+
+
 def with_few_labels(pictures: LabelledPictures, per_class: int, *, seed: int = 0) -> LabelledPictures:
-    """Return `per_class` random pictures of each class. Raises ValueError for a class that has fewer."""
+    """Return `per_class` random images of each class. Raises ValueError for a class that has fewer."""
     check(per_class >= 1, "per_class", per_class, "at least 1")
     labels, rng = np.asarray(pictures.labels), np.random.default_rng(seed)
     chosen: list[int] = []
     for number, name in enumerate(pictures.class_names):
         places = np.flatnonzero(labels == number)
         if len(places) < per_class:
-            raise InputError(f"class {name} has {len(places)} pictures, fewer than labels_per_class={per_class}")
+            raise InputError(f"class {name} has {len(places)} images, fewer than labels_per_class={per_class}")
         chosen += rng.permutation(places)[:per_class].tolist()
     files, describe = pictures.files, pictures.describe
     return replace(
@@ -229,7 +236,7 @@ def _at(function: Any, places: list[int], index: int) -> Any:
 
 @dataclass(frozen=True)
 class _Remembered(LabelledPictures):
-    """Small pictures that do not vary, prepared once."""
+    """Cache of prepared small images that do not vary."""
 
     known: dict[int, tuple[Any, int]] = field(default_factory=dict, init=False)
 
@@ -239,7 +246,7 @@ class _Remembered(LabelledPictures):
         return self.known[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        # of a batch at once: random numbers, which no picture draws here, are then not seeded for each
+        # for a whole batch: no image draws random numbers here, so none has to be seeded
         return [self[index] for index in indices]
 
 
@@ -247,11 +254,11 @@ def _remembered(pictures: LabelledPictures, recipe: ClassificationRecipe) -> Lab
     bytes_of_all = len(pictures) * 3 * recipe.pictures.size**2 * 4
     if bytes_of_all > _REMEMBERED_BYTES:
         return pictures
-    return _Remembered(**{each.name: getattr(pictures, each.name) for each in fields(pictures)})
+    return _Remembered(**{field_.name: getattr(pictures, field_.name) for field_ in fields(pictures)})
 
 
 def _varies(recipe: ClassificationRecipe) -> bool:
-    """Tell whether a training image is another one each time."""
+    """Return whether training images are augmented at random."""
     changes = recipe.augmentation
     return changes.random_crop or changes.rand_augment is not None or changes.erasing > 0
 
@@ -298,7 +305,7 @@ def _unlabelled(task: Any, sets: ClassificationSets) -> Any:
 
 @torch.no_grad()
 def _unlabelled_metrics(model: nn.Module, *, task: Any, pictures: LabelledPictures) -> Mapping[str, float]:
-    """Return the losses of the task on validation pictures, each under the same mask at every call."""
+    """Return the losses of the task on validation images, under the same masks at every call."""
     trained, task.trainable_module = task.trainable_module, model
     kept = {name: buffer.clone() for name, buffer in task.named_buffers()}
     totals: dict[str, float] = {}

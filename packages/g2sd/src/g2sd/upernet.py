@@ -49,7 +49,7 @@ class SegmentationModel(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
         """Return logits at the images' size. Raises ValueError for larger images, and for an empty batch."""
         maps = self.class_maps(images)
-        logits = [self.enlarge(each, (images.shape[2], images.shape[3])) for each in maps]
+        logits = [self.enlarge(class_map, (images.shape[2], images.shape[3])) for class_map in maps]
         return logits if self.training else logits[0]
 
     def class_maps(self, images: Float[Tensor, "batch channels height width"]) -> list[Tensor]:
@@ -102,7 +102,7 @@ class UPerHead(nn.Module):
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), _ConvNorm(last, channels, 1)) for scale in POOL_SCALES
         )
         self.bottleneck = _ConvNorm(last + len(POOL_SCALES) * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(_ConvNorm(each, channels, 1) for each in finer)
+        self.lateral_convs = nn.ModuleList(_ConvNorm(width, channels, 1) for width in finer)
         self.fpn_convs = nn.ModuleList(_ConvNorm(channels, channels, 3) for _ in finer)
         self.fpn_bottleneck = _ConvNorm(len(in_channels) * channels, channels, 3)
         self.dropout = nn.Dropout2d(dropout)
@@ -119,7 +119,7 @@ class UPerHead(nn.Module):
         if norm.training and len(last) < 2 and not isinstance(norm, nn.SyncBatchNorm):
             raise InputError("batch of 1 image in training; UperNet norms means of whole maps over the batch: use 2")
         pooled = [_resized(module(last), last.shape[2:]) for module in self.psp_modules]
-        levels = [lateral(each) for lateral, each in zip(self.lateral_convs, finer, strict=True)]
+        levels = [lateral(level) for lateral, level in zip(self.lateral_convs, finer, strict=True)]
         levels.append(self.bottleneck(torch.cat([last, *pooled], 1)))
         for place in range(len(levels) - 2, -1, -1):
             levels[place] = levels[place] + _resized(levels[place + 1], levels[place].shape[2:])
@@ -193,8 +193,8 @@ def segmentation_model(
     """Return UperNet on a plain ViT with random weights; "tiny", "small", "base" have 11.0, 42.0, 163.9 M of them.
 
     `options` (`embed_dim`, `depth`, `num_heads`, `patch_size`, `out_indices`, `drop_path_rate`, ...) go to
-    `SegmentationBackbone`, in the place of what `size` says. `decoder_channels` is by default the backbone's width;
-    `auxiliary_channels=None` leaves the auxiliary head out. `scene` says how pictures are prepared. Raises ValueError
+    `SegmentationBackbone` and replace what `size` sets. `decoder_channels` is by default the backbone's width;
+    `auxiliary_channels=None` leaves the auxiliary head out. `scene` says how images are prepared. Raises ValueError
     for sizes that do not fit.
     """
     check_choice("size", size, Size)
@@ -207,5 +207,5 @@ def segmentation_model(
     auxiliary = None
     if auxiliary_channels is not None:
         auxiliary = FCNHead(width, auxiliary_channels, num_classes, dropout=dropout)
-    head = UPerHead([width] * 4, decoder_channels or width, num_classes, dropout=dropout)
+    head = UPerHead([width] * 4, width if decoder_channels is None else decoder_channels, num_classes, dropout=dropout)
     return SegmentationModel(backbone, head, auxiliary, scene=scene)

@@ -1,6 +1,6 @@
 """Vision transformers for specific distillation: a class token and a distillation token (G2SD, sec. 3.3).
 
-The distillation token has no position. It stands second here, where timm's tools expect tokens that are no patches;
+The distillation token has no position. It is second here, where timm's tools expect tokens that are no patches;
 blocks do not care for the order, so that logits are those of the official model, which appends it.
 """
 
@@ -53,7 +53,10 @@ class DistilledViT(VisionTransformerDistilled):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Take images of another size, in pixels; the positions are interpolated. Raises ValueError as models do."""
         source = tuple(self.patch_embed.grid_size)
-        _check_divisible(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
+        embed = self.patch_embed
+        _check_divisible(
+            embed.img_size if img_size is None else img_size, embed.patch_size if patch_size is None else patch_size
+        )
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         grid = tuple(self.patch_embed.grid_size)
         self.pos_embed = nn.Parameter(interpolate_positions(self.pos_embed.detach(), grid, source=source))
@@ -71,8 +74,8 @@ class DistilledViT(VisionTransformerDistilled):
                 f"images have shape {list(x.shape)}; the model takes [batch, channels, {height}, {width}]: resize "
                 "them, or interpolate its positions with set_input_size"
             )
-        found: Tensor = super().forward_features(x, *args, **options)
-        return found
+        tokens: Tensor = super().forward_features(x, *args, **options)
+        return tokens
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed

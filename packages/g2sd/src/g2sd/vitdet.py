@@ -109,8 +109,8 @@ class _Block(nn.Module):
         else:
             mixed = self.attn(mixed)
         x = x + self.drop_path(mixed)
-        found: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
-        return found
+        output: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return output
 
 
 def _windows(x: Tensor, side: int) -> Tensor:
@@ -148,8 +148,8 @@ class _Attention(nn.Module):
         columns = torch.einsum("bnhwc,wkc->bnhwk", map_query, _relative(self.rel_pos_w, width).to(query.dtype))
         bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        found: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels))
-        return found
+        output: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels))
+        return output
 
 
 def resize_relative(table: Float[Tensor, "distances head_dim"], length: int) -> Float[Tensor, "new_distances head_dim"]:
@@ -188,7 +188,7 @@ class SimpleFeaturePyramid(nn.Module):
         """Return the maps by name, from the largest to the smallest, in float32 in any precision."""
         last = self.net(images)
         maps = [cast(Any, getattr(self, f"simfp_{level}"))(last) for level in (2, 3, 4, 5)]
-        maps = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in maps]
+        maps = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in maps]
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return dict(zip(LEVELS, maps, strict=True))
 
@@ -201,5 +201,5 @@ class _NormedConv(nn.Conv2d):
         self.norm = LayerNorm2d(out_channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.norm(super().forward(x))
-        return found
+        output: Tensor = self.norm(super().forward(x))
+        return output

@@ -1,4 +1,4 @@
-"""What all distillation losses share: which features they take, the checks, the precision, and matching of channels."""
+"""The base of all distillation losses: source of features, checks, precision, and matching of channels."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -26,7 +26,7 @@ LISTS = ("stage_maps", "all_maps", "preactivations")
 class Distiller(nn.Module):
     """A loss between features of a student and of a teacher, for the same samples.
 
-    `forward` takes one tensor of each, or one list of each, as `source` says, and returns a scalar. It is computed in
+    `forward` takes one tensor of either network, or one list, as `source` says, and returns a scalar. It is computed in
     float32, in float64 for float64 input, also under autocast. The teacher gets no gradient. `beta` is the weight that
     the loss is trained with, where one was published. Raises TypeError for a tensor in place of a list and the other
     way round; ValueError for different batch sizes or numbers of maps, and where `needs` says so, other shapes.
@@ -37,7 +37,7 @@ class Distiller(nn.Module):
     is_indexed: ClassVar[bool] = False
     """Whether `forward` takes the samples' places in the training set too."""
     needs: Agreement = "batch"
-    """What of the two shapes must agree, besides the number of samples."""
+    """Which parts of the two shapes must agree, besides the number of samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Distiller(nn.Module):
         students, teachers = self.pairs(student, teacher)
         with torch.autocast(students[0].device.type, enabled=False):
             if self.adapters:
-                students = [adapter(each) for adapter, each in zip(self.adapters, students, strict=True)]
+                students = [adapter(features) for adapter, features in zip(self.adapters, students, strict=True)]
             for ours, theirs in zip(students, teachers, strict=True):
                 require_equal(type(self).__name__, ours, theirs, self.needs)
             return self.compare_all(students, teachers)
@@ -101,7 +101,7 @@ class Distiller(nn.Module):
                 axes = "[batch, channels, height, width]" if num_axes == 4 else "[batch, features]"
                 raise InputError(f"{name}: student {list(one.shape)} and teacher {list(other.shape)} must be {axes}")
             require_equal(name, one, other, "batch")
-        return [_wide(each) for each in ours], [_wide(each.detach()) for each in theirs]
+        return [_wide(value) for value in ours], [_wide(value.detach()) for value in theirs]
 
 
 def require_equal(name: str, student: Tensor, teacher: Tensor, needs: Agreement) -> None:
@@ -116,7 +116,7 @@ def require_equal(name: str, student: Tensor, teacher: Tensor, needs: Agreement)
         hint = "; with create(..., student=, teacher=) a trained layer matches them" if student.ndim > 2 else ""
         raise InputError(f"{shapes} have {student.shape[1]} and {teacher.shape[1]} {what}{hint}")
     if needs == "shape":
-        sizes = " and ".join(str(list(each.shape[2:])) for each in (student, teacher))
+        sizes = " and ".join(str(list(maps.shape[2:])) for maps in (student, teacher))
         raise InputError(f"{shapes} differ in size, {sizes}; pool the larger or take maps of the same stage")
 
 
@@ -126,8 +126,8 @@ def common_size(
     """Average both maps down to the smaller height and the smaller width."""
     height, width = (min(student.shape[axis], teacher.shape[axis]) for axis in (2, 3))
     student, teacher = (
-        each if each.shape[2:] == (height, width) else F.adaptive_avg_pool2d(each, (height, width))
-        for each in (student, teacher)
+        maps if maps.shape[2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+        for maps in (student, teacher)
     )
     return student, teacher
 

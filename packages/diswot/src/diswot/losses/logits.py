@@ -30,7 +30,7 @@ class KD(Distiller):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of logits [B, K]."""
-        student, teacher = (F.log_softmax(each / self.temperature, dim=1) for each in (student, teacher))
+        student, teacher = (F.log_softmax(logits / self.temperature, dim=1) for logits in (student, teacher))
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
 
 
@@ -45,5 +45,5 @@ class PearsonInterclass(Distiller):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of logits [B, K]."""
-        student, teacher = (unit_vectors(each - each.mean(1, keepdim=True)) for each in (student, teacher))
+        student, teacher = (unit_vectors(logits - logits.mean(1, keepdim=True)) for logits in (student, teacher))
         return 1 - (student * teacher).sum(1).mean()

@@ -80,7 +80,7 @@ class FT(Distiller):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of maps [B, C, H, W]."""
-        student, teacher = (attention(each) for each in common_size(student, teacher))
+        student, teacher = (attention(maps) for maps in common_size(student, teacher))
         return F.l1_loss(student, teacher) if self.p == 1 else F.mse_loss(student, teacher)
 
 
@@ -121,7 +121,7 @@ class NST(Distiller):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of one stage."""
-        student, teacher = (F.normalize(each.flatten(2), dim=2) for each in common_size(student, teacher))
+        student, teacher = (F.normalize(maps.flatten(2), dim=2) for maps in common_size(student, teacher))
         if student.shape[2] <= max(student.shape[1], teacher.shape[1]):
             # sum of k(a, b) over channels is <A^T A, B^T B> over positions, which completes a square
             ours, theirs = 1 / student.shape[1], 1 / teacher.shape[1]
@@ -166,11 +166,11 @@ class Unified(Distiller):
                 return semantic_loss(student, teacher)
             case "channel_l2_cross":
                 student, teacher = student.flatten(2), teacher.flatten(2)
-                own, across = (F.normalize(student @ each.mT, dim=-1) for each in (student, teacher))
+                own, across = (F.normalize(student @ maps.mT, dim=-1) for maps in (student, teacher))
                 return (own - across).square().sum() / student.shape[:2].numel()
             case "att_l2":
                 student, teacher = common_size(student, teacher)
                 return F.mse_loss(attention(student), attention(teacher))
         axis = 0 if self.mode == "batch_kl" else 2
-        student, teacher = (F.log_softmax(each.flatten(2), dim=axis) for each in (student, teacher))
+        student, teacher = (F.log_softmax(maps.flatten(2), dim=axis) for maps in (student, teacher))
         return F.kl_div(student, teacher, reduction="sum", log_target=True) / student.shape[:2].numel()

@@ -92,7 +92,7 @@ class VID(Distiller):
         if student is None or teacher is None:
             raise InputError("vid: its regressors need example features, create('vid', student=[...], teacher=[...])")
         ours, theirs = cls.pairs(student, teacher)
-        return cls([each.shape[1] for each in ours], [each.shape[1] for each in theirs], **options)
+        return cls([maps.shape[1] for maps in ours], [maps.shape[1] for maps in theirs], **options)
 
     def compare_all(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """Return the loss of maps [B, C, H, W]."""
@@ -137,7 +137,7 @@ class RMI(Distiller):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of one stage."""
-        student, teacher = (_centred_gram(each) for each in (student, teacher))
+        student, teacher = (_centred_gram(maps) for maps in (student, teacher))
         # half the squared distance of unit vectors: no difference of two numbers near 1
         return (student - teacher).square().sum() / 2
 

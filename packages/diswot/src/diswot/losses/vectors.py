@@ -15,7 +15,7 @@ class CC(Distiller):
     """Correlation congruence (Peng et al., 2019), in its form between neighbours of the batch.
 
     With delta = |s - t| of the embedded vectors [B, D]: the mean over i < B - 1 of sum_d delta_i,d delta_i+1,d; 0 for
-    one sample. Example features add a linear embedding of each to `width`; without them the vectors are compared as
+    one sample. Example features add a linear embedding of either to `width`; without them the vectors are compared as
     they are, and ValueError is raised where their widths differ.
     """
 
@@ -30,7 +30,7 @@ class CC(Distiller):
 
     def adapt(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         """Add both embeddings."""
-        self.embed_s, self.embed_t = (Embed(each[0].shape[1], self.width) for each in (student, teacher))
+        self.embed_s, self.embed_t = (Embed(example[0].shape[1], self.width) for example in (student, teacher))
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of vectors [B, C]."""

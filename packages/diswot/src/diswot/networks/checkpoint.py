@@ -1,7 +1,7 @@
 """Official checkpoints into the networks of this package, whose state dicts have the official keys (section 4)."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import timm
@@ -94,6 +94,7 @@ def _classifier_of(name: str) -> str:
     return str(cfg.classifier)
 
 
+@cache
 def _shapes(name: str, classes: int) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes)

@@ -105,7 +105,7 @@ class GraphCell(nn.Module):
         self._sources = [
             [source for source in range(vertex) if cell.matrix[source][vertex]] for vertex in range(len(cell.ops))
         ]
-        operations = [_vertex(*each) for each in zip(cell.ops[1:-1], self.vertex_channels[1:-1], strict=True)]
+        operations = [_vertex(*vertex) for vertex in zip(cell.ops[1:-1], self.vertex_channels[1:-1], strict=True)]
         self.vertex_op = nn.ModuleList([Unused(), *operations])
         self.input_op = nn.ModuleList(
             ConvBnRelu(channels_in, width, 1, momentum=_OUTER_MOMENTUM) if 0 in sources else Unused()

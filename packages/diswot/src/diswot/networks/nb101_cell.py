@@ -51,7 +51,7 @@ class NB101Cell:
         labels = [-1, *(NB101_OPS.index(op) for op in self.ops[1:-1]), -2]
         out_degrees = [sum(row) for row in self.matrix]
         in_degrees = [sum(column) for column in zip(*self.matrix, strict=True)]
-        hashes = [_md5(str(each)) for each in zip(out_degrees, in_degrees, labels, strict=True)]
+        hashes = [_md5(str(vertex)) for vertex in zip(out_degrees, in_degrees, labels, strict=True)]
         for _ in range(size):
             hashes = [
                 _md5(

@@ -29,24 +29,24 @@ _OPERATION = re.compile(r"([^|~+]*)~(\d*)")
 def parse_nb201(text: str) -> tuple[str, ...]:
     """Return the operations on the six edges of a cell, `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`.
 
-    Raises ValueError that tells the position and what was expected there.
+    Raises ValueError with the position and what was expected there.
     """
     operations: list[str] = []
     position = 0
     for target in (1, 2, 3):
         position = _expect(text, position, "|" if target == 1 else "+|")
         for source in range(target):
-            found = _OPERATION.match(text, position)
-            if found is None:
+            match = _OPERATION.match(text, position)
+            if match is None:
                 raise _malformed(text, position, f"an operation and ~{source}")
             try:
-                check_known("operation", found[1], NB201_OPS)
+                check_known("operation", match[1], NB201_OPS)
             except ValueError as error:
                 raise InputError(f"NAS-Bench-201 cell {_shortened(text)} at position {position}: {error}") from error
-            if found[2] != str(source):
-                raise _malformed(text, found.start(2), f"the input node {source}")
-            operations.append(found[1])
-            position = _expect(text, found.end(), "|")
+            if match[2] != str(source):
+                raise _malformed(text, match.start(2), f"the input node {source}")
+            operations.append(match[1])
+            position = _expect(text, match.end(), "|")
     if position < len(text):
         raise _malformed(text, position, "the end")
     return tuple(operations)
@@ -66,8 +66,8 @@ def _expect(text: str, position: int, mark: str) -> int:
 
 
 def _malformed(text: str, position: int, expected: str) -> ValueError:
-    found = repr(text[position : position + 12]) if position < len(text) else "the end"
-    return ValueError(f"NAS-Bench-201 cell {_shortened(text)} has {found} at position {position}; expected {expected}")
+    seen = repr(text[position : position + 12]) if position < len(text) else "the end"
+    return ValueError(f"NAS-Bench-201 cell {_shortened(text)} has {seen} at position {position}; expected {expected}")
 
 
 def _shortened(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What all networks share: a stem, stages, global average pooling and one Linear, seen through timm's protocol."""
+"""The base of all networks: a stem, stages, global average pooling and one Linear, with timm's interface."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence

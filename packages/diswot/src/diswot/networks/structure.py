@@ -26,7 +26,7 @@ _CONV_KERNELS, _RESIDUAL_KERNELS = (1, 3, 5, 7), (3, 5, 7)
 
 
 def block_kinds() -> dict[str, tuple[int, ...]]:
-    """Return the kinds of super blocks, each with the kernel sizes of one sub-layer's convolutions."""
+    """Return the kinds of super blocks with the kernel sizes of one sub-layer's convolutions."""
     kinds: dict[str, tuple[int, ...]] = {f"SuperConvK{k}BNRELU": (k,) for k in _CONV_KERNELS}
     kinds |= {f"SuperResK{k}K{k}": (k, k) for k in _RESIDUAL_KERNELS}
     return kinds | {f"SuperResK1K{k}K1": (1, k, 1) for k in _RESIDUAL_KERNELS}
@@ -108,7 +108,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Structure:
-    """A chain of super blocks, of which each takes the channels that the one before it gives."""
+    """A chain of super blocks, in which a block takes the channels that the one before it gives."""
 
     blocks: tuple[SuperBlock, ...]
 
@@ -158,8 +158,8 @@ class Structure:
         """Count all parameters of the network, without building it."""
         total = (self.blocks[-1].channels_out + 1) * num_classes
         for block in self.blocks:
-            convolutions = [each for branch in block.branches() for each in branch]
-            total += sum(each.num_weights + 2 * each.channels_out for each in convolutions)
+            convolutions = [layer for branch in block.branches() for layer in branch]
+            total += sum(layer.num_weights + 2 * layer.channels_out for layer in convolutions)
             if block.is_residual:
                 total += (block.channels_in + 3) * block.channels_out
         return total
@@ -171,8 +171,8 @@ class Structure:
         """
         total = self.blocks[-1].channels_out * num_classes + 1
         for block in self.blocks:
-            convolutions = [each for branch in block.branches() for each in branch]
-            total += sum(each.num_weights + each.channels_out for each in convolutions)
+            convolutions = [layer for branch in block.branches() for layer in branch]
+            total += sum(layer.num_weights + layer.channels_out for layer in convolutions)
             if block.is_residual:
                 total += (block.channels_in + 1) * block.channels_out
         return total
@@ -187,9 +187,9 @@ class Structure:
         total, side = 0.0, float(resolution)
         for block in self.blocks:
             for index, branch in enumerate(block.branches()):
-                for each in branch:
-                    side = side // each.stride
-                    total += (each.num_weights + each.channels_out) * side**2
+                for layer in branch:
+                    side = side // layer.stride
+                    total += (layer.num_weights + layer.channels_out) * side**2
                 if block.is_residual and index == 0:
                     total += (block.channels_in + 1) * block.channels_out * (side / block.stride) ** 2
         return total + self.blocks[-1].channels_out * num_classes
@@ -225,10 +225,10 @@ def parse_block(text: str) -> SuperBlock:
 
 
 def _parse_block(text: str, start: int) -> tuple[SuperBlock, int]:
-    found = _BLOCK.match(text, start)
-    if found is None:
+    match = _BLOCK.match(text, start)
+    if match is None:
         raise _malformed(text, start, "a block, e.g. SuperResK3K3(64,64,1,64,2)")
-    kind, position = found[1], found.end()
+    kind, position = match[1], match.end()
     try:
         check_known("block", kind, _KINDS)
         names = ["in-channels", "out-channels", "stride", "sub-layers"]
@@ -254,8 +254,8 @@ def _parse_block(text: str, start: int) -> tuple[SuperBlock, int]:
 
 
 def _malformed(text: str, position: int, expected: str) -> ValueError:
-    found = repr(text[position : position + 12]) if position < len(text) else "the end"
-    return ValueError(f"structure {_shortened(text)} has {found} at position {position}; expected {expected}")
+    seen = repr(text[position : position + 12]) if position < len(text) else "the end"
+    return ValueError(f"structure {_shortened(text)} has {seen} at position {position}; expected {expected}")
 
 
 def _shortened(text: str) -> str:

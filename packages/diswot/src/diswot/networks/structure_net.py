@@ -31,11 +31,11 @@ class NetBlock(nn.Module):
 def _layers(convolutions: Sequence[Convolution], *, ends_activated: bool) -> nn.ModuleList:
     """Convolution, norm and ReLU of each; the last ReLU where `ends_activated`."""
     layers: list[nn.Module] = []
-    for each in convolutions:
+    for layer in convolutions:
         convolution = nn.Conv2d(
-            each.channels_in, each.channels_out, each.kernel, each.stride, (each.kernel - 1) // 2, bias=False
+            layer.channels_in, layer.channels_out, layer.kernel, layer.stride, (layer.kernel - 1) // 2, bias=False
         )
-        layers += [NetBlock(convolution), NetBlock(nn.BatchNorm2d(each.channels_out, eps=_EPS)), nn.ReLU()]
+        layers += [NetBlock(convolution), NetBlock(nn.BatchNorm2d(layer.channels_out, eps=_EPS)), nn.ReLU()]
     return nn.ModuleList(layers if ends_activated else layers[:-1])
 
 
@@ -72,7 +72,7 @@ class BlockChain(nn.Module):
                 layers += [ResidualBranch(branch, None if index else block.stride), nn.ReLU()]
             self.module_list = nn.ModuleList(layers)
         else:
-            self.module_list = _layers([each for branch in branches for each in branch], ends_activated=True)
+            self.module_list = _layers([layer for branch in branches for layer in branch], ends_activated=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_pair(x)[1]

@@ -16,19 +16,20 @@ def patterns(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Functional ReLUs are not seen, such as the last one of a residual block: that is the proxies' definition.
     """
-    found: list[Tensor] = []
+    codes: list[Tensor] = []
     modules = [module for module in model.modules() if isinstance(module, nn.ReLU)]
     if not modules:
         raise InputError(f"{type(model).__name__} has no ReLU modules, which nwot and linear_regions look at")
     handles = [
-        each.register_forward_pre_hook(lambda _, inputs: found.append((inputs[0] > 0).flatten(1))) for each in modules
+        module.register_forward_pre_hook(lambda _, inputs: codes.append((inputs[0] > 0).flatten(1)))
+        for module in modules
     ]
     try:
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return codes
 
 
 def nwot(codes: list[Tensor]) -> float:

@@ -39,19 +39,19 @@ def backward(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, floa
         for module in layers_of(model):
             stack.callback(module.register_forward_hook(partial(_note, calls)).remove)
         loss = cross_entropy(model(images), labels)
-    weights, others = _weights(model), [each for each in model.parameters() if each.requires_grad]
-    found = torch.autograd.grad(loss, [*weights, *others, *(output for _, output in calls)], allow_unused=True)
-    gradients = found[: len(weights)]
+    weights, others = _weights(model), [weight for weight in model.parameters() if weight.requires_grad]
+    all_gradients = torch.autograd.grad(loss, [*weights, *others, *(output for _, output in calls)], allow_unused=True)
+    gradients = all_gradients[: len(weights)]
     pairs = [(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None]
     products = [weight * gradient for weight, gradient in pairs]
-    whole = [each for each in found[len(weights) : len(weights) + len(others)] if each is not None]
+    whole = [gradient for gradient in all_gradients[len(weights) : len(weights) + len(others)] if gradient is not None]
     return {
         "grad_norm": sum(gradient.norm().item() for _, gradient in pairs),
-        "grad_norm_all": torch.stack([each.norm() for each in whole]).norm().item(),
-        "snip": sum(each.abs().sum().item() for each in products),
-        "plain": sum(each.sum().item() for each in products),
-        "snip_mean": -sum(each.abs().flatten(1).sum(1).mean().item() for each in products),
-        "fisher": sum(map(_fisher, calls, found[len(weights) + len(others) :])),
+        "grad_norm_all": torch.stack([gradient.norm() for gradient in whole]).norm().item(),
+        "snip": sum(product.abs().sum().item() for product in products),
+        "plain": sum(product.sum().item() for product in products),
+        "snip_mean": -sum(product.abs().flatten(1).sum(1).mean().item() for product in products),
+        "fisher": sum(map(_fisher, calls, all_gradients[len(weights) + len(others) :])),
     }
 
 
@@ -87,7 +87,9 @@ def grasp(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     assert isinstance(product, Tensor)
     curved = torch.autograd.grad(product, [weight for weight, _ in used], allow_unused=True)
     return -sum(
-        (weight * each).sum().item() for (weight, _), each in zip(used, curved, strict=True) if each is not None
+        (weight * product).sum().item()
+        for (weight, _), product in zip(used, curved, strict=True)
+        if product is not None
     )
 
 

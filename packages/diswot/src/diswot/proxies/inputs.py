@@ -38,9 +38,9 @@ def epe_nas(rows: np.ndarray, labels: Tensor, num_classes: int) -> float:
     """
     classes = labels.cpu().numpy()
     sums = []
-    for each in np.unique(classes):
-        found = np.log(np.abs(_correlations(rows[classes == each])) + _SMALL)
-        sums.append(float(found.sum()) if num_classes <= 100 else float(found.sum()) / found.size)
+    for number in np.unique(classes):
+        logs = np.log(np.abs(_correlations(rows[classes == number])) + _SMALL)
+        sums.append(float(logs.sum()) if num_classes <= 100 else float(logs.sum()) / logs.size)
     if num_classes <= 100:
         return float(np.abs(sums).sum())
     pairs = [abs(a - b) for i, a in enumerate(sums) for b in sums[i + 1 :]]
@@ -62,8 +62,8 @@ def ntk_condition(model: nn.Module, images: Tensor) -> float:
     outputs = model(images)
     rows = []
     for output in outputs:
-        found = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([each.flatten() for each in found if each is not None]))
+        parts = torch.autograd.grad(output.sum(), parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([part.flatten() for part in parts if part is not None]))
     gradients = torch.stack(rows).double()
     if not gradients.isfinite().all():
         return math.nan

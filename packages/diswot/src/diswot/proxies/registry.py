@@ -19,7 +19,7 @@ __all__ = ["PROXIES", "Setting", "compute", "names"]
 
 
 class Setting(NamedTuple):
-    """What a proxy is computed from; the model is a copy of its own."""
+    """The inputs of a proxy; it may change the model, which is a copy."""
 
     model: nn.Module
     images: Tensor
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     redraw: Callable[[nn.Module, Init], None]
     """Draws weights for the seed and the key."""
     generator: torch.Generator
-    """Of noise."""
+    """Generator of noise."""
 
 
 def _noise(setting: Setting) -> Tensor:
@@ -48,7 +48,7 @@ def _jacobian(setting: Setting) -> dict[str, float]:
 
 
 def _zen(setting: Setting) -> dict[str, float]:
-    # defined for weights from N(0, 1), unless those at hand are asked for
+    # defined for weights from N(0, 1); "keep" uses the present ones
     if setting.init != "keep":
         setting.redraw(setting.model, "gaussian")
     return {"zen": inputs.zen(setting.model, _noise(setting), _noise(setting))}
@@ -63,7 +63,7 @@ def _bn_logvar(setting: Setting) -> dict[str, float]:
 def _counts(setting: Setting) -> dict[str, float]:
     channels, height, width = setting.images.shape[1:]
     return {
-        "params": sum(each.numel() for each in setting.model.parameters()),
+        "params": sum(weight.numel() for weight in setting.model.parameters()),
         "flops": count_macs(setting.model, (channels, height, width)),
     }
 
@@ -118,12 +118,12 @@ def compute(
     def redraw(own: nn.Module, init: Init) -> None:
         initialise(own, init, draws_of(seed, key, draws))
 
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name in wanted:
-        if name not in found:
+        if name not in values:
             generator = generator_for(seed, f"noise/{key}")
-            found |= _run(PROXIES[name], model, images, labels, init, redraw, generator)
-    return {name: rankable(name, float(found[name])) for name in wanted}
+            values |= _run(PROXIES[name], model, images, labels, init, redraw, generator)
+    return {name: rankable(name, float(values[name])) for name in wanted}
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""The spaces by name."""
+"""Registry of the spaces."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,7 +40,7 @@ def create(name: str, **options: Any) -> Space:
         raise InputError(f"space {name} cannot be made with {given}: {error}") from error
 
 
-# what names of teachers begin with
+# prefixes of names of teachers
 _KINDS = {
     "timm_convnext": ("convnext",),
     "timm_vit": ("vit_", "deit", "beit", "eva", "flexivit"),

@@ -28,7 +28,7 @@ def nb101_key(cell: NB101Cell) -> str:
 
 
 def nb101_cell(key: str) -> NB101Cell:
-    """Return the cell of a key, without vertices that are on no path; ValueError tells where a key is wrong."""
+    """Return the cell of a key, without vertices that are on no path; ValueError says where a key is wrong."""
     _check_marks(key)
     letters, _, rows = key.partition("/")
     size = len(letters) + 2

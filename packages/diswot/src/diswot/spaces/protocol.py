@@ -1,4 +1,4 @@
-"""What a search space is: architectures under text keys that can be drawn, changed a little, and built."""
+"""The interface of a search space: architectures under text keys that can be drawn, mutated and built."""
 
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
@@ -37,7 +37,7 @@ class Space(Protocol):
         ...
 
     def parse(self, key: str) -> str:
-        """Return the canonical form of `key`; ValueError tells where it is wrong and what was expected."""
+        """Return the canonical form of `key`; ValueError says where it is wrong and what was expected."""
         ...
 
     def build(self, key: str, *, num_classes: int = 100, in_chans: int = 3) -> nn.Module:

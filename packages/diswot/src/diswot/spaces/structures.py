@@ -25,7 +25,7 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class _Choices:
-    """What a mutation may choose from."""
+    """Choices of a mutation."""
 
     multipliers: tuple[float, ...]
     layer_steps: tuple[int, ...]
@@ -54,7 +54,7 @@ _CHOICES = {
 
 
 def mutation_candidates(block: SuperBlock, space: BlockSpace) -> list[SuperBlock]:
-    """Return the blocks that may take the place of `block`, each once and sorted by their text; `block` can be one.
+    """Return the blocks that may replace `block`, without repeats and sorted by their text; `block` can be one.
 
     Residual blocks change their kind, output channels, bottleneck and sub-layers, plain convolutions their output
     channels only. Input channels and stride stay. (The official list holds some several times, since it grows while it

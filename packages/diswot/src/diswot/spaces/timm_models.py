@@ -23,7 +23,7 @@ def _text(value: Value) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an argument may be: one of `values`, or with `length` a tuple of so many of them."""
+    """Choices for an argument: one of `values`, or with `length` a tuple of that many of them."""
 
     values: tuple[Value, ...]
     length: int | None = None
@@ -206,8 +206,8 @@ class TimmSpace:
         arguments: dict[str, Any] = {}
         for option, choice in self.choices.items():
             values = {_text(value): value for value in choice.values}
-            found = tuple(values[next(entries)] for _ in range(choice.length or 1))
-            arguments[option] = found if choice.length else found[0]
+            chosen = tuple(values[next(entries)] for _ in range(choice.length or 1))
+            arguments[option] = chosen if choice.length else chosen[0]
         return model, arguments
 
 

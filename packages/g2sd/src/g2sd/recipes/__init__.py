@@ -1,4 +1,4 @@
-"""The paper's settings of all stages and tasks as frozen data, one name each, and small ones that learn on a CPU."""
+"""The paper's settings of all stages and tasks as frozen data by name, and small ones that learn on a CPU."""
 
 from g2sd.recipes.base import AutoencoderSizes, ViTSizes, check_teacher
 from g2sd.recipes.detection import DETECTION, DetectionRecipe, DetectionSizes

@@ -1,4 +1,4 @@
-"""Sizes of models, and what the recipes of all stages share."""
+"""Sizes of models, and settings that the recipes of all stages share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ class ViTSizes(ModelRecipe):
 
 
 def autoencoder_record(recipe: ClassificationRecipe, sizes: AutoencoderSizes, **widths: int | None) -> Trained:
-    """Return what a weights file says of a masked autoencoder; `widths` are those of its heads for a teacher."""
+    """Return the record of a masked autoencoder; `widths` are those of its heads for a teacher."""
     options = {"img_size": recipe.pictures.size, **sizes.options(), **widths}
     return Trained(
         kind="autoencoder", package="g2sd", model=sizes.name, options=options, inputs=recipe.pictures.inputs(),
@@ -52,7 +52,7 @@ def autoencoder_record(recipe: ClassificationRecipe, sizes: AutoencoderSizes, **
 
 
 def check_teacher(recipe: Any, teacher: object) -> None:
-    """Raise ValueError for a teacher of a recipe without a mode, and for none of one that has it."""
+    """Raise InputError for a teacher if the recipe has no mode, and for a missing one if it has."""
     if teacher is None and recipe.mode is not None:
         raise InputError(f"recipe {recipe.name} has mode={recipe.mode!r} and needs --teacher")
     if teacher is not None and recipe.mode is None:

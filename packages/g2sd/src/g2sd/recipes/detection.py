@@ -24,16 +24,16 @@ class DetectionSizes:
     depth: int | None = None
     num_heads: int | None = None
     window_size: int = 14
-    """Patches of a side."""
+    """Patches per side of a window."""
     window_blocks: tuple[int, ...] | None = None
     """Blocks, from 0, that attend within windows."""
     pretrain_size: int = 224
-    """Pixels a side of the images that the table of positions is for."""
+    """Pixels per side of the images that the table of positions is for."""
     drop_path_rate: float | None = None
     pyramid_channels: int = 256
     head_width: int = 1024
     regions_per_image: int = 512
-    """Proposals that the heads learn from."""
+    """Proposals per image that the heads are trained on."""
 
     def __post_init__(self) -> None:
         check_choice("size", self.size, DetectorSize)
@@ -53,14 +53,14 @@ class DetectionRecipe(Recipe):
     mode: Literal["imitation"] | None = None
     """"imitation" of the teacher's maps where it sees objects; None disables distillation."""
     feature_weight: float = 0.001
-    """Of the loss of the pyramid."""
+    """Weight of the loss on the feature pyramid."""
     objectness_weight: float = 0.1
     ramp_updates: int = 500
-    """Over which both weights rise from 0."""
+    """Updates over which both weights rise from 0."""
     scale_range: tuple[float, float] = (0.1, 2.0)
-    """Of training pictures, by which the size that fits `img_size` is multiplied."""
+    """Range of the random factor on the size of training images, relative to the size that fits `img_size`."""
     is_ranked: bool = True
-    """Whether classes are the places of COCO's category ids, or these ids."""
+    """Whether class numbers are ranks of COCO's category ids, instead of the ids."""
 
     def __post_init__(self) -> None:
         check(self.mode in ("imitation", None), "mode", self.mode, "imitation or None")
@@ -70,7 +70,7 @@ class DetectionRecipe(Recipe):
         check(0 < low <= high, "scale_range", self.scale_range, "two rising numbers above 0")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the model."""
+        """Return the record of the model."""
         options = self.model.options() | ({} if num_classes is None else {"num_classes": num_classes})
         return Trained(
             kind="detector", package="g2sd", model=f"vitdet_{self.model.size}", options=options,
@@ -82,12 +82,12 @@ class DetectionRecipe(Recipe):
         return {name: getattr(self, name) for name in ("feature_weight", "objectness_weight", "ramp_updates")}
 
 
-# 100 epochs of 118,000 pictures, in float32
+# 100 epochs of 118,000 images, in float32
 _COCO_FIT = FitRecipe(
     updates=184_375,
     batch_size=64,
     optimizer=OptimizerRecipe(name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=0.7),
-    # a warm-up starts at a share of the peak: here 0.001
+    # the warm-up starts at 0.001 of the peak
     schedule=ScheduleRecipe(
         name="multistep", unit="update", milestones=(163_889, 177_546), milestone_unit="update", warmup=250,
         warmup_lr=0.001 * 1e-4,

@@ -1,4 +1,4 @@
-"""The paper's trainings on images that have a class or need none, by name, and small ones for handwritten digits."""
+"""The paper's recipes for classification and for training without labels, and small ones for handwritten digits."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,7 @@ class PretrainRecipe(ClassificationRecipe):
         check(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "in (0, 1)")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the autoencoder."""
+        """Return the record of the autoencoder."""
         return autoencoder_record(self, self.model)
 
 
@@ -48,11 +48,11 @@ class GenericRecipe(ClassificationRecipe):
     beta: float = 2.0
     """Threshold of the smooth L1 loss."""
     num_masks: int = 1
-    """Masks of each picture that are used at a time."""
+    """Masks per image and update."""
 
     def __post_init__(self) -> None:
         check_choice("supervise", self.supervise, Supervision)
-        is_whole = bool(self.students) and all(isinstance(each, AutoencoderSizes) for each in self.students)
+        is_whole = bool(self.students) and all(isinstance(student, AutoencoderSizes) for student in self.students)
         check(is_whole, "students", self.students, "one or more, with their sizes")
 
     def settings_of_loss(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class GenericRecipe(ClassificationRecipe):
         return {name: getattr(self, name) for name in names}
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of a single student, but for the teacher's widths."""
+        """Return the record of a single student, without the teacher's widths."""
         check(len(self.students) == 1, "students", len(self.students), "a single one, or its own file is to be opened")
         return autoencoder_record(self, self.students[0])
 
@@ -88,7 +88,7 @@ class FinetuneRecipe(ClassificationRecipe):
         check(count is None or count >= 1, "labels_per_class", count, "at least 1 or None")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the classifier."""
+        """Return the record of the classifier."""
         options = {"img_size": self.pictures.size, **self.model.options()}
         return Trained(
             kind="classifier", package="g2sd", model=self.model.name, inputs=self.pictures.inputs(),
@@ -128,7 +128,7 @@ _SPECIFIC_FIT = FitRecipe(
     precision="bf16", num_workers=8,
 )  # fmt: skip
 
-# the learning rate is .1 for 256 pictures, without weight decay
+# the learning rate is .1 for 256 images, without weight decay
 _PROBE_FIT = FitRecipe(
     epochs=90, batch_size=4096, optimizer=OptimizerRecipe(name="g2sd.lars:Lars", lr=1.6, weight_decay=0.0),
     schedule=cosine(10, 0.0), num_workers=8,

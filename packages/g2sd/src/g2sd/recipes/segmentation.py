@@ -27,12 +27,12 @@ class SegmentationSizes:
     depth: int | None = None
     num_heads: int | None = None
     out_indices: tuple[int, ...] | None = None
-    """Blocks, from 0, that the four maps are taken after."""
+    """Blocks, from 0, whose outputs are the four feature maps."""
     drop_path_rate: float | None = None
     dropout: float = 0.1
-    """Before the classifiers."""
+    """Dropout rate before the classifiers."""
     decoder_channels: int | None = None
-    """None: as many as the backbone has."""
+    """None: those of the backbone."""
     auxiliary_channels: int = 256
 
     def __post_init__(self) -> None:
@@ -54,12 +54,12 @@ class SegmentationRecipe(tasks.SegmentationRecipe):
     mode: SegmentationMode | None = None
     """Distillation loss; None disables distillation."""
     weight: float = 3.0
-    """Of the distillation loss."""
+    """Weight of the distillation loss."""
     temperature: float = 1.0
     reduction: Reduction = "batchmean"
-    """Of "pixel_kl"."""
+    """Reduction of "pixel_kl"."""
     auxiliary_weight: float = 0.4
-    """Of the loss of the auxiliary head; 0: there is none."""
+    """Weight of the loss of the auxiliary head; 0 leaves the head out."""
     sync_norm: bool = True
     """Share the statistics of BatchNorm between GPUs."""
     scene: SceneRecipe = field(default_factory=lambda: SceneRecipe(inference="slide"))
@@ -77,7 +77,7 @@ class SegmentationRecipe(tasks.SegmentationRecipe):
         check(crop % patch == 0, "scene.crop", crop, f"a multiple of patch_size={patch}")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the model."""
+        """Return the record of the model."""
         options = self.model.options() | ({} if num_classes is None else {"num_classes": num_classes})
         if self.auxiliary_weight == 0:
             options["auxiliary_channels"] = None
@@ -96,7 +96,7 @@ _ADE20K_FIT = FitRecipe(
     updates=160_000,
     batch_size=16,
     optimizer=OptimizerRecipe(name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=0.65),
-    # a warm-up starts at a share of the peak: here 1e-6
+    # the warm-up starts at 1e-6 of the peak
     schedule=ScheduleRecipe(name="poly", unit="update", power=1.0, warmup=1500, warmup_lr=1e-6 * 1e-4),
     precision="bf16",
     evaluate_every_epochs=13,
