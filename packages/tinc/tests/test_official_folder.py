@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from visionkernels.weights import CheckpointError
 
 from tinc.official import decode, load_official, normalise, plan_tree, save_official
 from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.volume import SideInfo
 from tinc.recipes import RECIPES, Level, OfficialRecipe
+from visionkernels.weights import CheckpointError
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "state_layout.json").read_text())
