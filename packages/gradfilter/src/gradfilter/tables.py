@@ -1,10 +1,10 @@
-"""The paper's tables as data: memory to the digit, what cannot be measured here and why, and digits that learn."""
+"""The paper's tables as data: memory to the digit, figures that cannot be measured here, and learning on digits."""
 
 import atexit
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,9 @@ from visionkernels.tables import CHECKPOINT, DATASET, SAMPLES, TIME, Cell, Figur
 __all__ = ["figures", "tables"]
 
 SEEDS = 5
+_GRADIENTS = ("head", "exact", "r1", "r2", "r4", "r7")
+_ONE_SEED = ("head", "exact", "r2", "r7")
+"""What one seed shows without `--full`."""
 _START = "--out RUN --data DIR --checkpoint FILE"
 _ON_DATA = {
     "resnet18_in1k_last4_r2": "top-1 %",
@@ -30,7 +33,7 @@ _ON_DATA = {
 }
 _SHAPES_SEEDS = 3
 _DENSE = installed("segmentation_models_pytorch", pip="gradfilter[dense]")
-_MCUNET = Need("MCUNet, which no kept library has")
+_MCUNET = Need("MCUNet, which no maintained library has")
 _DEVICE = Need("the paper's devices (Raspberry Pi 3, Jetson Nano)")
 # model: {trained convolutions: (KiB exact, KiB with patches of 2)}
 _MEMORY = {
@@ -42,14 +45,14 @@ _MEMORY = {
 
 def tables() -> list[Table]:
     """Return all tables."""
-    return [_memory(), _operations(), _accuracy(), _digits(), _borders(), _shapes()]
+    return [_memory(), _operations(), _accuracy(), _digits_once(), _digits(), _borders(), _shapes()]
 
 
 def figures() -> list[Figure]:
-    """Return what `gradfilter reproduce` draws."""
+    """Return the figures of `gradfilter reproduce`."""
     caption = (
-        "Accuracy on turned digits against what a step keeps for backward: mean and spread of five seeds, the last "
-        "four convolutions of six trained."
+        "Accuracy on rotated digits against memory kept for backward, when the last four of six convolutions are "
+        f"trained: mean and standard deviation of {SEEDS} seeds under --full, otherwise one seed."
     )
     return [Figure("digits", "Accuracy and memory on MNIST-5k", caption, _draw_digits, format="svg")]
 
@@ -76,8 +79,8 @@ def _memory() -> Table:
         )
     ]  # fmt: skip
     convention = (
-        "What the trained convolutions keep of their inputs: float32, one image of 224 pixels, 1 KB = 1024 bytes. What "
-        "autograd keeps besides (norms, activations) is in `gradfilter profile` and in the bench."
+        "Inputs that the trained convolutions keep: float32, one image of 224 pixels, 1 KB = 1024 bytes. `gradfilter "
+        "profile` and the bench also count what autograd keeps for norms and activations."
     )
     return Table("memory", "Activation memory (ImageNet table)", convention, tuple(cells))
 
@@ -92,8 +95,8 @@ def _operations() -> Table:
         for column, name in (("MFLOPs", "exact"), ("MFLOPs, patches of 2", "2x2"))
     ]  # fmt: skip
     convention = (
-        "Backward of the trained convolutions, a multiply-add counting as 2, the gradient of the first one's input "
-        "included, the averages and the kernel's sum too. The paper's own count follows another convention."
+        "Backward of the trained convolutions; a multiply-add counts as 2, and the gradient of the first one's input, "
+        "the averages and the kernel's sum are included. The paper's own count follows another convention."
     )
     return Table("operations", "Operations of backward (ImageNet table)", convention, tuple(cells))
 
@@ -109,30 +112,41 @@ def _accuracy() -> Table:
             ("latency, energy on devices", (_DEVICE,), "gradfilter bench"),
         )
     ]
-    convention = "The paper's figures for these are not available to us, so the column is empty."
+    convention = "We do not have the paper's figures for these, so the column is empty."
     return Table("accuracy", "Accuracy, latency and energy", convention, tuple(cells))
 
 
+def _digits_once() -> Table:
+    cells = _digit_cells(4, _ONE_SEED, (SAMPLES,), _of_seed_0)
+    convention = "The next table for seed 0 alone, which takes seconds."
+    return Table("digits-seed0", "Learning on this machine: MNIST-5k, one seed", convention, tuple(cells))
+
+
 def _digits() -> Table:
-    cells = []
-    for last_n in (4, 2):
-        for label in ("head", "exact", "r1", "r2", "r4", "r7"):
-            name = f"tinyconv_mnist5k_last{last_n}_{label}"
-            # the two layers' table takes as long again
-            needs = (SAMPLES,) if last_n == 4 else (SAMPLES, TIME)
-            for column, digits, key in (("top-1 %", 1, "top1"), ("kept KiB", 0, "kept_kib"), ("step ms", 1, "step_ms")):
-                cells.append(
-                    Cell(row=f"last {last_n}: {label}", column=column, paper=None, digits=digits, tolerance=0.0,
-                         command=f"gradfilter train {name} --out runs/{name}", needs=needs,
-                         measure=partial(_over_seeds, _transfers, name, key))
-                )  # fmt: skip
+    cells = [
+        cell
+        for last_n in (4, 2)
+        for cell in _digit_cells(last_n, _GRADIENTS, (SAMPLES, TIME), partial(_over_seeds, _transfers))
+    ]
     convention = (
-        f"A network of six convolutions learns 2,500 upright digits, then 1,500 inverted and turned ones in its last "
+        "A network of six convolutions learns 2,500 upright digits, then 1,500 inverted and rotated ones in its last "
         f"layers, and is tested on 1,000 of these; {SEEDS} seeds, mean and standard deviation. Before fine-tuning it "
-        "is at chance, 10 %. Kept: what a step with 64 images keeps for backward, norms in training mode. Times are "
-        "of this machine, one step, batch 64."
+        "is at chance, 10 %. Kept: memory that a step with 64 images keeps for backward, norms in training mode. Times "
+        "are of this machine, one step, batch 64."
     )
-    return Table("digits", "Learning here and now: MNIST-5k", convention, tuple(cells))
+    return Table("digits", "Learning on this machine: MNIST-5k", convention, tuple(cells))
+
+
+def _digit_cells(
+    last_n: int, labels: Sequence[str], needs: tuple[Need, ...], measure: Callable[[str, str], Measured | float]
+) -> list[Cell]:
+    names = {label: f"tinyconv_mnist5k_last{last_n}_{label}" for label in labels}
+    return [
+        Cell(row=f"last {last_n}: {label}", column=column, paper=None, digits=digits, tolerance=0.0, needs=needs,
+             command=f"gradfilter train {name} --out runs/{name}", measure=partial(measure, name, key))
+        for label, name in names.items()
+        for column, digits, key in (("top-1 %", 1, "top1"), ("kept KiB", 0, "kept_kib"), ("step ms", 1, "step_ms"))
+    ]  # fmt: skip
 
 
 def _borders() -> Table:
@@ -154,10 +168,10 @@ def _borders() -> Table:
             ]  # fmt: skip
     convention = (
         "As above, on images reduced to 14 and 9 pixels a side: the last four convolutions run on maps of 7, 7, 3, 3 "
-        "and of 4, 4, 2, 2 pixels, where 18 and 40, or 31 and 56 % of what taps read is padding. plain counts it as "
-        "pixels, covered does not; r2 is plain and leaves the maps of 2 pixels exact, as convert does unless they are "
-        "named. Cosine and norm ratio of filtered gradients to exact ones: means over the filtered layers before "
-        "fine-tuning, on 60 images."
+        "and of 4, 4, 2, 2 pixels, where padding is 18 and 40, or 31 and 56 % of what taps read. plain counts padding "
+        "as pixels, covered does not; r2 is plain and leaves the layers on maps of 2 pixels exact, as convert does "
+        "unless they are named. Cosine and norm ratio compare filtered with exact gradients before fine-tuning, on 60 "
+        "images, averaged over the filtered layers."
     )
     return Table("borders", "Borders of small maps: MNIST-5k at 14 and 9 pixels", convention, tuple(cells))
 
@@ -172,15 +186,16 @@ def _shapes() -> Table:
     ]  # fmt: skip
     convention = (
         "PSPNet on ResNet-18, from random weights, learns shapes drawn on photographs in all layers (300 updates), "
-        f"then their negatives in the last five convolutions (150 updates); {_SHAPES_SEEDS} seeds, 32 pictures to test "
-        "on. Trivial: the background everywhere."
+        f"then their negatives in the last five convolutions (150 updates); {_SHAPES_SEEDS} seeds, 32 test images. "
+        "Trivial: always the background."
     )
-    return Table("shapes", "Learning here and now: segmentation of shapes", convention, tuple(cells))
+    return Table("shapes", "Learning on this machine: segmentation of shapes", convention, tuple(cells))
 
 
 @cache
 def _profile(model: str, last_n: int) -> Profile:
-    network = getattr(torchvision.models, model)()
+    with torch.device("meta"):
+        network = getattr(torchvision.models, model)()
     return profile(network, torch.empty(1, 3, 224, 224), last_n=last_n, radii=[2], measures_memory=False)
 
 
@@ -196,12 +211,20 @@ def _mflops(model: str, last_n: int, name: str) -> float:
     return _profile(model, last_n).total(name, "flops") / 1e6
 
 
-@cache
-def _transfers(name: str) -> list[dict[str, float]]:
+_transferred: dict[tuple[str, int], dict[str, float]] = {}
+
+
+def _transfer(name: str, seed: int) -> dict[str, float]:
     from gradfilter.digits import transfer
 
-    with torch_threads(1):  # faster for networks so small, and the same figures on every machine of a kind
-        return [transfer(DIGITS[name], seed) for seed in range(SEEDS)]
+    if (name, seed) not in _transferred:
+        with torch_threads(1):  # faster for such small networks, and reproducible on machines of one kind
+            _transferred[name, seed] = transfer(DIGITS[name], seed)
+    return _transferred[name, seed]
+
+
+def _transfers(name: str) -> list[dict[str, float]]:
+    return [_transfer(name, seed) for seed in range(SEEDS)]
 
 
 @cache
@@ -216,7 +239,7 @@ def _gradients(name: str) -> list[dict[str, float]]:
 def _segmentations(label: str) -> list[dict[str, float]]:
     from gradfilter.training import train_segmenter
 
-    found = []
+    metrics = []
     recipe = RECIPES[f"pspnet_resnet18_shapes_last5_{label}"]
     assert isinstance(recipe, SegmentationRecipe) and recipe.pretraining is not None
     for seed in range(_SHAPES_SEEDS):
@@ -225,20 +248,24 @@ def _segmentations(label: str) -> list[dict[str, float]]:
         run, first = _folder() / f"{label}-{seed}" / "pretraining", _folder() / f"head-{seed}" / "pretraining"
         if first.is_dir() and run != first:
             shutil.copytree(first, run)
-        found.append(dict(train_segmenter(seeded, None, run.parent).metrics))
-    return found
+        metrics.append(dict(train_segmenter(seeded, None, run.parent).metrics))
+    return metrics
 
 
 @cache
 def _folder() -> Path:
-    """A folder that is gone with the process."""
+    """Return a folder that is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="gradfilter-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
+def _of_seed_0(name: str, key: str) -> float:
+    return _transfer(name, 0)[key]
+
+
 def _over_seeds(runs: Callable[[str], list[dict[str, float]]], name: str, key: str) -> Measured:
-    values = [found[key] for found in runs(name)]
+    values = [run[key] for run in runs(name)]
     return Measured(statistics.mean(values), statistics.stdev(values))
 
 
@@ -248,11 +275,18 @@ def _draw_digits(path: Path) -> None:
     pyplot = require("matplotlib.pyplot", "gradfilter[plots]")
     axes_of: Callable[..., tuple[object, object]] = pyplot.subplots
     figure, axes = axes_of(figsize=(6, 4), layout="constrained")
-    for label in ("head", "exact", "r1", "r2", "r4", "r7"):
+    for label in _GRADIENTS:
         name = f"tinyconv_mnist5k_last4_{label}"
-        accuracy, memory = (_over_seeds(_transfers, name, key) for key in ("top1", "kept_kib"))
-        axes.errorbar(memory.value, accuracy.value, accuracy.spread, marker="o", capsize=3)  # type: ignore[attr-defined]
-        axes.annotate(label, (memory.value, accuracy.value), xytext=(6, 6), textcoords="offset points")  # type: ignore[attr-defined]
+        if label in _ONE_SEED:
+            _transfer(name, 0)
+        # the figure takes what the tables have measured: all seeds under --full
+        if not (runs := [run for (other, _), run in _transferred.items() if other == name]):
+            continue
+        accuracies = [run["top1"] for run in runs]
+        place = (runs[0]["kept_kib"], statistics.mean(accuracies))
+        spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+        axes.errorbar(*place, spread, marker="o", capsize=3)  # type: ignore[attr-defined]
+        axes.annotate(label, place, xytext=(6, 6), textcoords="offset points")  # type: ignore[attr-defined]
     axes.set(xlabel="kept for backward, KiB", ylabel="top-1, %", xmargin=0.15, ymargin=0.1)  # type: ignore[attr-defined]
     figure.savefig(path, format=path.suffix.lstrip(".") or "svg")  # type: ignore[attr-defined]
     pyplot.close(figure)
