@@ -1,4 +1,4 @@
-"""Training on the device with filtered gradients (CVPR 2023): `gradfilter.convert(model, last_n=4, radius=4)`."""
+"""On-device training with filtered gradients (CVPR 2023): `gradfilter.convert(model, last_n=4, radius=4)`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Speed and memory of filtered training beside PyTorch's exact backward pass, in turns in one process."""
+"""Speed and memory of filtered training beside PyTorch's exact backward pass, measured in turns in one process."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ _MODELS = ("resnet18", "mobilenet_v2")
 
 
 def measure(*, full: bool = False) -> Iterator[BenchRow]:
-    """Yield all rows as they are measured; `full` repeats the timings with two threads and more repeats."""
+    """Yield all rows as they are measured; `full` adds repeats and timings with two threads."""
     yield from _memory_rows()
     repeats = 21 if full else 9
     for threads in (1, 2) if full else (1,):
@@ -51,7 +51,7 @@ def measure(*, full: bool = False) -> Iterator[BenchRow]:
 def _layer_rows(
     name: str, sizes: tuple[int, ...], targets: dict[int, float | None], threads: int, repeats: int
 ) -> Iterator[BenchRow]:
-    """Backward alone: the gradients of weight and input, from a forward pass that is kept."""
+    """Time backward alone: the gradients of weight and input, from a kept forward pass."""
     batch, channels, outputs, side, kernel, stride, padding, dilation, groups = sizes
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups, bias=False)
@@ -84,7 +84,7 @@ def _row(
 
 
 def _compact_rows(threads: int, repeats: int) -> Iterator[BenchRow]:
-    """A whole step of one layer with momentum: compact beside ordinary filtered training and beside exact."""
+    """Time a whole step of one layer with momentum: compact beside filtered and exact training."""
     x = torch.randn(1, 512, 7, 7)
     steps = {}
     for name in ("exact", "filtered", "compact"):
@@ -110,7 +110,7 @@ def _step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None
 
 
 def _training_rows(threads: int, repeats: int) -> Iterator[BenchRow]:
-    """Fine-tuning ResNet-18, batch 32 of 224 pixels: the last four convolutions, and the head alone as the ceiling."""
+    """Time fine-tuning of ResNet-18, batch 32 of 224 pixels: last four convolutions; the head alone is the ceiling."""
     x, labels = torch.randn(32, 3, 224, 224), torch.arange(32)
     steps = {}
     for name, radius in (("exact", None), ("r2", 2), ("r4", 4), ("r7", 7), ("head", None)):
@@ -140,7 +140,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels
 
 
 def _objective_row(name: str, batch: int) -> BenchRow:
-    """Measure again each layer that `objective="time"` filters, and report the one that gains least."""
+    """Time the layers that `objective="time"` filters again and report the one that gains least."""
     x = torch.empty(batch, 3, 224, 224)
     model = getattr(torchvision.models, name)()
     report = convert(model, 2, example_input=x, objective="time", warns=False)
@@ -161,7 +161,7 @@ def _objective_row(name: str, batch: int) -> BenchRow:
 
 
 def _memory_rows() -> Iterator[BenchRow]:
-    """What autograd keeps of the whole model, the last four convolutions trained, one image of 224 pixels."""
+    """Measure what autograd keeps for the whole model, training its last four convolutions on one 224 px image."""
     x = torch.randn(1, 3, 224, 224)
     frozen: dict[str, Any] = {"train_norm": "none"}
     cases: dict[str, tuple[str, dict[str, Any], float | None]] = {

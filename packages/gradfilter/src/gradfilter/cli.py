@@ -1,4 +1,4 @@
-"""The command `gradfilter`: its record, and the verbs that are gradient filtering's own."""
+"""The command `gradfilter`: its package record and its own verbs."""
 
 import sys
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Radii = Annotated[tuple[int, ...], arg(metavar="R [R ...]")]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Weights to start from."""
+    """Where training starts."""
 
     pretrained: bool = False
     """start from published weights"""
@@ -41,20 +41,20 @@ def profile(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tell what training the last convolutions of a model costs, exact and filtered, before it is trained.
+    """Report what training the last convolutions of a model would cost, exact and filtered.
 
     Args:
-        model: of timm, torchvision:NAME, or module:callable
-        last_n: convolutions from the last one back; default: all
-        layers: names or patterns instead
-        radius: outputs a side of a patch, one or more
+        model: timm name, torchvision:NAME, or module:callable
+        last_n: number of convolutions, counted from the end; default: all
+        layers: names or patterns, instead of last_n
+        radius: side of a patch in outputs, one or more
         input_size: height and width in pixels; default: the model's own
-        batch_size: images a step
-        time: also measure forward and backward of each layer here
-        train_norm: norms trained as well: none, those from the first chosen convolution on (after), or all
-        memory_kib: show which layers and radii fit this many KiB of kept inputs
-        flops: the same for operations of backward
-        json: write the figures here as well
+        batch_size: images per step
+        time: also time forward and backward of each layer on this machine
+        train_norm: norms to train as well: none, those after the first chosen convolution, or all
+        memory_kib: find the layers and radii whose kept inputs fit this many KiB
+        flops: find the layers and radii whose backward pass fits this many operations
+        json: also write the figures to this file
         overwrite: replace an existing output
     """
     import gradfilter.models  # noqa: F401 - registers tinyconv
@@ -64,18 +64,18 @@ def profile(
 
     refuse_existing(json, overwrite)
     network = models.create(model)
-    found = measure(
+    costs = measure(
         network, example_images(network, batch_size, input_size), last_n=last_n, layers=layers or None, radii=radius,
         measures_time=time, train_norm=train_norm,
     )  # fmt: skip
-    print(found)
+    print(costs)
     plan = None
     if memory_kib is not None or flops is not None:
-        plan = found.fit(memory_kib=memory_kib, flops=flops)
+        plan = costs.fit(memory_kib=memory_kib, flops=flops)
         print(f"\nfits: {plan.saved_bytes / 1024:.1f} KiB, {plan.flops / 1e6:.2f} MFLOPs")
         for name, pair in plan.radius.items():
             print(f"  {name}: " + ("exact" if pair is None else f"radius {pair[0]} x {pair[1]}"))
-    write_result(json, asdict(found) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
+    write_result(json, asdict(costs) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
 
 
 def diagnose(
@@ -91,18 +91,18 @@ def diagnose(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Compare filtered with exact gradients on pictures, layer by layer; the target is the model's own best class.
+    """Compare filtered with exact gradients on images, layer by layer; the target is the class that the model predicts.
 
     Args:
-        model: of timm, torchvision:NAME, or module:callable
+        model: timm name, torchvision:NAME, or module:callable
         images: files in any format that Pillow reads
-        last_n: convolutions from the last one back
-        radius: outputs a side of a patch
-        pretrained: published weights of timm or torchvision
-        checkpoint: weights of the model
+        last_n: number of convolutions, counted from the end
+        radius: side of a patch in outputs
+        pretrained: load the published weights of timm or torchvision
+        checkpoint: weights file of the model
         num_classes: outputs of the model; a classifier of another size in the checkpoint is left out
         input_size: height and width in pixels; default: the model's own
-        json: write the figures here as well
+        json: also write the figures to this file
         overwrite: replace an existing output
     """
     import torch
@@ -115,20 +115,20 @@ def diagnose(
     from visionkernels import models
 
     if not images:
-        raise InputError("IMAGE is missing; give one or more picture files")
+        raise InputError("IMAGE is missing; give one or more image files")
     refuse_existing(json, overwrite)
     network = models.create(model, num_classes=num_classes, pretrained=pretrained)
     if checkpoint is not None:
         load_into(network, checkpoint, num_classes=num_classes)
     _, channels, *size = example_images(network, 1, input_size).shape
     if channels != 3:
-        raise InputError(f"model {model} takes {channels} channels; pictures have 3")
+        raise InputError(f"model {model} takes {channels} channels; images have 3")
     batch = read_batch(images, (size[0], size[1]), network)
     with torch.no_grad():
         targets = network.eval()(batch).argmax(1)
-    found = compare(network, (batch, targets), radius=radius, last_n=last_n)
-    print(found)
-    write_result(json, asdict(found), overwrite=overwrite)
+    diagnosis = compare(network, (batch, targets), radius=radius, last_n=last_n)
+    print(diagnosis)
+    write_result(json, asdict(diagnosis), overwrite=overwrite)
 
 
 def delta(
@@ -139,7 +139,7 @@ def delta(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Keep what fine-tuning changed as a small task file, or make weights of a base and such a file.
+    """Save what fine-tuning changed as a small task file, or apply such a file to base weights.
 
     Args:
         action: save: BASE TUNED OUT; apply: BASE DELTA OUT
@@ -156,7 +156,7 @@ def delta(
     if action == "save":
         tuned = read_checkpoint(source).state
         save_delta(out, start, compute_delta(start, tuned), overwrite=overwrite)
-        share = 100 * out.stat().st_size / max(1, sum(each.numel() * each.element_size() for each in tuned.values()))
+        share = 100 * out.stat().st_size / max(1, sum(tensor.nbytes for tensor in tuned.values()))
         print(f"{out}: {out.stat().st_size / 1024:.1f} KiB, {share:.1f} % of the weights")
     else:
         save_weights(out, apply_delta(start, read_delta(source, start)), metadata={}, overwrite=overwrite)
@@ -173,15 +173,15 @@ def export_step(
     batch_size: int = 1,
     overwrite: bool = False,
 ) -> None:
-    """Write the training graph of a model, loss and filtered gradients, as a program of torch.export.
+    """Write a training step of a model, loss and filtered gradients, as a program of torch.export.
 
     Args:
-        model: of timm, torchvision:NAME, or module:callable
+        model: timm name, torchvision:NAME, or module:callable
         out: the .pt2 to write
-        last_n: convolutions from the last one back
-        radius: outputs a side of a patch
+        last_n: number of convolutions, counted from the end
+        radius: side of a patch in outputs
         input_size: height and width in pixels; default: the model's own
-        batch_size: images a step
+        batch_size: images per step
         overwrite: replace an existing output
     """
     import gradfilter.models  # noqa: F401 - registers tinyconv
@@ -197,15 +197,15 @@ def export_step(
 
 
 def facts() -> list[str]:
-    """Return what `info` says of models and names of recipes."""
+    """Return the lines of `info` on models and recipe names."""
     from gradfilter.models import SEGMENTATION_HEADS
     from gradfilter.recipes import FAMILIES
 
     return [
         "models: any of timm, torchvision:NAME, module:callable, tinyconv",
         f"segmentation heads on encoders: {', '.join(SEGMENTATION_HEADS)}",
-        "weights: plain checkpoints of the model, official ones too; filtering adds no parameters",
-        "names of recipes on your data, from --init or --pretrained:",
+        "weights: any checkpoint of the model, official ones too; filtering adds no parameters",
+        "recipes for your data, starting from --init or --pretrained:",
         *(f"  {family}" for family in FAMILIES),
     ]
 

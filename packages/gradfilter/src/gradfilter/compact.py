@@ -1,4 +1,4 @@
-"""Which optimisers train a compact layer as they would have trained the weight itself."""
+"""Check that an optimiser trains a compact layer as it would train the weight itself."""
 
 import warnings
 import weakref
@@ -11,8 +11,8 @@ from visionkernels.checks import InputError
 
 __all__ = ["check_optimizer", "guard_optimizers", "mark_compact"]
 
-# Classes of torch.optim and timm.optim whose steps were compared with those of ordinary training. These decay the
-# weight linearly, or beside its gradient; the next ones square a gradient that coupled decay makes the weight part of.
+# Classes of torch.optim and timm.optim whose steps were compared with those of ordinary training. The first set decays
+# the weight linearly or apart from the gradient; the second squares a gradient that coupled decay adds the weight to.
 _WITH_ANY_DECAY = {
     "ASGD", "AdamW", "AdamWLegacy", "Adan", "LaProp", "Lion", "NAdamW", "Rprop", "SGD", "SGDW",
 }  # fmt: skip
@@ -20,7 +20,7 @@ _WITHOUT_COUPLED_DECAY = {
     "AdaBelief", "Adadelta", "Adagrad", "Adam", "Adamax", "Adopt", "MADGRAD", "NAdam", "NAdamLegacy", "RAdam",
     "RMSprop", "RMSpropTF",
 }  # fmt: skip
-# of any package, in lower case: their steps depend on a norm or a product over the elements of a tensor
+# of any package, in lower case: their steps depend on a norm or a product over all elements of a tensor
 _REFUSED = {
     "adafactor", "adafactorbigvision", "adamp", "adamuon", "distributedshampoo", "fusedlamb", "fusednovograd", "kron",
     "lamb", "larc", "lars", "lbfgs", "mars", "muon", "novograd", "nvnovograd", "sgdp", "shampoo", "soap",
@@ -32,16 +32,16 @@ _is_guarding = False
 
 
 def mark_compact(parameter: torch.Tensor) -> None:
-    """Note that this parameter stands for a weight that is trained as scale * base + offset."""
+    """Mark a parameter as part of a weight that is trained as scale * base + offset."""
     parameter.__dict__["is_compact"] = True
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise ValueError if `optimizer` holds a compact layer and would not train it as it does the weight itself.
+    """Raise ValueError if `optimizer` holds a compact layer and would not train it as it would the weight itself.
 
-    That takes a step of each element by its own gradient alone (Lamb or Muon look at the whole tensor), and weight
-    decay that is linear, as SGD's, or decoupled, as AdamW's. Adam, RMSprop or Adagrad with `weight_decay` square a
-    gradient that the weight is part of. Warns once of an optimiser that is not known, which trains all the same.
+    A step must change every element by its own gradient alone (Lamb and Muon use the whole tensor), and weight decay
+    must be linear, as SGD's, or decoupled, as AdamW's. Adam, RMSprop and Adagrad with `weight_decay` square a gradient
+    that contains the weight. An unknown optimiser gives one warning and is used.
     """
     kind = type(optimizer)
     is_known = kind.__module__.startswith(("torch.optim", "timm.optim"))
@@ -58,13 +58,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
     if optimizer not in _warned and any(map(_holds_compact, optimizer.param_groups)):
         if kind.__name__.lower() in _REFUSED:
             raise InputError(
-                f"{kind.__name__} does not move each element of a tensor by its own gradient alone, so a compact layer "
-                "would be trained otherwise than its weight; use AdamW or SGD, or convert with compact=False"
+                f"{kind.__name__} does not move each element of a tensor by its own gradient alone, so it would train "
+                "a compact layer otherwise than its weight; use AdamW or SGD, or convert with compact=False"
             )
         _warned.add(optimizer)
         warnings.warn(
-            f"{kind.__module__}.{kind.__name__} is not known to train a compact layer as it would its weight: that "
-            "takes element-wise steps, and weight decay that is decoupled or linear; AdamW and SGD do",
+            f"{kind.__module__}.{kind.__name__} is not known to train a compact layer as it would its weight, "
+            "which takes element-wise steps and decoupled or linear weight decay; AdamW and SGD do",
             stacklevel=2,
         )
 
@@ -78,7 +78,7 @@ def _holds_compact(group: dict[str, list[torch.Tensor]]) -> bool:
 
 
 def guard_optimizers() -> None:
-    """From now on check every optimiser before each of its steps, for groups and their decay may change."""
+    """Check every optimiser before each of its steps from now on, since its groups and their decay may change."""
     global _is_guarding
     if not _is_guarding:
         register_optimizer_step_pre_hook(lambda optimizer, *_: check_optimizer(optimizer))

@@ -1,4 +1,4 @@
-"""The layer: a convolution whose forward pass is exact and whose gradients are filtered (sec. 3)."""
+"""Convolution layers whose forward pass is exact and whose gradients are filtered (sec. 3)."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -27,21 +27,21 @@ __all__ = [
 ]
 
 BEFORE_CONVERSION = "_before_conversion"
-"""The attribute of a module that tells what it was before `convert`."""
+"""Attribute of a module that holds its state before `convert`."""
 
 
 class FilteredConv2d(nn.Conv2d):
     """`nn.Conv2d` with filtered gradients: parameters, state dict and forward pass are the same.
 
-    `radius`, `border`, `backend` and `exportable` (the op's `straight_through`, with its second derivatives) are those
-    of `visionkernels.ops.filtered_conv.filtered_conv2d`. Raises ValueError for a wrong radius or border.
+    `radius`, `border`, `backend` and `exportable` (its `straight_through`, with second derivatives) are those of
+    `visionkernels.ops.filtered_conv.filtered_conv2d`. Raises ValueError for a wrong radius or border.
     """
 
     radius: tuple[int, int]
     border: Border = "plain"
     exportable: bool = False
     backend: Backend = "auto"
-    pads_to_same: bool = False  # as timm's Conv2dSame: any stride, the odd pixel at the bottom and right
+    pads_to_same: bool = False  # as timm's Conv2dSame: for any stride, with the odd pixel at the bottom and right
 
     def __init__(self, *args: Any, radius: Radius = 2, border: Border = "plain", **kwargs: Any) -> None:
         check_border(border)
@@ -50,27 +50,27 @@ class FilteredConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2, *, border: Border = "plain") -> "FilteredConv2d":
-        """Return a filtered layer that shares the parameters of `conv`, and nothing else.
+        """Return a filtered layer that shares the parameters of `conv` and nothing else.
 
         Raises TypeError for a layer that does more than convolve with its weight (see `is_plain_convolution`), and
         ValueError for a wrong radius or border.
         """
         if not is_plain_convolution(conv):
             raise TypeError(
-                f"{type(conv).__name__} computes its weight anew, which a filtered layer would not; pass an nn.Conv2d "
-                "or timm's Conv2dSame with a weight of its own"
+                f"{type(conv).__name__} computes its weight at each call, which a filtered layer would not; pass "
+                "an nn.Conv2d or timm's Conv2dSame whose weight is a Parameter"
             )
         check_border(border)
         layer = nn.Conv2d.__new__(cls)
         for name, value in conv.__dict__.items():
-            # hooks and the like are in containers; a layer has its own
+            # containers hold hooks and the like, which the layers must not share
             layer.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
         layer.__dict__.pop(BEFORE_CONVERSION, None)
         layer.radius, layer.border, layer.pads_to_same = check_radius(radius), border, pads_to_same(conv)
         return layer
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
-        """Convolve; the gradients that follow are filtered."""
+        """Convolve; backward gives filtered gradients."""
         return self._convolve(input, self.weight, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, kernel: Tensor | None) -> Tensor:
@@ -81,21 +81,21 @@ class FilteredConv2d(nn.Conv2d):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Name the radius as well."""
+        """Add the radius to the representation."""
         return f"{super().extra_repr()}, radius={self.radius}"
 
 
 def is_plain_convolution(conv: nn.Conv2d) -> bool:
-    """Tell whether `conv` convolves with its weight as it is, and nothing else: what `as_filtered` takes."""
-    # parametrizations change the class, older norms and pruning leave a plain tensor where the Parameter was
+    """Tell whether `conv` only convolves, with its weight as it is, as `as_filtered` requires."""
+    # parametrizations change the class; older norms and pruning replace the Parameter by a plain tensor
     is_known = type(conv) in (nn.Conv2d, FilteredConv2d, timm_layer("Conv2dSame"))
     return is_known and conv._parameters.get("weight") is not None
 
 
 def as_filtered(conv: nn.Conv2d, radius: Radius, *, border: Border = "plain", exportable: bool = False) -> None:
-    """Turn a plain convolution into a `FilteredConv2d` in place, so that whoever holds it holds the filtered one.
+    """Turn a plain convolution into a `FilteredConv2d` in place, so that all references see the filtered layer.
 
-    One that is filtered already keeps its class.
+    A layer that is already filtered keeps its class.
     """
     values = {"radius": check_radius(radius), "border": border, "exportable": exportable}
     conv.__dict__.update(values, pads_to_same=pads_to_same(conv))
@@ -104,7 +104,7 @@ def as_filtered(conv: nn.Conv2d, radius: Radius, *, border: Border = "plain", ex
 
 
 def as_exact(conv: FilteredConv2d) -> None:
-    """Turn a filtered layer into the stock convolution of the same values, in place."""
+    """Turn a filtered layer into the stock convolution with the same weights, in place."""
     if isinstance(conv, CompactConv2d):
         conv.fold()
     kind: type[nn.Module] = nn.Conv2d
@@ -116,17 +116,17 @@ def as_exact(conv: FilteredConv2d) -> None:
 
 
 def timm_layer(name: str) -> type[nn.Module] | None:
-    """Return a class of `timm.layers`, or None where that was not imported, so that no model holds a layer of it.
+    """Return a class of `timm.layers`, or None if that module is not imported, so that no model has a layer of it.
 
-    The import takes seconds, and most models do without.
+    The import takes seconds and most models do not need it.
     """
     return getattr(sys.modules.get("timm.layers"), name, None)
 
 
 def pad_first(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
-    """Return the input [..., height, width] with the padding that is not zeros or not given, and the padding left."""
+    """Apply padding that is not zeros or that timm's "same" computes; return the input and the padding that is left."""
     if pads_to_same(conv):
-        from timm.layers import pad_same  # loaded already, with the layer itself
+        from timm.layers import pad_same  # the layer itself has imported it
 
         return pad_same(x, list(conv.kernel_size), list(conv.stride), list(conv.dilation)), 0
     if conv.padding_mode != "zeros":
@@ -135,12 +135,12 @@ def pad_first(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
 
 
 def pads_to_same(conv: nn.Conv2d) -> bool:
-    """Tell whether the layer pads as timm's Conv2dSame: as much as its map needs at its stride."""
+    """Tell whether the layer pads as timm's Conv2dSame: as much as the map needs at its stride."""
     return conv.pads_to_same if isinstance(conv, FilteredConv2d) else type(conv) is timm_layer("Conv2dSame")
 
 
 class _Compose(torch.autograd.Function):
-    """scale * base + offset, given as the weight already: hands the gradient of one tap to `offset`."""
+    """Return scale * base + offset, computed as `weight`; `offset` gets the gradient of one tap."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
@@ -149,21 +149,21 @@ class _Compose(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        # zero and not None, so that optimisers decay and move `scale` as they do the weight
+        # zero rather than None, so that optimisers decay and update `scale` as they do the weight
         return torch.zeros_like(ctx.scale), grad[:, :, 0, 0], None
 
 
 class CompactConv2d(FilteredConv2d):
     """A filtered convolution that trains in the form weight = scale * base + offset, the same offset for every tap.
 
-    Filtered gradients are the same for all taps, so training by SGD, Adam and their kin moves the weight in this form
-    only. `offset` [out_channels, in_channels / groups] is Kh Kw times smaller than the weight, and with it its
-    gradient and the optimiser's state. `scale` starts at 1 and takes up weight decay. `offset.grad` holds the gradient
-    of one tap, not the sum over taps, so that stock optimisers do what they would have done to the weight: SGD
-    (momentum, Nesterov, decay), Adam without decay, AdamW, RMSprop, Adagrad. Adam with coupled decay is not
-    equivalent, nor are optimisers that look at a whole tensor: see `gradfilter.compact.check_optimizer`, which runs
-    before each step. A gradient norm counts `offset` once instead of Kh Kw times. The weight is composed at each call;
-    `base` is taken to change only where autograd sees it, as by loading a state dict, and not through `.data`.
+    Filtered gradients are the same for all taps, so SGD, Adam and similar optimisers keep the weight in this form.
+    `offset` [out_channels, in_channels / groups], its gradient and the optimiser's state are Kh Kw times smaller than
+    those of the weight. `scale` starts at 1 and absorbs weight decay. `offset.grad` holds the gradient of one tap, not
+    the sum over taps, so that stock optimisers change the weight as in ordinary training: SGD (momentum, Nesterov,
+    decay), Adam without decay, AdamW, RMSprop, Adagrad. Adam with coupled decay is not equivalent, nor are optimisers
+    that use a whole tensor: see `gradfilter.compact.check_optimizer`, which runs before each step. A gradient norm
+    counts `offset` once instead of Kh Kw times. The weight is composed at each call; `base` may change only where
+    autograd sees it, as by loading a state dict, and not through `.data`.
     """
 
     scale: nn.Parameter
@@ -177,7 +177,7 @@ class CompactConv2d(FilteredConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2, *, border: Border = "plain") -> "CompactConv2d":
-        """Return a compact layer whose base is the weight of `conv`, which is frozen by it."""
+        """Return a compact layer whose base is the weight of `conv`; this freezes that weight."""
         layer = cast(CompactConv2d, super().from_conv(conv, radius, border=border))
         layer._split()
         return layer
@@ -189,12 +189,12 @@ class CompactConv2d(FilteredConv2d):
         cast(CompactConv2d, conv)._split()
 
     def _split(self) -> None:
-        """Part the weight in base, scale and offset."""
+        """Replace the weight by base, scale and offset."""
         if self.border != "plain":
             raise InputError(f"border={self.border!r} is not exact for a compact layer; it takes 'plain'")
         weight, is_trained = self.weight, self.weight.requires_grad
         self._kept_sum = None
-        # the base is the very Parameter, frozen: what else holds it goes on with it when it is folded back
+        # the base is the same Parameter, frozen, so that other references see the weight when it is folded back
         parts = {
             "base": weight.requires_grad_(False),
             "scale": nn.Parameter(weight.new_ones(()), is_trained),
@@ -210,7 +210,7 @@ class CompactConv2d(FilteredConv2d):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._guard()  # a copied Parameter has lost its mark
+        self._guard()  # copying a Parameter loses its mark
 
     def fold(self) -> None:
         """Become a plain `FilteredConv2d` again, with the trained weight in the original Parameter."""
@@ -228,23 +228,23 @@ class CompactConv2d(FilteredConv2d):
         return weight, self._base_sum() * self.scale + self.kernel_size[0] * self.kernel_size[1] * self.offset
 
     def _base_sum(self) -> Tensor:
-        """Return the sum of the base over its taps, anew where the base has changed."""
+        """Return the sum of the base over its taps, computed again only if the base has changed."""
         if torch.compiler.is_compiling():
             return kernel_sum(self.base)
         state = (self.base._version, self.base.data_ptr())
         if self._kept_sum is None or self._kept_sum[0] != state:
-            with torch.inference_mode(False):  # what an evaluation keeps, the next step saves for backward
+            with torch.inference_mode(False):  # the next training step saves for backward what an evaluation keeps
                 self._kept_sum = (state, kernel_sum(self.base))
         return self._kept_sum[1]
 
     def forward(self, input: Float[Tensor, "*batch channels height width"]) -> Tensor:
-        """Convolve with scale * base + offset; the gradients that follow are filtered."""
+        """Convolve with scale * base + offset; backward gives filtered gradients."""
         weight, kernel = self._compose()
         return self._convolve(input, _Compose.apply(self.scale, self.offset, weight), kernel)
 
 
 def _replace_parameters(module: nn.Module, old: Collection[str], new: Mapping[str, Tensor]) -> None:
-    """Put parameters in the place of others: optimisers load their state by the order of parameters."""
+    """Replace parameters in their place, since optimisers load their state by the order of parameters."""
     parameters = dict(module._parameters)
     module._parameters.clear()
     for name, parameter in parameters.items():

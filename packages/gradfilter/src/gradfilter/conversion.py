@@ -1,4 +1,4 @@
-"""One line makes a model train its last convolutions with filtered gradients: `convert(model, last_n=4, radius=4)`."""
+"""Conversion of a model for training with filtered gradients, and back: `convert(model, last_n=4, radius=4)`."""
 
 import copy
 import difflib
@@ -47,12 +47,12 @@ LeanActivations = Literal["all"] | bool | None
 TrainNorm = Literal["after", "none", "all"]
 
 MIN_COVERAGE = 0.5
-"""Below it more than half of the taps read padding, and the gradient is at least twice too large."""
+"""Below this share more than half of the taps read padding, and the gradient is at least twice too large."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one convolution."""
+    """What `convert` did to one convolution."""
 
     name: str
     status: Literal["filtered", "exact", "frozen"]
@@ -63,13 +63,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did, layer by layer, in the order of execution."""
+    """What `convert` did to each layer, in the order of execution."""
 
     layers: tuple[LayerReport, ...]
     lean_activations: tuple[str, ...]
     """Modules that now keep less for backward."""
     frozen_norms: tuple[str, ...]
-    """Batch norms that keep to their running statistics in training mode too."""
+    """Batch norms that use their running statistics in training mode too."""
     functional_activations: tuple[str, ...]
     """Activations called as functions, which stay as they are."""
     checkpointed: tuple[str, ...] = ()
@@ -91,10 +91,10 @@ class ConversionReport:
         frozen = sum(layer.status == "frozen" for layer in self.layers)
         lines = [tabulate(rows, ("convolution", "", "radius", "why"), tablefmt="simple")]
         lines.append(f"{frozen} convolutions frozen, {len(self.lean_activations)} activations lean, ")
-        lines[-1] += f"{len(self.frozen_norms)} norms on their running statistics"
-        lines += [f"not lean, since called as a function: {each}" for each in self.functional_activations]
-        lines += [f"in an activation checkpoint: {each}" for each in self.checkpointed]
-        lines += [f"statistics not frozen, since of another class: {each}" for each in self.moving_norms]
+        lines[-1] += f"{len(self.frozen_norms)} norms use their running statistics"
+        lines += [f"not lean, called as a function: {name}" for name in self.functional_activations]
+        lines += [f"in an activation checkpoint: {name}" for name in self.checkpointed]
+        lines += [f"statistics not frozen, unknown class: {name}" for name in self.moving_norms]
         return "\n".join(lines)
 
 
@@ -117,30 +117,34 @@ def convert(
 ) -> ConversionReport:
     """Prepare `model`, in place, for training its chosen convolutions with filtered gradients.
 
-    Chosen are the last `last_n` convolutions in the order of execution, or those of `layers` (names or patterns such
-    as "layer4.*"), or all. `radius` is one for all, or a dict of names and patterns; None leaves a layer exact. A
-    chosen layer also stays exact, and is trained all the same, where its kind has no filter, where `objective="time"`
-    measures that filtering it would lose time, and where most taps read padding (unless it is named, or
-    `border="covered"`). Parameters, state dict and forward pass stay as they are (with `compact` the state dict holds
-    base, scale and offset until `restore`).
+    Parameters, state dict and forward pass stay as they are. A chosen layer stays exact, but is trained, if its class
+    computes its weight, if `objective="time"` finds that filtering would be slower, or if most of its taps read padding
+    (unless `layers` names it or `border="covered"`). A layer that already was a `FilteredConv2d` stays filtered if it
+    is chosen. A second call starts from the unconverted model.
 
-    `freeze_rest` leaves trainable the chosen convolutions, the linear layers behind the first of them, and the affine
-    parameters of norms by `train_norm`: those behind it, none, or all. With `norm_stats="frozen"` a batch norm without
-    trained parameters keeps to its running statistics in training mode too (those of torch for images, synchronised
-    ones and timm's; the report lists others). `lean_activations` makes ReLU, ReLU6 and
-    dropout behind the first chosen layer keep one bit an element; "all" also hard-swish and SiLU, a byte each and so
-    approximately; None is True unless `exportable`. `compact` trains scale * weight + offset instead of the weight (see
-    `CompactConv2d`). `exportable` builds the gradients so that exported training graphs hold them (see
-    `straight_through` of `filtered_conv2d`, on second derivatives too), which excludes the last two. `example_input` is
-    what the model takes (a tensor, a tuple or a dict), needed where one image of the model's own size would not do, and
-    by "time" for its batch. A layer that was a `FilteredConv2d` before stays filtered if it is chosen, with its own
-    radius for None.
+    Args:
+        model: any module that runs `nn.Conv2d`
+        radius: side of a patch in outputs, or a dict from names and patterns to it; None leaves a layer exact, or keeps
+            the radius of a `FilteredConv2d`
+        last_n: number of convolutions to choose, counted from the end of the order of execution
+        layers: names or patterns such as "layer4.*" of the convolutions to choose, instead of `last_n`; default: all
+        example_input: tensor, tuple or dict that the model takes, if one image of the model's own size would not do;
+            `objective="time"` measures its batch
+        objective: "time" measures each layer on this machine
+        lean_activations: ReLU, ReLU6 and dropout after the first chosen layer keep one bit per element; "all": also
+            hard-swish and SiLU, approximate at one byte per element; None: True unless `exportable`
+        freeze_rest: train only the chosen convolutions, the linear layers after the first of them, and norms
+        train_norm: which norms to train: those after the first chosen layer, none, or all
+        norm_stats: "frozen": batch norms without trained parameters use their running statistics in training mode too
+            (torch's for images, synchronised ones and timm's; the report lists others)
+        border: how taps that read padding count, as for `filtered_conv2d`
+        compact: train scale * weight + offset (see `CompactConv2d`); the state dict holds these until `restore`
+        exportable: build gradients that exported training graphs hold (see `straight_through` of `filtered_conv2d`);
+            excludes `lean_activations` and `compact`
+        warns: warn where layers stay exact because of their borders, if no layer is filtered, and where filtered layers
+            run in an activation checkpoint of `torch.utils.checkpoint`, which already saves most of that memory
 
-    A second call starts from the unconverted model. Warns where layers stay exact for their borders, if nothing is
-    filtered, and where filtered layers run in an activation checkpoint, which leaves filtering little memory to save;
-    seen are those of `torch.utils.checkpoint`, and timm's `grad_checkpointing` that calls it, unless the model enters
-    them in training mode only. `warns=False` leaves all of that to the report. Raises ValueError for wrong arguments,
-    with the count or the nearest names, and then leaves the model as it was.
+    Raises ValueError for wrong arguments, with the count or the nearest names; the model is then unchanged.
     """
     _check_choices(objective, lean_activations, train_norm, norm_stats, border)
     if compact and border == "covered":
@@ -149,8 +153,8 @@ def convert(
         other = "compact=True" if compact else f"lean_activations={lean_activations!r}"
         raise InputError(f"exportable=True with {other}: a graph would lose its gradients; choose one of the two")
     lean_activations = not exportable if lean_activations is None else lean_activations
-    found = trace(model, example_input)
-    chosen = choose(found, last_n, layers)
+    traced = trace(model, example_input)
+    chosen = choose(traced, last_n, layers)
     radii = _radii(radius, chosen)
     first_name, is_named = chosen[0].name, layers is not None
     plan = {
@@ -162,20 +166,20 @@ def convert(
     # nothing below fails, so that a wrong call leaves the model as it was
     restore(model)
     _remember(model)
-    first = found.order.index(chosen[0].name)
+    first = traced.order.index(chosen[0].name)
     if freeze_rest:
-        _freeze_rest(model, found, chosen, first, train_norm)
+        _freeze_rest(model, traced, chosen, first, train_norm)
     for call in chosen:
         if plan[call.name].status == "filtered":
             as_filtered(call.module, plan[call.name].radius or 1, border=border, exportable=exportable)
             if compact and call.module.kernel_size != (1, 1) and not isinstance(call.module, CompactConv2d):
                 CompactConv2d.from_filtered(call.module)
-    lean_names = _make_lean(model, found.order[first:], lean_activations)
+    lean_names = _make_lean(model, traced.order[first:], lean_activations)
     frozen = _freeze_norms(model) if norm_stats == "frozen" else ()
     report = ConversionReport(
-        (*_report_layers(found, plan), *_other_convolutions(model)), lean_names, frozen,
-        tuple(found.functions) if lean_activations else (),
-        tuple(name for name in found.checkpointed if name in plan and plan[name].status == "filtered"),
+        (*_report_layers(traced, plan), *_other_convolutions(model)), lean_names, frozen,
+        tuple(traced.functions) if lean_activations else (),
+        tuple(name for name in traced.checkpointed if name in plan and plan[name].status == "filtered"),
         _moving_norms(model) if norm_stats == "frozen" else (),
     )  # fmt: skip
     if warns:
@@ -184,10 +188,10 @@ def convert(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `convert` in all of `model`: the classes, settings and Parameters of before, and what was trainable.
+    """Undo `convert` in all of `model`: restore classes, settings, Parameters and what was trainable.
 
-    `model` may be the one that was converted, a part of it, or what it is a part of. Modules and parameters that were
-    put in since stay as they are.
+    `model` may be the converted model, a part of it, or a larger one. Modules and parameters that were added since
+    `convert` stay as they are.
     """
     for module in model.modules():
         before: _Before | None = module.__dict__.pop(BEFORE_CONVERSION, None)
@@ -216,7 +220,7 @@ _TWINS: tuple[type[nn.Module], ...] = (
 
 @dataclass(frozen=True)
 class _Before:
-    """What `convert` changes of one module."""
+    """State of one module that `convert` may change."""
 
     kind: type[nn.Module]
     settings: dict[str, Any]
@@ -226,13 +230,13 @@ class _Before:
 def _remember(model: nn.Module) -> None:
     for module in model.modules():
         settings = {name: value for name, value in vars(module).items() if name in _SETTINGS}
-        is_trainable = {name: each.requires_grad for name, each in module.named_parameters(recurse=False)}
+        is_trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
         is_convolution = isinstance(module, nn.Conv2d)
         module.__dict__[BEFORE_CONVERSION] = _Before(type(module), settings if is_convolution else {}, is_trainable)
 
 
 def _unconverted(call: Call) -> Call:
-    """Return the call of a layer as it was before `convert`; one that was converted is copied."""
+    """Return the call of a layer as it was before `convert`, by means of a copy if it was converted."""
     if BEFORE_CONVERSION not in call.module.__dict__:
         return call
     twin = copy.deepcopy(call.module)
@@ -241,7 +245,7 @@ def _unconverted(call: Call) -> Call:
 
 
 def exact_twin(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` without filters, be they of `convert` or its own."""
+    """Return a copy of `model` without filtered layers, whether `convert` made them or not."""
     twin = copy.deepcopy(model)
     restore(twin)
     for module in twin.modules():
@@ -264,9 +268,9 @@ def _check_choices(
             raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
-def choose(found: Trace, last_n: int | None, layers: Sequence[str] | None) -> list[Call]:
+def choose(traced: Trace, last_n: int | None, layers: Sequence[str] | None) -> list[Call]:
     """Return the chosen convolutions in the order of execution; arguments and errors are those of `convert`."""
-    calls = found.convolutions
+    calls = traced.convolutions
     if not calls:
         raise InputError("the model runs no nn.Conv2d; there is nothing to filter")
     if last_n is not None and layers is not None:
@@ -286,11 +290,11 @@ def choose(found: Trace, last_n: int | None, layers: Sequence[str] | None) -> li
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """Return the names that match; a pattern without a match is an error that names the nearest."""
+    """Return the names that match; raise InputError for a pattern without a match, with the nearest names."""
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
-            raise InputError(f"{pattern!r} is no name or pattern of a convolution")
+            raise InputError(f"{pattern!r} must be a string: the name or pattern of a convolution")
         hits = fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or list(names[:3])
@@ -315,7 +319,7 @@ def _radii(radius: Radii, chosen: Sequence[Call]) -> dict[str, tuple[int, int] |
 def decide(
     call: Call, radius: tuple[int, int] | None, is_named: bool, objective: Objective, border: Border, *, is_first: bool
 ) -> LayerReport:
-    """Return whether `convert` filters a layer that was chosen, and if not why."""
+    """Return whether `convert` filters a chosen layer, and the reason if not."""
     if isinstance(call.module, FilteredConv2d):  # whoever built it wants it filtered
         if border == "covered" and isinstance(call.module, CompactConv2d):
             raise InputError(f"border={border!r} is not exact for {call.name}, a compact layer; it takes 'plain'")
@@ -323,7 +327,7 @@ def decide(
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")
     if not is_plain_convolution(call.module):
-        return LayerReport(call.name, "exact", None, f"{type(call.module).__name__} computes its weight anew")
+        return LayerReport(call.name, "exact", None, f"{type(call.module).__name__} computes its weight at each call")
     share = layer_coverage(call)
     if share < MIN_COVERAGE and border == "plain" and not is_named:
         return LayerReport(call.name, "exact", None, f"gradient overestimated: coverage {share:.2f}")
@@ -332,15 +336,15 @@ def decide(
     return LayerReport(call.name, "filtered", radius)
 
 
-def _freeze_rest(model: nn.Module, found: Trace, chosen: Sequence[Call], first: int, train_norm: TrainNorm) -> None:
+def _freeze_rest(model: nn.Module, traced: Trace, chosen: Sequence[Call], first: int, train_norm: TrainNorm) -> None:
     modules = dict(model.named_modules())
     trained: list[nn.Module] = [call.module for call in chosen]
-    behind = set(found.order[first:])
+    behind = set(traced.order[first:])
     trained += [modules[name] for name in behind if isinstance(modules[name], nn.Linear)]
     for name, module in modules.items():
         is_norm = isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm)
-        # a norm with an activation in it has children, so it is placed by those that run after it
-        runs_behind = name in behind or any(each.startswith(f"{name}.") for each in behind)
+        # a norm with an activation in it has children, so its place is that of the children
+        runs_behind = name in behind or any(other.startswith(f"{name}.") for other in behind)
         if is_norm and (train_norm == "all" or (train_norm == "after" and runs_behind)):
             trained.append(module)
     model.requires_grad_(False)
@@ -384,8 +388,8 @@ def _swap_class(module: nn.Module, twins: Mapping[type[nn.Module], type[nn.Modul
     return twin is not None
 
 
-def _report_layers(found: Trace, plan: Mapping[str, LayerReport]) -> list[LayerReport]:
-    return [plan.get(call.name, LayerReport(call.name, "frozen", None)) for call in found.convolutions]
+def _report_layers(traced: Trace, plan: Mapping[str, LayerReport]) -> list[LayerReport]:
+    return [plan.get(call.name, LayerReport(call.name, "frozen", None)) for call in traced.convolutions]
 
 
 def _other_convolutions(model: nn.Module) -> list[LayerReport]:
@@ -407,6 +411,6 @@ def _warn(report: ConversionReport) -> None:
     if report.checkpointed:
         warnings.warn(
             f"{len(report.checkpointed)} filtered convolutions run in an activation checkpoint (first: "
-            f"{report.checkpointed[0]}); it drops their inputs already, so both together save little memory",
+            f"{report.checkpointed[0]}); it already drops their inputs, so both together save little memory",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What the backward pass of a convolution costs, exact and filtered: operations and kept activations (sec. 3)."""
+"""Operations and kept activations of the backward pass of a convolution, exact and filtered (sec. 3)."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ __all__ = ["LayerCost", "layer_cost", "layer_coverage"]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Of one convolution, for the batch that it was traced with."""
+    """Cost of one convolution, for the batch that it was traced with."""
 
     saved_elements: int
-    """Of its input that the convolution keeps for backward."""
+    """Elements of the input that the convolution keeps for backward."""
     flops: int
-    """Of the gradients of weight and input, a multiply-add counting as 2."""
+    """Operations of the gradients of weight and input; a multiply-add counts as 2."""
 
 
 def layer_cost(call: Call, radius: Radius | None) -> LayerCost:
-    """Return the cost of backward with patches of `radius` outputs, exact for None.
+    """Return the cost of backward with patches of `radius` outputs; None is exact.
 
-    The filtered count is that of both products on the cells, the sum of the kernel, and the two averages.
+    The filtered count covers both products on the cells, the sum of the kernel, and the two averages.
     """
     conv, (batch, in_channels, height, width) = call.module, call.input_size
     _, out_channels, out_height, out_width = call.output_size
@@ -38,7 +38,7 @@ def layer_cost(call: Call, radius: Radius | None) -> LayerCost:
 
 
 def layer_coverage(call: Call) -> float:
-    """Return the share of (output, tap) pairs that read the map and not zeros beside it."""
+    """Return the share of (output, tap) pairs that read the map and not zeros around it."""
     conv = call.module
     if conv.padding_mode != "zeros":
         return 1.0

@@ -1,4 +1,4 @@
-"""What fine-tuning changed, as a small file: one number for each pair of channels of a filtered convolution.
+"""Changes by fine-tuning as a small file: one number for each pair of channels of a filtered convolution.
 
 Filtered training moves a kernel to scale * kernel + offset with one offset for all taps, so a 3x3 layer's change takes
 a ninth of its weights. Tensors that changed otherwise are kept as they are.
@@ -20,20 +20,19 @@ __all__ = ["apply_delta", "compute_delta", "read_delta", "save_delta", "trainabl
 
 FORMAT = "gradfilter delta 1"
 TOLERANCE = 1e-4
-"""Of a change's norm that may not fit scale * kernel + offset; float32 training leaves about 1e-6."""
+"""Largest share of a change's norm outside scale * kernel + offset; float32 training leaves about 1e-6."""
 _SCALE, _OFFSET = ".scale", ".offset"
 
 State = Mapping[str, Tensor]
 
 
 def compute_delta(base: State, tuned: State) -> dict[str, Tensor]:
-    """Return what leads from the state dict `base` to `tuned`.
+    """Return the changes from the state dict `base` to `tuned`.
 
-    A tensor that did not change is left out. For a kernel `x` of more than one tap that moved as filtered training
-    moves it there are `x.scale` [] and `x.offset` [out_channels, in_channels / groups]; any other changed tensor
-    stands whole under its own name, also where it has another number of outputs (the first axis), as a classifier of
-    other classes. Raises CheckpointError for other shapes and types, and for names that only one of the two has: that
-    is another network, which no base leads to.
+    Unchanged tensors are left out. A kernel `x` of more than one tap that changed as filtered training changes it
+    becomes `x.scale` [] and `x.offset` [out_channels, in_channels / groups]. Any other changed tensor is stored whole
+    under its own name, also if its first axis changed, as for a classifier of other classes. Raises CheckpointError for
+    other shapes and types, and for names that only one of the two has.
     """
     if set(base) != set(tuned):
         strange = sorted(set(base) ^ set(tuned))
@@ -59,7 +58,7 @@ def _differs_in_outputs_alone(before: Tensor, after: Tensor) -> bool:
 
 
 def _fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return scale and offset by least squares, None for what does not fit the form."""
+    """Return scale and offset by least squares, or None if the change does not fit that form."""
     if before.ndim != 4 or before.shape[2:].numel() == 1 or before.shape != after.shape:
         return None
     start, end = before.double(), after.double()
@@ -74,9 +73,9 @@ def _fit(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained tensors of a converted model in the form of `compute_delta`, compact layers as they are.
+    """Return the trained tensors of a converted model in the form of `compute_delta`; compact layers stay compact.
 
-    The buffers of norms whose running statistics move in training are among them, whether the norm is trained or not.
+    It includes the buffers of norms whose running statistics change in training, whether the norm is trained or not.
     """
     delta: dict[str, Tensor] = {}
     compact = {name for name, module in model.named_modules() if isinstance(module, CompactConv2d)}
@@ -92,7 +91,7 @@ def trainable_delta(model: nn.Module) -> dict[str, Tensor]:
 
 
 def apply_delta(base: State, delta: State) -> dict[str, Tensor]:
-    """Return the state dict that `delta` leads to from `base`; an empty one leads to the base itself.
+    """Return `base` with the changes of `delta`.
 
     Raises CheckpointError if names or shapes do not fit, and for a scale or an offset without the other.
     """
@@ -121,7 +120,7 @@ def _move(name: str, start: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool = False) -> None:
     """Write a delta as safetensors, with a digest of the tensors of the base that it changes.
 
-    Where nothing changed the file holds the base's smallest tensor: a weights file has to hold one.
+    An empty delta is stored as the base's smallest tensor, since a weights file must hold one.
     """
     if not delta:
         smallest = min(base, key=lambda name: base[name].numel())
@@ -131,10 +130,10 @@ def save_delta(path: str | Path, base: State, delta: State, *, overwrite: bool =
 
 
 def read_delta(path: str | Path, base: State) -> dict[str, Tensor]:
-    """Return the delta of a file. Raises CheckpointError for other files, and for a delta of another base."""
+    """Return the delta of a file; raise CheckpointError for other files, and for a delta of another base."""
     checkpoint = read_checkpoint(path)
     if checkpoint.metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no file of `gradfilter delta save`")
+        raise CheckpointError(f"{path} is not a file of `gradfilter delta save`")
     if checkpoint.metadata.get("base") != _digest(base, checkpoint.state):
         raise CheckpointError(f"{path} was made from other base weights than those given")
     return dict(checkpoint.state)

@@ -1,7 +1,7 @@
-"""Why accuracy survives: how near the filtered gradients of a real batch are to the exact ones, layer by layer.
+"""Compare the filtered gradients of a real batch with the exact ones, layer by layer.
 
-The error of a weight's gradient is a product of what the filter takes from the output gradient and what it takes from
-the input, plus what the input changes within the reach of the kernel. It is small where either is smooth.
+The error of a weight's gradient is a product of what the filter removes from the output gradient and what it removes
+from the input, plus the change of the input within the reach of the kernel. It is small where either is smooth.
 """
 
 import copy
@@ -33,9 +33,9 @@ __all__ = ["Diagnosis", "LayerDiagnosis", "diagnose"]
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """Of one layer, with the exact output gradient of the whole network; what it measures is in `diagnose`.
+    """Figures of one layer, for the exact output gradient of the whole network; `diagnose` defines them.
 
-    A figure is None where the gradient or the input that it divides by is zero.
+    A figure is None where its denominator, a gradient or an input, is zero.
     """
 
     name: str
@@ -124,7 +124,7 @@ def diagnose(
 def _record(
     model: nn.Module, names: Sequence[str] | dict[str, Any], run: Callable[[], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return input and output gradient of each named layer, in the order of execution."""
+    """Return input and output gradient of the named layers, in the order of execution."""
     records: dict[str, list[Tensor]] = {}
 
     def note(name: str, x: Tensor, output: Tensor) -> None:
@@ -147,7 +147,7 @@ def _record(
     for name in names:
         if len(records.get(name, ())) < 2:
             raise InputError(f"the loss does not depend on {name!r}; diagnose the layers that it reaches")
-    return {name: (found[0], found[1]) for name, found in records.items()}
+    return {name: (record[0], record[1]) for name, record in records.items()}
 
 
 def _compare(
@@ -169,7 +169,7 @@ def _compare(
     # [Ci, taps] and, by groups, [Co, Ci / g, taps]
     reach = (read - share[..., None] * sampled.flatten(2)[:, :, None]).square().sum((0, 3)).sqrt()
     groups = conv.groups
-    grad_norms, grad_rests = (each.view(groups, -1, 1, 1) for each in (grad_norm, grad_rest))
+    grad_norms, grad_rests = (norm.view(groups, -1, 1, 1) for norm in (grad_norm, grad_rest))
     bound = grad_norms * reach.view(groups, 1, -1, reach.shape[1])
     bound = bound + share * grad_rests * samples_rest.view(groups, 1, -1, 1)
     return LayerDiagnosis(
@@ -193,7 +193,7 @@ def _gradients(conv: nn.Conv2d, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
 
 
 def _pad(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return the input with the padding that the filter takes as pixels, and the zeros on both sides that are left."""
+    """Return the input with the padding that counts as pixels, and the zeros that are left to pad on both sides."""
     x, padding = pad_first(conv, x)
     stride, dilation = cast(Any, conv.stride), cast(Any, conv.dilation)
     return pad_unevenly(x, padding, conv.kernel_size, stride, dilation)

@@ -1,4 +1,4 @@
-"""Digits: a network learns them upright, and turned ones in its last layers with filtered gradients."""
+"""Transfer between digits: a network learns upright ones, then rotated ones in its last layers."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,9 @@ Digits = Literal["upright", "turned", "test"]
 
 
 def digits(part: Digits) -> TensorDataset:
-    """Return images [N, 1, 28, 28], normalised, and labels: 2,500 upright digits, 1,500 turned ones, 1,000 to test on.
+    """Return normalised images [N, 1, 28, 28] and labels: 2,500 upright digits, 1,500 turned ones, 1,000 to test on.
 
-    "turned" and "test" are inverted in brightness and turned by a quarter; no digit is in two parts.
+    "turned" and "test" are inverted in brightness and rotated by 90 degrees; no digit is in two parts.
     """
     images, labels = mnist5k()
     place = torch.arange(len(labels)) % 500
@@ -55,8 +55,8 @@ def digits(part: Digits) -> TensorDataset:
 def train(recipe: TransferRecipe, data: str | Path | None, out: str | Path) -> FitResult:
     """Pre-train on upright digits in `out`/pretraining, then fine-tune on turned ones in `out`.
 
-    Rerun with the same arguments to resume. weights.safetensors holds the plain weights of a `TinyConv`, whatever was
-    trained. Metrics are those of `evaluate` on the turned test digits. Raises InputError for `data` other than the
+    Rerun with the same arguments to resume. weights.safetensors holds plain weights of a `TinyConv`, for compact
+    training too. Metrics are those of `evaluate` on the turned test digits. Raises InputError for `data` other than the
     recipe's own.
     """
     require("accelerate", "gradfilter[train]")
@@ -79,7 +79,7 @@ def train(recipe: TransferRecipe, data: str | Path | None, out: str | Path) -> F
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: TensorDataset) -> Mapping[str, float]:
-    """Measure a model in evaluation mode: `top1` in percent, `val_loss`, and `majority_top1` of one constant answer."""
+    """Measure a model in evaluation mode: `top1` in percent, `val_loss`, and `majority_top1` of a constant answer."""
     device = next(model.parameters()).device
     images, labels = (tensor.to(device) for tensor in data.tensors)
     was_training = model.training
@@ -101,9 +101,9 @@ def open_digits(checkpoint: Checkpoint) -> TinyConv:
 
 
 def transfer(recipe: TransferRecipe, seed: int) -> dict[str, float]:
-    """Return what one seed comes to without a run folder: accuracy, milliseconds of a step, and kept KiB.
+    """Run one seed without a run folder and return accuracy, milliseconds per step, and KiB kept for backward.
 
-    The same data, order of magnitude and schedule as `train`, in one plain loop: for tables of many seeds.
+    It uses the data, lengths and schedule of `train` in one plain loop, for tables of many seeds.
     """
     model = _pretrained(recipe, seed)
     before = evaluate(model, digits("test"))["top1"]
@@ -117,10 +117,10 @@ def transfer(recipe: TransferRecipe, seed: int) -> dict[str, float]:
 
 
 def compare_gradients(recipe: TransferRecipe, seed: int) -> dict[str, float]:
-    """Return how near to exact ones the gradients of the filtered layers are, before the network of `seed` is tuned.
+    """Compare filtered with exact gradients before the network of `seed` is fine-tuned, on 60 turned digits.
 
-    `weight_cosine`, `weight_norm_ratio`, `input_cosine` and `input_norm_ratio` of `diagnose`, means over the layers, on
-    60 turned digits, six of each.
+    Returns `weight_cosine`, `weight_norm_ratio`, `input_cosine` and `input_norm_ratio` of `diagnose`, averaged over the
+    filtered layers.
     """
     model = _pretrained(recipe, seed)
     images, labels = digits("turned")[::25]
@@ -148,7 +148,8 @@ def _learn(model: nn.Module, data: TensorDataset, settings: FitRecipe, seed: int
     """Train by SGD with momentum on a one-cycle schedule, and return the median seconds of a step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=settings.optimizer.lr, momentum=settings.optimizer.momentum)
-    updates = (settings.epochs or 1) * (len(data) // settings.batch_size)
+    epochs, in_epoch = settings.epochs, len(data) // settings.batch_size
+    updates = cast(int, settings.updates) if epochs is None else epochs * in_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.optimizer.lr, total_steps=updates, cycle_momentum=False
     )
@@ -157,7 +158,7 @@ def _learn(model: nn.Module, data: TensorDataset, settings: FitRecipe, seed: int
     seconds = []
     model.train()
     for update in range(updates):
-        place = update % (len(data) // settings.batch_size)
+        place = update % in_epoch
         if place == 0:
             order = torch.randperm(len(data), generator=generator)
         batch = order[place * settings.batch_size : (place + 1) * settings.batch_size]

@@ -1,4 +1,4 @@
-"""Metrics of trained weights, and records of weights files of before records."""
+"""Evaluation of trained weights, and records of weights files of earlier releases."""
 
 import json
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ def evaluate(
 ) -> Mapping[str, float]:
     """Return the metrics of trained weights on the validation data, as `visionkernels.tasks.evaluate` does.
 
-    Networks of digits are measured on turned ones, which come with them.
+    Networks trained on digits are measured on the built-in turned test digits.
     """
     if opened.trained.kind != "digits":
         return tasks.evaluate(opened, data, device=device, workers=workers, batch_size=batch_size)
-    check(data in (None, "mnist5k"), "data", data, f"left out: {opened.source} was trained on digits that come with it")
+    check(data in (None, "mnist5k"), "data", data, f"left out: {opened.source} was trained on built-in digits")
     return evaluate_digits(opened.model.to(device), digits("test"))
 
 
 def upgrade(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Trained | None:
-    """Return the record of a file of gradfilter 0.1 before records, or None for another file."""
+    """Return the record of a weights file of gradfilter 0.1, or None for another file."""
     common: dict[str, Any] = {"package": "gradfilter", "versions": {"gradfilter": metadata.get("gradfilter", "")}}
     if "settings" in metadata:
         common["settings"] = json.loads(metadata["settings"])

@@ -1,4 +1,4 @@
-"""Training graphs with filtered gradients, for runtimes that train on a device."""
+"""Export of training steps with filtered gradients, for runtimes that train on a device."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ __all__ = ["TrainingGraph", "export_training_graph", "training_graph"]
 
 
 class TrainingGraph(nn.Module):
-    """A model and its loss: images and labels to the mean cross-entropy."""
+    """A model with its loss, from images and labels to the mean cross-entropy."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ def training_graph(
 ) -> torch.export.ExportedProgram:
     """Convert `model` in place, and return its forward and backward pass as one exported program of core ATen ops.
 
-    Its outputs are the loss and the gradients that `graph_signature.backward_signature` names. Norms keep to their
-    running statistics, and activations are not lean: the runtime plans its own memory. Raises ValueError as `convert`.
+    Its outputs are the loss and the gradients that `graph_signature.backward_signature` names. Norms use their running
+    statistics, and activations are not lean: the runtime plans its own memory. Raises ValueError as `convert`.
     """
     from torch.export.experimental import _export_forward_backward
 
@@ -46,7 +46,7 @@ def training_graph(
 def export_training_graph(
     model: nn.Module, images: Tensor, path: Path, *, last_n: int, radius: Radius = 2, overwrite: bool = False
 ) -> list[str]:
-    """Write `training_graph` as a .pt2 file, and return the names of the parameters whose gradients it gives."""
+    """Write `training_graph` as a .pt2 file and return the names of the parameters whose gradients it outputs."""
     program = training_graph(model, images, last_n=last_n, radius=radius)
     with replace_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         torch.export.save(program, file)

@@ -1,9 +1,8 @@
-"""Companions of filtered convolutions that keep for backward what they need, and no more.
+"""Activations and norms that keep little for backward, to go with filtered convolutions.
 
-A filtered convolution lets go of its input, but the ReLU before it keeps the same tensor as its output, and a norm
-keeps its own input. These layers keep one bit an element (ReLU, ReLU6, dropout: exact), a byte (hard-swish, SiLU:
-approximate), or a number a channel (batch norm with frozen statistics). Each stands in for its stock class, whose
-attributes it takes over.
+A filtered convolution does not keep its input, but the ReLU before it keeps the same tensor as its output, and a norm
+keeps its own input. These layers keep one bit per element (ReLU, ReLU6, dropout: exact), one byte (hard-swish, SiLU:
+approximate), or one number per channel (batch norm with frozen statistics). Each replaces its stock class in place.
 """
 
 from typing import Any
@@ -16,14 +15,14 @@ from gradfilter.conv import timm_layer
 
 __all__ = ["APPROXIMATE", "EXACT", "FrozenBatchNorm2d", "frozen_norms", "pack_bits", "unpack_bits"]
 
-# a multiplication gathers the bits of eight bytes of 0 or 1 in the highest byte, and another one spreads them again
+# one multiplication gathers the bits of eight bytes of 0 or 1 in the highest byte, another one spreads them again
 _GATHER = 0x0102040810204080
 _REPEAT = 0x0101010101010101
 _SELECT = 0x8040201008040201 - (1 << 64)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape into uint8, eight elements a byte."""
+    """Pack a bool tensor of any shape into uint8, eight elements per byte."""
     flat = mask.flatten()
     padded = F.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(torch.int64)
     return ((padded * _GATHER) >> 56).to(torch.uint8)
@@ -36,7 +35,7 @@ def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _Masked(torch.autograd.Function):
-    """Gives `value`, and lets the gradient through where `mask` is true, times `gain`."""
+    """Return `value`; its gradient is passed on where `mask` is true, times `gain`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, mask: Tensor, gain: float) -> Tensor:
@@ -64,16 +63,16 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _in_memory_order(values: Tensor, like: Tensor) -> Tensor:
-    """View or copy `values` so that their order is that of the memory of `like`: packing then reads along it."""
+    """Return `values` in the memory order of `like`, so that packing reads contiguous memory."""
     return values.permute(0, 2, 3, 1) if _layout(like) == torch.channels_last else values
 
 
 class _Coded(torch.autograd.Function):
-    """Gives `value`; keeps its derivative in 256 steps from `low` to `high`."""
+    """Return `value`; its derivative is kept in 256 steps from `low` to `high`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, low: float, high: float) -> Tensor:
-        # beyond its ends the code would start again from the other one
+        # a code beyond 0 or 255 would wrap around
         code = (slope - low) * (255 / (high - low))
         ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8))
         ctx.low, ctx.step = low, (high - low) / 255
@@ -86,7 +85,7 @@ class _Coded(torch.autograd.Function):
 
 
 class LeanReLU(nn.ReLU):
-    """ReLU that keeps one bit an element."""
+    """ReLU that keeps one bit per element."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return max(x, 0)."""
@@ -97,7 +96,7 @@ class LeanReLU(nn.ReLU):
 
 
 class LeanReLU6(nn.ReLU6):
-    """ReLU6 that keeps one bit an element."""
+    """ReLU6 that keeps one bit per element."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return min(max(x, 0), 6)."""
@@ -108,7 +107,7 @@ class LeanReLU6(nn.ReLU6):
 
 
 class LeanDropout(nn.Dropout):
-    """Dropout that keeps one bit an element."""
+    """Dropout that keeps one bit per element."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements in training, and scale the others by 1 / (1 - p)."""
@@ -120,7 +119,7 @@ class LeanDropout(nn.Dropout):
 
 
 class LeanHardswish(nn.Hardswish):
-    """Hard-swish that keeps its derivative as a byte an element: gradients are off by at most 0.004 of the output's."""
+    """Hard-swish that keeps its derivative as one byte per element; gradients err by at most 0.004 of the output's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x * min(max(x + 3, 0), 6) / 6."""
@@ -133,7 +132,7 @@ class LeanHardswish(nn.Hardswish):
 
 
 class LeanSiLU(nn.SiLU):
-    """SiLU that keeps its derivative as a byte an element: gradients are off by at most 0.0025 of the output's."""
+    """SiLU that keeps its derivative as one byte per element; gradients err by at most 0.0025 of the output's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x * sigmoid(x)."""
@@ -146,7 +145,7 @@ class LeanSiLU(nn.SiLU):
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by its running statistics, in training mode too, all of it frozen: keeps a number a channel."""
+    """Frozen batch norm that uses its running statistics in training mode too; keeps one number per channel."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return weight * (x - running_mean) / sqrt(running_var + eps) + bias."""
@@ -154,7 +153,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 class FrozenBatchNormAct2d(FrozenBatchNorm2d):
-    """timm's batch norm with its activation, by its running statistics."""
+    """timm's batch norm with an activation, frozen, using its running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the activation of the normed map."""
@@ -162,7 +161,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 
 def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Norm x [batch, channels, ...], which has any axes where the norm was a SyncBatchNorm."""
+    """Normalise x [batch, channels, ...]; a former SyncBatchNorm takes any further axes."""
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -173,11 +172,11 @@ def _frozen_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
             shift = shift + norm.bias
     # in half precision the two terms would cancel what the norm keeps
     precise = torch.promote_types(x.dtype, scale.dtype)
-    scale, shift = (each.view(-1, *[1] * (x.ndim - 2)) for each in (scale, shift))
+    scale, shift = (factor.view(-1, *[1] * (x.ndim - 2)) for factor in (scale, shift))
     return (x.to(precise) * scale + shift).to(x.dtype)
 
 
-# what a stock class becomes
+# stock class: its replacement
 EXACT: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: LeanReLU,
     nn.ReLU6: LeanReLU6,
@@ -187,8 +186,8 @@ APPROXIMATE: dict[type[nn.Module], type[nn.Module]] = {nn.Hardswish: LeanHardswi
 
 
 def frozen_norms() -> dict[type[nn.Module], type[nn.Module]]:
-    """Return what a batch norm becomes whose statistics are frozen, by its stock class."""
-    # by running statistics there is nothing left to share between processes
+    """Return the replacements of batch norms whose statistics are frozen, by stock class."""
+    # running statistics need not be shared between processes
     twins: dict[type[nn.Module], type[nn.Module]] = dict.fromkeys((nn.BatchNorm2d, nn.SyncBatchNorm), FrozenBatchNorm2d)
     with_activation = timm_layer("BatchNormAct2d")
     return twins if with_activation is None else twins | {with_activation: FrozenBatchNormAct2d}

@@ -1,4 +1,4 @@
-"""Segmentation models on timm encoders, and a small network for digits, which timm knows as "tinyconv"."""
+"""Segmentation models on timm encoders, and a small network for digits, registered in timm as "tinyconv"."""
 
 from typing import Any, cast
 
@@ -19,11 +19,11 @@ _DENSE = "gradfilter[dense]"
 
 
 def create_segmenter(head: str, encoder: str, *, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """Return a segmentation model, [B, 3, H, W] to logits [B, num_classes, H, W], on an encoder of timm.
+    """Return a segmentation model on a timm encoder, from [B, 3, H, W] to logits [B, num_classes, H, W].
 
     PSPNet, DeepLabV3 and UPerNet are those of segmentation-models-pytorch; FCN is torchvision's head on the last map of
-    the encoder. None has an auxiliary head. `pretrained` is the encoder's. Raises ValueError for unknown heads, and
-    ImportError without `gradfilter[dense]`.
+    the encoder. None has an auxiliary head. `pretrained` loads the encoder's weights. Raises ValueError for unknown
+    heads, and ImportError without `gradfilter[dense]`.
     """
     check_known("head", head, SEGMENTATION_HEADS)
     if head == "fcn":
@@ -50,9 +50,9 @@ class FCN(nn.Module):
 
 
 class TinyConv(nn.Module):
-    """Six convolutions for digits: two of 3x3 with norm and ReLU on maps of 28, 14 and 7 pixels, mean, linear.
+    """Network for digits: two 3x3 convolutions with norm and ReLU on maps of 28, 14 and 7 pixels each, mean, linear.
 
-    The image is averaged over `reduction` x `reduction` pixels first: 2 makes maps of 14, 7 and 3 pixels, 3 of 9, 4, 2.
+    The image is first averaged over `reduction` x `reduction` pixels: 2 makes maps of 14, 7 and 3 pixels, 3 of 9, 4, 2.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, int, int] = (16, 32, 64), reduction: int = 1) -> None:
@@ -82,5 +82,5 @@ def tinyconv(
     cache_dir: object = None,
     **options: Any,
 ) -> TinyConv:
-    """A `TinyConv` by timm's name; no weights are published."""
+    """Return a `TinyConv`; no weights are published."""
     return TinyConv(**options)

@@ -1,4 +1,4 @@
-"""Official checkpoints, which are plain networks: wrappers and prefixes off, then strictly into the model."""
+"""Official checkpoints: weights of plain networks in wrappers and under prefixes, loaded strictly."""
 
 from pathlib import Path
 
@@ -13,9 +13,8 @@ __all__ = ["load_into", "load_official"]
 def load_official(source: str | Path | Checkpoint, name: str, *, num_classes: int | None = None) -> nn.Module:
     """Return the network `name` with the weights of a file, in evaluation mode.
 
-    Networks are named as `visionkernels.models.create` takes them; official weights do not say which they are. timm's
-    MobileNetV2 has other keys than torchvision's: such official files go into "torchvision:mobilenet_v2". Raises as
-    `load_into` and `create`.
+    `name` is as for `visionkernels.models.create`, since official files do not name their network. Official MobileNetV2
+    files have the keys of "torchvision:mobilenet_v2", not of timm's. Raises as `load_into` and `create`.
     """
     model = models.create(name, num_classes=num_classes)
     load_into(model, source, num_classes=num_classes)
@@ -31,10 +30,10 @@ def load_into(
 ) -> None:
     """Load a weights file into `model`, converted or not, in place.
 
-    Takes .pth and .safetensors, bare or wrapped, with keys that carry the prefixes of trainers ("model.", "encoder.",
-    "backbone.", ...). With `num_classes` a classifier of another size stays as the model has it; keys that begin with
-    one of `without` are left out, for a model that is a part of what was trained. Raises CheckpointError for files that
-    are damaged or do not fit, naming the first keys.
+    Takes .pth and .safetensors, bare or wrapped, with or without the prefixes of trainers ("model.", "encoder.",
+    "backbone.", ...). With `num_classes`, a classifier of another size in the file is ignored. Keys that begin with one
+    of `without` are ignored, for a model that is a part of the trained one. Raises CheckpointError for files that are
+    damaged or do not fit, naming the first keys.
     """
     checkpoint = read_checkpoint(source)
     state = without_prefixes(checkpoint.state, model)

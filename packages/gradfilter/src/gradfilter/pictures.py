@@ -1,4 +1,4 @@
-"""Pictures as a batch that a network takes."""
+"""Image files as a batch for a network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ __all__ = ["read_batch"]
 
 
 def read_batch(paths: Sequence[Path], size: tuple[int, int], model: nn.Module) -> Tensor:
-    """Return pictures as [N, 3, *size], resized, cropped at the centre, and normalised for `model`.
+    """Return images as [N, 3, *size], resized, cropped at the centre, and normalised for `model`.
 
-    A model that does not say how gets pictures as ImageNet's. Raises FileNotFoundError, and ValueError for files that
-    are no pictures.
+    A model without its own statistics gets those of ImageNet. Raises FileNotFoundError, and ValueError for files that
+    are not images.
     """
     config = resolve_model_data_config(model) | {"input_size": (3, *size)}
     transform = create_transform(**config)

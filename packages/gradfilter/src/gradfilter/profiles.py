@@ -1,10 +1,10 @@
-"""What training the last convolutions of a model will cost, before it is trained: memory, operations, time."""
+"""Memory, operations and time of training the last convolutions of a model, before it is trained."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -14,7 +14,7 @@ from gradfilter.conversion import Radii, TrainNorm, choose, convert, decide, exa
 from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
-from visionkernels.checks import InputError
+from visionkernels.checks import InputError, check_choice, check_size
 from visionkernels.ops.filtered_conv import Radius, check_radius
 from visionkernels.profiling import compare, saved_activation_bytes
 
@@ -25,9 +25,9 @@ EXACT = "exact"
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One convolution, for the batch of the profile. Dictionaries go by "exact", and radii such as "2x2".
+    """Costs of one convolution for the batch of the profile, by "exact" and radii such as "2x2".
 
-    Where it runs several times in a forward pass, sizes and coverage are those of its first call, and costs are summed.
+    Where it runs several times in a forward pass, sizes and coverage are those of its first call; costs are summed.
     """
 
     name: str
@@ -35,24 +35,24 @@ class LayerProfile:
     output_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
     coverage: float
-    """Share of (output, tap) pairs that read the map; below 0.5 filtering overestimates the gradient."""
+    """Share of (output, tap) pairs that read the map, not padding; below 0.5 filtering overestimates the gradient."""
     saved_bytes: dict[str, int]
-    """Of the input that the convolution keeps, as the paper counts."""
+    """Size of the input that the convolution keeps, as the paper counts."""
     flops: dict[str, int]
-    """Of the gradients of input and weight; a multiply-add counts as 2."""
+    """Operations of the gradients of input and weight; a multiply-add counts as 2."""
     predicted_seconds: dict[str, float]
-    """Of backward: operations at this machine's speed of products, and bytes at its speed of copies."""
+    """Time of backward: operations at this machine's speed of products plus bytes at its speed of copies."""
     measured_seconds: dict[str, float] = field(default_factory=dict)
-    """Of forward and backward, where asked for."""
+    """Time of forward and backward, if requested."""
     stays_exact: str = ""
-    """Why `convert` would leave the layer exact; then its figures are those of "exact" for every radius."""
+    """Why `convert` would leave the layer exact; its figures are then those of "exact" for every radius."""
     num_calls: int = 1
     """How often it runs in a forward pass."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits a budget: arguments of `convert`, and what they come to."""
+    """Arguments of `convert` that fit a budget, and their costs."""
 
     layers: tuple[str, ...]
     radius: dict[str, tuple[int, int] | None]
@@ -62,25 +62,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Profile:
-    """The chosen convolutions in the order of execution, and what autograd keeps of the whole model."""
+    """Costs of the chosen convolutions in the order of execution, and what autograd keeps for the whole model."""
 
     layers: tuple[LayerProfile, ...]
     radii: tuple[str, ...]
     autograd_bytes: dict[str, int]
-    """Really kept for backward by all that runs, each storage once: "exact" is the stock model with these layers
-    trained, norms in training mode, "2x2" differs from it by the filters alone. " lean" adds lean activations and
-    frozen statistics of norms that are not trained, to "exact lean" and "2x2 lean". Empty where not measured."""
+    """Memory really kept for backward by the whole model: "exact" is the stock model with these layers trained and
+    norms in training mode; "2x2" differs from it by the filters alone. "exact lean" and "2x2 lean" add lean activations
+    and frozen statistics of norms that are not trained. Empty if not measured."""
     not_measured: str = ""
-    """Why, where the model does not run in training mode on the example."""
+    """The reason, if the model does not run in training mode on the example."""
 
     def total(self, name: str, cost: str) -> float:
         """Return the sum of a field of the layers ("saved_bytes", "flops", ...), for a radius or "exact"."""
         return sum(getattr(layer, cost)[name] for layer in self.layers)
 
     def fit(self, *, memory_kib: float | None = None, flops: float | None = None) -> Plan:
-        """Return the most layers, from the last one back, that fit both budgets, each with the smallest radius left.
+        """Return as many layers, counted from the end, as fit both budgets, with radii as small as possible.
 
-        Memory is that of the kept inputs, in KiB; `flops` those of backward. Raises ValueError if not even the last
+        `memory_kib` limits the kept inputs, `flops` the operations of backward. Raises ValueError if not even the last
         layer fits at the largest radius.
         """
         budget = {"saved_bytes": None if memory_kib is None else 1024 * memory_kib, "flops": flops}
@@ -96,7 +96,7 @@ class Profile:
                 f"needs {needed['saved_bytes'] / 1024:.1f} KiB and {needed['flops']} operations"
             )
         for index in reversed(chosen):
-            # the last layers get the finest filters: what they lose, all layers before them lose too
+            # the last layers get the finest filters: their errors reach all layers before them
             chosen[index] = next(name for name in self.radii if self._fits(chosen | {index: name}, budget))
         names = {
             self.layers[index].name: None if self.layers[index].stays_exact else _as_pair(name)
@@ -131,7 +131,7 @@ class Profile:
             for layer in self.layers
             if layer.num_calls > 1
         ]
-        notes.append(f"really kept for backward, KiB: {kept or self.not_measured or 'not measured'}")
+        notes.append(f"kept for backward by the whole model, KiB: {kept or self.not_measured or 'not measured'}")
         return f"{grid}\n\n" + "\n".join(notes)
 
 
@@ -146,24 +146,32 @@ def profile(
     measures_memory: bool = True,
     train_norm: TrainNorm = "none",
 ) -> Profile:
-    """Return what the backward pass of the chosen convolutions costs, exact and for each radius.
+    """Return the cost of the backward pass of the chosen convolutions, exact and for every radius.
 
-    `last_n`, `layers` and `example_input` are as for `gradfilter.convert`; the example's batch is what is counted.
-    `measures_time` runs each call of a layer for some milliseconds, `measures_memory` the whole model once for each
-    figure of `autograd_bytes`, for which `train_norm` is as for `convert`: "none" by default, so that convolutions are
-    all that is trained but the linear layers. The model does not change. Raises ValueError as `convert` does.
+    The model does not change.
+
+    Args:
+        model: any module that `gradfilter.convert` takes
+        example_input: as for `convert`; costs are those of its batch
+        last_n: as for `convert`
+        layers: as for `convert`
+        radii: sides of patches, in outputs
+        measures_time: run every call of a layer for some milliseconds
+        measures_memory: run the whole model once for each figure of `autograd_bytes`
+        train_norm: norms that are trained in `autograd_bytes`, as for `convert`
+
+    Raises ValueError as `convert` does.
     """
-    if train_norm not in get_args(TrainNorm):
-        raise InputError(f"train_norm={train_norm!r} must be one of {', '.join(map(repr, get_args(TrainNorm)))}")
+    check_choice("train_norm", train_norm, TrainNorm)
     if not isinstance(radii, Sequence) or not radii:
         raise InputError(f"radii={radii!r} must be one or more radii, e.g. (2, 4, 7)")
     pairs = sorted({check_radius(radius) for radius in radii}, key=lambda pair: pair[0] * pair[1])
     model = exact_twin(model)
-    found = trace(model, example_input)
-    chosen = choose(found, last_n, layers)
+    traced = trace(model, example_input)
+    chosen = choose(traced, last_n, layers)
     profiles = tuple(
         _profile_layer(
-            [each for each in found.calls if each.name == call.name],
+            [other for other in traced.calls if other.name == call.name],
             pairs, measures_time, is_named=layers is not None, is_first=call.name == chosen[0].name,
         )
         for call in chosen
@@ -187,7 +195,7 @@ def _profile_layer(
     tried = [None, *(None if reason else radius for radius in radii)]
     size = call.module.weight.element_size()
     costs = {
-        name: [(each, layer_cost(each, radius)) for each in calls] for name, radius in zip(names, tried, strict=True)
+        name: [(call, layer_cost(call, radius)) for call in calls] for name, radius in zip(names, tried, strict=True)
     }
     return LayerProfile(
         name=call.name,
@@ -195,9 +203,9 @@ def _profile_layer(
         output_size=call.output_size,
         kernel_size=call.module.kernel_size,
         coverage=layer_coverage(call),
-        saved_bytes={name: sum(cost.saved_elements * size for _, cost in each) for name, each in costs.items()},
-        flops={name: sum(cost.flops for _, cost in each) for name, each in costs.items()},
-        predicted_seconds={name: sum(_predict(*pair, size) for pair in each) for name, each in costs.items()},
+        saved_bytes={name: sum(cost.saved_elements * size for _, cost in pairs) for name, pairs in costs.items()},
+        flops={name: sum(cost.flops for _, cost in pairs) for name, pairs in costs.items()},
+        predicted_seconds={name: sum(_predict(*pair, size) for pair in pairs) for name, pairs in costs.items()},
         measured_seconds=_measure(calls, dict(zip(names, tried, strict=True)), is_first) if measures_time else {},
         stays_exact=reason,
         num_calls=len(calls),
@@ -205,7 +213,7 @@ def _profile_layer(
 
 
 def _measure(calls: Sequence[Call], radii: dict[str, Radius | None], is_first: bool) -> dict[str, float]:
-    # what runs before the first call is frozen, but a later call of that layer has the earlier one before it
+    # layers before the first call are frozen, but a later call of that layer comes after a trained one
     steps = [
         step_seconds(call, list(radii.values()), needs_input_gradient=index > 0 or not is_first)
         for index, call in enumerate(calls)
@@ -268,8 +276,9 @@ def _as_pair(name: str) -> tuple[int, int]:
 
 
 def example_images(model: nn.Module, batch: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Return a random batch of images of `size` (rows, columns), by default of the model's own."""
+    """Return a random batch of images of `size` (rows, columns), by default the model's own."""
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1")
+    check_size(size)
     (_, channels, *own), *_ = [call.input_size for call in choose(trace(model), None, None)]
-    return torch.randn(batch, channels, *(size or own))
+    return torch.randn(batch, channels, *(own if size is None else size))

@@ -1,4 +1,4 @@
-"""How long a convolution's training step takes on this machine, exact and filtered."""
+"""Time of a convolution's training step on this machine, exact and filtered."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,10 +19,10 @@ MARGIN = 0.05
 
 
 def wins_time(call: Call, radius: Radius, *, needs_input_gradient: bool = True) -> bool:
-    """Measure whether the layer, forward and backward, is faster filtered than exact, on its traced sizes.
+    """Measure whether forward and backward of the layer are faster filtered than exact, on its traced sizes.
 
-    The median and the fastest step must be faster by `MARGIN`, and three quarters of the filtered steps faster than
-    three quarters of the exact ones: where memory has to be fetched anew, steps take once this long and once that.
+    The median and the fastest step must be faster by `MARGIN`, and the upper quartile of the filtered steps must be
+    faster than the lower quartile of the exact ones: where memory must be fetched again, times scatter.
     """
     exact, filtered = _time_steps(call, [None, radius], needs_input_gradient=needs_input_gradient, repeats=9)
     pairs = ((filtered.median, exact.median), (min(filtered.samples), min(exact.samples)))
@@ -33,7 +33,7 @@ def wins_time(call: Call, radius: Radius, *, needs_input_gradient: bool = True) 
 def step_seconds(
     call: Call, radii: Sequence[Radius | None], *, needs_input_gradient: bool = True, repeats: int = 5
 ) -> list[float]:
-    """Return the median seconds of forward and backward of one layer for each radius (None: exact), taken in turns.
+    """Return the median seconds of forward and backward of one layer for each radius (None: exact), measured in turns.
 
     The layer is a copy with its own weights, on the device of the call's module; its input is random.
     """

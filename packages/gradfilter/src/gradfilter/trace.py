@@ -1,4 +1,4 @@
-"""In which order a model's layers run, on which sizes, and which activations it calls as functions."""
+"""Trace a forward pass: the order and sizes of a model's layers, and activations that it calls as functions."""
 
 import copy
 import traceback
@@ -45,16 +45,16 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one forward pass met."""
+    """The layers and calls of one forward pass."""
 
     calls: list[Call] = field(default_factory=list)
-    """Every call of an `nn.Conv2d`, in order; a layer that runs twice stands twice."""
+    """Every call of an `nn.Conv2d`, in order; a layer that runs twice is listed twice."""
     order: list[str] = field(default_factory=list)
-    """The modules without children, in the order of their calls; one that is called twice stands twice."""
+    """Modules without children, in the order of their calls; one that is called twice is listed twice."""
     functions: list[str] = field(default_factory=list)
     """Activations that a module calls as functions, as "module: function"."""
     checkpointed: list[str] = field(default_factory=list)
-    """The convolutions that ran in an activation checkpoint at their first call."""
+    """Convolutions whose first call ran in an activation checkpoint."""
 
     @property
     def convolutions(self) -> list[Call]:
@@ -66,12 +66,11 @@ class Trace:
 
 
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
-    """Run a copy of `model` once on the meta device, and return what it met; the model itself does not change.
+    """Run a copy of `model` once on the meta device and return its trace; the model itself does not change.
 
     `example_input` is a tensor, or a tuple or dict of the model's arguments; by default one image of the size that
-    the model names in `pretrained_cfg`, or of 224 x 224 pixels. Functions that were registered as forward hooks do not
-    run; forward pre-hooks do, since spectral norm makes its weight there. Raises ValueError if the model does not run
-    so.
+    the model names in `pretrained_cfg`, or of 224 x 224 pixels. Functions registered as forward hooks do not run;
+    forward pre-hooks do, since spectral norm computes its weight there. Raises ValueError if the model does not run.
     """
     if any(map(nn.parameter.is_lazy, model.parameters())):
         raise InputError(f"{type(model).__name__} has lazy parameters; run it once before converting it")
@@ -79,7 +78,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     twin = copy.deepcopy(model).to(device).eval()
     _remove_forward_hooks(twin)
     arguments, keywords = _arguments(_default_input(model) if example_input is None else example_input)
-    arguments, keywords = tree_map_only(Tensor, lambda each: each.to(device), (arguments, keywords))
+    arguments, keywords = tree_map_only(Tensor, lambda tensor: tensor.to(device), (arguments, keywords))
     recorder = _Recorder(twin, dict(model.named_modules()))
     try:
         with torch.no_grad(), device, recorder:
@@ -88,13 +87,13 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
         given = "the default input" if example_input is None else "example_input"
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(f"{type(model).__name__} does not run on {given} ({reason}); pass example_input") from error
-    return recorder.found
+    return recorder.trace
 
 
 def _remove_forward_hooks(twin: nn.Module) -> None:
-    """Take the hooks out that a copy shares with its model: they would note a pass that never was.
+    """Remove the hooks that a copy shares with its model, which would see a pass that the model never made.
 
-    Methods were copied with their objects, and stay: timm gathers features by them.
+    Bound methods were copied with their objects and stay: timm collects features with them.
     """
     for module in twin.modules():
         for key, hook in list(module._forward_hooks.items()):
@@ -105,11 +104,11 @@ def _remove_forward_hooks(twin: nn.Module) -> None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes what runs while it is entered."""
+    """Context that records the modules and functions that run in it."""
 
     def __init__(self, twin: nn.Module, original: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.found, self.running = Trace(), [""]
+        self.trace, self.running = Trace(), [""]
         self.original = original
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
@@ -120,12 +119,12 @@ class _Recorder(TorchFunctionMode):
         module = self.original[name]
         if next(module.children(), None) is not None:
             return
-        is_first_call = name not in self.found.order
-        self.found.order.append(name)
+        is_first_call = name not in self.trace.order
+        self.trace.order.append(name)
         if isinstance(module, nn.Conv2d):
-            self.found.calls.append(Call(name, module, _image_size(inputs[0]), _image_size(output)))
+            self.trace.calls.append(Call(name, module, _image_size(inputs[0]), _image_size(output)))
             if is_first_call and _is_checkpointed():
-                self.found.checkpointed.append(name)
+                self.trace.checkpointed.append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ACTIVATION_FUNCTIONS:
@@ -133,13 +132,13 @@ class _Recorder(TorchFunctionMode):
             entry = f"{caller or 'the model'}: {_ACTIVATION_FUNCTIONS[func]}"
             # an activation module calls its function itself
             is_module = type(self.original[caller]).__module__.endswith(("nn.modules.activation", "dropout", "lean"))
-            if not is_module and entry not in self.found.functions:
-                self.found.functions.append(entry)
+            if not is_module and entry not in self.trace.functions:
+                self.trace.functions.append(entry)
         return func(*args, **(kwargs or {}))
 
 
 def _is_checkpointed() -> bool:
-    """Tell whether a function of `torch.utils.checkpoint` is among the callers, as in both of its variants."""
+    """Tell whether `torch.utils.checkpoint`, in either variant, is among the callers."""
     return any(frame.f_globals.get("__name__") == checkpoint.__name__ for frame, _ in traceback.walk_stack(None))
 
 

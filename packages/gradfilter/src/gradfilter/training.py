@@ -1,4 +1,4 @@
-"""Fine-tuning by a recipe: a trained network goes on in its last convolutions, with filtered gradients (sec. 4)."""
+"""Fine-tuning of trained networks by a recipe, in their last convolutions, with filtered gradients (sec. 4)."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ _EXTRA = "gradfilter[train]"
 
 
 def prepare(model: nn.Module, recipe: FilterRecipe, example_input: Tensor) -> ConversionReport:
-    """Convert `model` as the recipe says; "head" leaves the linear layers, or else the last convolution, trainable."""
+    """Convert `model` by the recipe; "head" trains the linear layers, or the last convolution if there are none."""
     report = convert(model, **recipe.options(), example_input=example_input, warns=recipe.gradients == "filtered")
     if recipe.gradients == "head":
         linear: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -48,11 +48,18 @@ def train_classifier(
 ) -> FitResult:
     """Fine-tune a classifier; rerun with the same arguments to resume the run in `out`.
 
-    It starts from `init` (any weights of the network, ours or official) or, with `pretrained`, from the published ones;
-    a classifier of other classes is made anew. `data` is as for `visionkernels.pictures.labelled.open_pictures`.
     `out`/weights.safetensors holds plain weights and opens with `visionkernels.weights.open_trained`. Metrics are those
-    of `visionkernels.tasks.classification`. Raises InputError without weights to start from, and as `open_pictures`,
-    `load_into` and `visionkernels.training.fit` do.
+    of `visionkernels.tasks.classification`.
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
+        out: folder of the run
+        init: any weights of the network, ours or official; a classifier for other classes is ignored
+        pretrained: start from published weights instead
+
+    Raises InputError without weights to start from, and as `open_pictures`, `load_into` and
+    `visionkernels.training.fit` do.
     """
     _check_start(recipe.name, init, pretrained)
     sets = ClassificationSets.open(recipe, data, install=_EXTRA)
@@ -76,11 +83,18 @@ def train_segmenter(
 ) -> FitResult:
     """Fine-tune a segmentation model; rerun with the same arguments to resume the run in `out`.
 
-    It starts from `init`, weights of the whole model or of its encoder alone; with `pretrained` from an encoder with
-    published weights; or from the recipe's own pre-training in `out`/pretraining, of all layers. `data` is as for
-    `visionkernels.pictures.scenes.open_scenes`. `out`/weights.safetensors holds plain weights and opens with
-    `visionkernels.weights.open_trained`. Metrics are those of `visionkernels.tasks.segmentation`, after a pre-training
-    also `miou_before` of what it left. Errors as for `train_classifier`, and ImportError without `gradfilter[dense]`.
+    Without `init` and `pretrained`, a recipe with pre-training first trains all layers in `out`/pretraining.
+    `out`/weights.safetensors holds plain weights and opens with `visionkernels.weights.open_trained`. Metrics are those
+    of `visionkernels.tasks.segmentation`, and `miou_before` for the pre-trained model.
+
+    Args:
+        recipe: the settings
+        data: as for `visionkernels.pictures.scenes.open_scenes`; None takes the recipe's own
+        out: folder of the run
+        init: weights of the whole model, or of its encoder alone
+        pretrained: start from an encoder with published weights
+
+    Raises the errors of `train_classifier`, and ImportError without `gradfilter[dense]`.
     """
     if recipe.pretraining is None or (init is not None and pretrained):
         _check_start(recipe.name, init, pretrained)
@@ -93,7 +107,7 @@ def train_segmenter(
     elif recipe.pretraining is not None and recipe.pretraining_scene is not None:
         first = replace(recipe, fit=recipe.pretraining, scene=recipe.pretraining_scene)
         whole = SegmentationSets.open(first, data, num_classes=recipe.num_classes, install=_EXTRA)
-        # without its settings, since one pre-training serves all recipes
+        # without settings, since one pre-training serves all recipes
         record = replace(whole.record(), settings=None)
         trained = whole.fit(SegmentationTask(model), Path(out) / "pretraining", record)
         load_strict(model, read_checkpoint(trained.weights).state, source=trained.weights)
@@ -116,7 +130,7 @@ def open_segmenter(checkpoint: Checkpoint) -> nn.Module:
 
 
 def load_segmenter(model: nn.Module, source: str | Path | Checkpoint, *, num_classes: int) -> None:
-    """Load weights of a whole segmentation model, or of its encoder alone, in place; errors are `load_into`'s."""
+    """Load weights of a whole segmentation model, or of its encoder alone, in place; raises as `load_into`."""
     own = {name for name, _ in model.named_children()} - {"encoder"}
     checkpoint = read_checkpoint(source)
     is_whole = any(not own.isdisjoint(key.split(".")) for key in checkpoint.state)
@@ -127,7 +141,7 @@ def load_segmenter(model: nn.Module, source: str | Path | Checkpoint, *, num_cla
 
 
 def store_plain(result: FitResult, model: nn.Module) -> None:
-    """Fold the weights files of a compact run, so that they load like any others."""
+    """Rewrite the weights files of a compact run as plain weights."""
     if not any(isinstance(module, CompactConv2d) for module in model.modules()):
         return
     for path in result.weights.parent.glob("*.safetensors"):

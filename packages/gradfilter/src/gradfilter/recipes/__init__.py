@@ -1,4 +1,4 @@
-"""The paper's settings as frozen data, one name each, and small ones that learn on a CPU."""
+"""Recipes by name: the paper's settings, and small ones that learn on a CPU."""
 
 from gradfilter.recipes.base import FilteredRecipe, FilterRecipe
 from gradfilter.recipes.classification import CLASSIFICATION, CLASSIFICATION_FAMILY, ClassificationRecipe
@@ -17,5 +17,5 @@ __all__ = [
 ]
 
 FAMILIES = (CLASSIFICATION_FAMILY, SEGMENTATION_FAMILY)
-"""The names of the recipes that need data and weights."""
+"""Patterns of the names of recipes that need data and weights."""
 RECIPES: dict[str, FilteredRecipe] = {**DIGITS, **CLASSIFICATION, **SEGMENTATION}

@@ -1,4 +1,4 @@
-"""Which layers are trained, and with which gradients."""
+"""Settings that say which layers are trained, and with which gradients."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -13,16 +13,16 @@ __all__ = ["GRADIENTS", "FilterRecipe", "FilteredRecipe", "filters", "sgd_fit"]
 
 @dataclass(frozen=True, kw_only=True)
 class FilterRecipe:
-    """Which layers are trained, and with which gradients: the arguments of `gradfilter.convert`."""
+    """Arguments of `gradfilter.convert`: which layers are trained, and with which gradients."""
 
     gradients: Literal["filtered", "exact", "head"] = "filtered"
-    """"head": the classifier alone is trained, linear layers or else the last convolution."""
+    """"head" trains the classifier alone: linear layers, or the last convolution if there are none."""
     radius: int = 2
-    """Outputs a side of a patch, for "filtered"."""
+    """Side of a patch in outputs, for "filtered"."""
     last_n: int | None = 4
-    """Convolutions from the last one back; None: all, or `layers`."""
+    """Number of convolutions, counted from the end; None: all, or `layers`."""
     layers: tuple[str, ...] = ()
-    """Names or patterns instead; these are filtered even where most taps read padding."""
+    """Names or patterns instead of `last_n`; these layers are filtered even where most taps read padding."""
     border: Border = "plain"
     train_norm: Literal["after", "none", "all"] = "after"
     lean_activations: bool = True
@@ -52,7 +52,7 @@ class FilterRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FilteredRecipe(Recipe):
-    """A fine-tuning in the last layers."""
+    """Fine-tuning of the last layers."""
 
     filter: FilterRecipe
 
@@ -61,7 +61,7 @@ class FilteredRecipe(Recipe):
         check(not (self.filter.compact and clips), "clip_norm", self.fit.optimizer.clip_norm, "None with compact")
 
 
-# label: what is trained, in words and as a recipe
+# label: (description, arguments of FilterRecipe)
 GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("exact gradients", {"gradients": "exact"}),
     "head": ("the classifier alone", {"gradients": "head", "train_norm": "none"}),
@@ -72,18 +72,18 @@ GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def filters(counts: tuple[int | None, ...]) -> dict[str, tuple[str, FilterRecipe]]:
-    """Return summaries and recipes by the ending of a name, such as `last4_r2` or `all_exact`."""
-    found = {}
+    """Return summaries and filter recipes by the ending of a recipe's name, such as `last4_r2` or `all_exact`."""
+    variants = {}
     for last_n, (label, (text, options)) in product(counts, GRADIENTS.items()):
         place = "all" if last_n is None else f"last{last_n}"
         where = "in all convolutions" if last_n is None else f"in the last {last_n} convolutions"
         summary = text if label == "head" else f"{text} {where}"
-        found[f"{place}_{label}"] = (summary, FilterRecipe(last_n=last_n, **options))
-    return found
+        variants[f"{place}_{label}"] = (summary, FilterRecipe(last_n=last_n, **options))
+    return variants
 
 
 def sgd_fit(lr: float, batch_size: int, **length: Any) -> FitRecipe:
-    """Return the paper's training (recalled): SGD with a cosine; `length` is `epochs` or `updates`."""
+    """Return the paper's training as recalled, SGD with a cosine schedule; `length` is `epochs` or `updates`."""
     optimizer = OptimizerRecipe(name="sgd", lr=lr, momentum=0.9, weight_decay=1e-4, decay="all", clip_norm=2.0)
     return FitRecipe(
         batch_size=batch_size,

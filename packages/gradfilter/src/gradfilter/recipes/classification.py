@@ -1,7 +1,7 @@
-"""Fine-tuning classifiers by name: the paper's networks and data sets (sec. 4).
+"""Recipes that fine-tune classifiers: the paper's networks and data sets (sec. 4).
 
-The paper states the optimiser, its schedule and the lengths, and these are recalled; sizes of images are the usual ones
-of each data set, and augmentation is a random crop and flip.
+Optimiser, schedule and lengths are the paper's as recalled; image sizes are the usual ones of each data set, and
+augmentation is a random crop and flip.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ _PLAIN = AugmentationRecipe(rand_augment=None, erasing=0, repeats=1, mixup=0, cu
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRecipe(FilteredRecipe, tasks.ClassificationRecipe):
-    """Fine-tuning a trained classifier in its last convolutions; its classifier is made for the classes of the data."""
+    """Fine-tuning of a trained network in its last convolutions, with a classifier for the classes of the data."""
 
     trainer: ClassVar[str] = "gradfilter.training:train_classifier"
 
     model: str
-    """As `visionkernels.models.create` takes it."""
+    """A name for `visionkernels.models.create`."""
     augmentation: AugmentationRecipe = _PLAIN
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class ClassificationRecipe(FilteredRecipe, tasks.ClassificationRecipe):
         check(mixes == (0, 0, 0), "mixup, cutmix, smoothing", mixes, "0, since labels are single classes")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the network."""
+        """Return the record for weights files."""
         options = {} if num_classes is None else {"num_classes": num_classes}
         return Trained(
             kind="classifier", package="gradfilter", model=self.model, options=options,
@@ -50,7 +50,7 @@ _CLASSIFIERS = {
     "resnet34": "torchvision:resnet34",
     "mobilenetv2": "torchvision:mobilenet_v2",
 }
-# maps of 7 pixels at the end, on CIFAR too: at its own 32 pixels the last ones are of one pixel
+# CIFAR is enlarged so that the last maps have 7 pixels; at its own 32 pixels they have one
 _PICTURES = {
     "in1k": ("ImageNet", sgd_fit(0.05, 64, epochs=90), PictureRecipe(interpolation="bilinear")),
     "cifar10": ("CIFAR-10", sgd_fit(0.05, 128, epochs=50), PictureRecipe(resize=224, interpolation="bilinear")),
@@ -70,6 +70,6 @@ def _classification() -> dict[str, ClassificationRecipe]:
 
 
 CLASSIFICATION_FAMILY = f"<{'|'.join(_CLASSIFIERS)}>_<{'|'.join(_PICTURES)}>_<last2|last4|all>_<{'|'.join(GRADIENTS)}>"
-"""The names of these recipes, which need data and weights."""
+"""Pattern of the names of these recipes, which need data and weights."""
 CLASSIFICATION = _classification()
-"""`MODEL_SET_PLACE_GRADIENTS`, e.g. `resnet18_in1k_last4_r2`."""
+"""Recipes by name, `MODEL_SET_PLACE_GRADIENTS`, e.g. `resnet18_in1k_last4_r2`."""

@@ -1,4 +1,4 @@
-"""Digits learnt upright, then inverted and turned: small recipes by name that show what filtering costs."""
+"""Small recipes that show what filtering costs: digits learnt upright, then inverted and rotated."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,7 +13,7 @@ __all__ = ["DIGITS", "TransferRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRecipe(FilteredRecipe):
-    """Digits learnt upright, then inverted and turned: a network is pre-trained whole, and fine-tuned in part."""
+    """Pre-training of a whole network on upright digits, then fine-tuning of its last layers on rotated ones."""
 
     trainer: ClassVar[str] = "gradfilter.digits:train"
 
@@ -21,14 +21,14 @@ class TransferRecipe(FilteredRecipe):
     widths: tuple[int, int, int] = (16, 32, 64)
     """Channels on the maps of 28, 14 and 7 pixels."""
     reduction: int = 1
-    """Pixels a side that are averaged into one before the first map."""
+    """Side of the squares of pixels that are averaged before the first map."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(1 <= self.reduction <= 7, "reduction", self.reduction, "in [1, 7]")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the network."""
+        """Return the record for weights files."""
         options = {"widths": self.widths, "reduction": self.reduction}
         return Trained(
             kind="digits", package="gradfilter", model="tinyconv", options=options, data="mnist5k",
@@ -64,12 +64,12 @@ def _digits() -> dict[str, TransferRecipe]:
             )  # fmt: skip
     compact = recipes["tinyconv_mnist5k_last4_r2"]
     name = "tinyconv_mnist5k_last4_r2_compact"
-    summary = f"{compact.summary}, one number a kernel"
+    summary = f"{compact.summary}, one number per kernel"
     return recipes | {name: replace(compact, name=name, summary=summary, filter=replace(compact.filter, compact=True))}
 
 
 def _small_maps() -> dict[str, TransferRecipe]:
-    """Return twins on maps so small that what taps read beside them counts; `layers` filters the smallest too."""
+    """Return variants on maps so small that padding matters; naming `layers` filters the smallest maps too."""
     recipes = {}
     for reduction, side in ((2, 14), (3, 9)):
         for layers in (("features.7", "features.10", "features.14", "features.17"), ("features.14", "features.17")):

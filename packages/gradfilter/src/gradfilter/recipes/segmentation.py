@@ -1,4 +1,4 @@
-"""Fine-tuning segmentation models by name: the paper's networks and data sets (sec. 4), and a small one for a CPU."""
+"""Recipes that fine-tune segmentation models: the paper's networks and data sets (sec. 4), and small ones for a CPU."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -18,17 +18,17 @@ __all__ = ["SEGMENTATION", "SEGMENTATION_FAMILY", "SegmentationRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(FilteredRecipe, tasks.SegmentationRecipe):
-    """Fine-tuning a segmentation model in its last convolutions."""
+    """Fine-tuning of a segmentation model in its last convolutions."""
 
     trainer: ClassVar[str] = "gradfilter.training:train_segmenter"
 
     head: str
     """One of `gradfilter.models.SEGMENTATION_HEADS`."""
     encoder: str
-    """Of segmentation-models-pytorch, for "fcn" of timm."""
+    """Name in segmentation-models-pytorch, or in timm for "fcn"."""
     num_classes: int
     pretraining: FitRecipe | None = None
-    """A training of all layers before, on the same data; None requires weights to start from."""
+    """Training of all layers beforehand, on the same data; None requires weights to start from."""
     pretraining_scene: SceneRecipe | None = None
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class SegmentationRecipe(FilteredRecipe, tasks.SegmentationRecipe):
         check((both[0] is None) == (both[1] is None), "pretraining, pretraining_scene", both, "both or neither")
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the network."""
+        """Return the record for weights files."""
         options = {"head": self.head, "num_classes": self.num_classes if num_classes is None else num_classes}
         return Trained(
             kind="segmenter", package="gradfilter", model=self.encoder, options=options, inputs=asdict(self.scene),
@@ -73,7 +73,7 @@ def _segmentation() -> dict[str, SegmentationRecipe]:
 
 
 def _shapes() -> dict[str, SegmentationRecipe]:
-    """Return a segmentation that learns shapes on photographs, then on their negatives in its last layers alone."""
+    """Return recipes that learn shapes on photographs, then on their negatives in the last layers alone."""
     upright = SceneRecipe(
         short_side=128, long_side=160, scale_range=(0.75, 1.5), crop=96, max_class_share=1.0, stride=64
     )
@@ -102,6 +102,6 @@ def _from(whole: int, values: tuple[float, float, float]) -> tuple[float, float,
 
 
 SEGMENTATION_FAMILY = f"<{'|'.join(_SEGMENTERS)}>_<{'|'.join(_SCENES)}>_<last5|last10|all>_<{'|'.join(GRADIENTS)}>"
-"""The names of the recipes that need data and weights."""
+"""Pattern of the names of these recipes, which need data and weights."""
 SEGMENTATION: dict[str, SegmentationRecipe] = {**_segmentation(), **_shapes()}
-"""`MODEL_SET_PLACE_GRADIENTS`, e.g. `pspnet_resnet18_voc12_last5_exact`."""
+"""Recipes by name, `MODEL_SET_PLACE_GRADIENTS`, e.g. `pspnet_resnet18_voc12_last5_exact`."""
