@@ -1,4 +1,4 @@
-"""What the tests share: seeds, one thread, no network, small pictures in folders, a recipe that trains in seconds."""
+"""Shared fixtures: seeds, one thread, no network, small image folders, a recipe that trains in seconds."""
 
 import json
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from visionkernels.testing.pictures import write_colours
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three colours: 16 pictures each to train, 4 to validate, with noise."""
+    """Folder of three noisy colours as classes, with 16 training and 4 validation images of each."""
     return write_colours(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
 def micro() -> ClassificationRecipe:
-    """One block a stage, 32 pixels, 2 epochs of 3 updates on `pictures`."""
+    """Recipe of one block per stage, 32 pixels, 2 epochs of 3 updates on `pictures`."""
     recipe = RECIPES["biformer_micro_mnist5k"]
     assert isinstance(recipe, ClassificationRecipe)
     model = BiFormerRecipe(
@@ -37,11 +37,11 @@ SaveRecipe = Callable[[ClassificationRecipe], Path]
 
 @pytest.fixture
 def save_recipe(tmp_path: Path) -> SaveRecipe:
-    """Writes a recipe as the run.json that the command takes."""
+    """Write a recipe as the run.json that the command takes."""
 
     def save(recipe: ClassificationRecipe) -> Path:
         path = tmp_path / "recipe.json"
-        path.write_text(json.dumps({"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe)}}))
+        path.write_text(json.dumps({"recipe": asdict(recipe.fit), "trained": {"settings": settings(recipe)}}))
         return path
 
     return save
@@ -49,7 +49,7 @@ def save_recipe(tmp_path: Path) -> SaveRecipe:
 
 @pytest.fixture(scope="session")
 def weights(pictures: Path, micro: ClassificationRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that `train` wrote."""
+    """Weights file written by `train`."""
     from biformer.training import train
 
     return train(micro, pictures, tmp_path_factory.mktemp("run")).weights

@@ -55,7 +55,7 @@ class TestBiLevelRoutingAttention:
         torch.testing.assert_close(eager(x), reference(x), rtol=1e-4, atol=1e-5)
 
     def test_masked_ignores_padding(self):
-        """What a caller pads by hand and declares invalid cannot be told from what the layer pads itself."""
+        """Padding by the caller that is declared invalid equals padding by the layer."""
         official, masked = BRA(), BRA(pad_mode="masked")
         masked.load_state_dict(official.state_dict())
         x = torch.randn(1, 8, 12, 16)
@@ -163,11 +163,13 @@ class TestBiLevelRoutingAttention:
             ({"topk": 17}, ValueError, r"topk=17 is outside \[1, 16\], the regions of a 4x4 grid"),
             ({"n_win": 0}, ValueError, "n_win=0 must be at least 1"),
             ({"side_dwconv": 4}, ValueError, "side_dwconv=4 is even"),
-            ({"kv_downsample_mode": "fracpool"}, ValueError, "'fracpool' is unknown; use one of identity, ada_avgpool"),
+            ({"kv_downsample_mode": "fracpool"}, ValueError, "'fracpool' must be one of 'identity', 'ada_avgpool'"),
             ({"kv_downsample_mode": "ada_avgpool"}, ValueError, "needs kv_per_win >= 1, not None"),
-            ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; use one of auto"),
-            ({"pad_mode": "none"}, ValueError, "pad_mode='none' is unknown; use one of official, masked"),
-            ({"data_format": "HWC"}, ValueError, "data_format='HWC' is unknown"),
+            ({"qk_dim": 0}, ValueError, "qk_dim=0 must be at least 1"),
+            ({"kv_downsample_mode": "avgpool", "kv_downsample_ratio": 0}, ValueError, "ratio=0 must be at least 1"),
+            ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of 'auto'"),
+            ({"pad_mode": "none"}, ValueError, "pad_mode='none' must be one of 'official', 'masked'"),
+            ({"data_format": "HWC"}, ValueError, "data_format='HWC' must be one of"),
             ({"diff_routing": True}, NotImplementedError, "set soft_routing=True"),
             ({"param_routing": True, "soft_routing": True}, ValueError, "nothing to learn from without diff_routing"),
             (

@@ -42,11 +42,11 @@ class TestDetectionModel:
     @pytest.mark.parametrize(("head", "first"), [("retinanet", 8), ("maskrcnn", 4)])
     @pytest.mark.parametrize("size", [(96, 128), (75, 101)], ids=str)
     def test_levels(self, head, first, size):
-        """Five levels, each half of the one before, rounded up."""
+        """There are five levels, each half of the one before, rounded up."""
         maps = micro_model(head).backbone(torch.zeros(1, 3, *size))
         strides = [first * 2**level for level in range(5)]
         expected = [(1, 32, *(-(-side // stride) for side in size)) for stride in strides]
-        assert [tuple(each.shape) for each in maps.values()] == expected
+        assert [tuple(level.shape) for level in maps.values()] == expected
 
     def test_paper_settings(self):
         with torch.device("meta"):
@@ -70,7 +70,7 @@ class TestDetectionModel:
         assert (heads.box_predictor.cls_score.out_features, heads.fg_bg_sampler.batch_size_per_image) == (91, 512)
 
     def test_level_6_comes_from_the_backbone(self):
-        """Also where backbone and pyramid are equally wide, where torchvision would take level 5."""
+        """torchvision would take level 5 where backbone and pyramid are equally wide."""
         assert not micro_model("retinanet", pyramid_channels=64).backbone.pyramid.extra_blocks.use_P5
 
     @pytest.mark.parametrize("head", HEADS)
@@ -108,15 +108,17 @@ class TestDetectionModel:
         if head == "retinanet":
             model.score_thresh = 0.0
         odd = [images[0], images[1][:, :77, :101]]
-        for image, found in zip(odd, model(odd), strict=True):
+        for image, objects in zip(odd, model(odd), strict=True):
             height, width = image.shape[-2:]
-            count = len(found["boxes"])
+            count = len(objects["boxes"])
             assert 0 < count <= 100
-            assert (found["boxes"] >= 0).all() and (found["boxes"].amax(0) <= torch.tensor([width, height] * 2)).all()
-            assert set(found["labels"].tolist()) <= {0, 1, 2, 3}
+            assert (objects["boxes"] >= 0).all() and (
+                objects["boxes"].amax(0) <= torch.tensor([width, height] * 2)
+            ).all()
+            assert set(objects["labels"].tolist()) <= {0, 1, 2, 3}
             if head == "maskrcnn":
-                assert found["masks"].shape == (count, 1, height, width)
-                assert found["masks"].min() >= 0 and found["masks"].max() <= 1
+                assert objects["masks"].shape == (count, 1, height, width)
+                assert objects["masks"].min() >= 0 and objects["masks"].max() <= 1
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -134,7 +136,7 @@ class TestDetectionModel:
 class TestEvaluate:
     @pytest.mark.slow
     def test_two_processes(self, tmp_path):
-        """An odd number of pictures, which the processes cannot share evenly."""
+        """Two processes cannot share an odd number of images evenly."""
         run, script = tmp_path / "run", tmp_path / "measure.py"
         train(micro_recipe("maskrcnn", updates=1), None, run)
         script.write_text(_MEASURE)
@@ -169,7 +171,7 @@ measured = evaluate(load_model(run / "weights.safetensors"), pictures, show_prog
 
 class TestTrain:
     def test_retinanet(self, tmp_path):
-        result = train(micro_recipe("retinanet", updates=20), None, tmp_path / "run")
+        result = train(micro_recipe("retinanet", updates=2), None, tmp_path / "run")
         assert {"box_ap", "box_ap50", "box_ap75", "classification", "bbox_regression"} <= set(result.metrics)
         model = load_model(result.weights)
         pictures = open_objects("shapes", "validation", num_classes=4, has_masks=False)
@@ -183,7 +185,7 @@ class TestTrain:
 
     @pytest.mark.slow
     def test_retinanet_learns(self, tmp_path):
-        """Its heads start with such small weights that narrow ones learn nothing in minutes."""
+        """The heads start with such small weights that narrow ones learn nothing in minutes."""
         recipe = replace(micro_recipe("retinanet", updates=256), pyramid_channels=160)
         optimizer = replace(recipe.fit.optimizer, lr=5e-4, clip_norm=1.0)
         result = train(replace(recipe, fit=replace(recipe.fit, optimizer=optimizer)), None, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Weights files of releases before the record open as what they are; each is frozen as metadata and shapes."""
+"""Weights files of earlier releases open; the test keeps their metadata and shapes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Seeing what is attended to: routing of each layer recorded during a forward pass, and drawn over the picture."""
+"""Visualise attention: record the routing of every layer during a forward pass and draw it over the image."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ __all__ = ["RoutingRecorder", "attend", "draw_routing", "routed_layers", "token_
 
 
 def routed_layers(model: nn.Module) -> dict[str, BiLevelRoutingAttention]:
-    """Return the layers with routing by the name of their block, "stages.2.7", in the order of the net."""
+    """Return the routed layers by the name of their block, e.g. "stages.2.7", in the order of execution."""
     return {
         name.removesuffix(".attn"): module
         for name, module in model.named_modules()
@@ -36,13 +36,13 @@ class RoutingRecorder:
         model(images)
     recorder["stages.2.7"].index    # [batch, regions, topk]
 
-    A layer that ran twice keeps the last. Recording computes attention by its definition, beside the model's own pass.
+    A layer that runs twice keeps the last call. Recording computes attention by the reference, beside the model's pass.
     Raises ValueError for a layer that the model lacks.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None = None) -> None:
         present = routed_layers(model)
-        unknown = [name for name in layers or () if name not in present]
+        unknown = [name for name in (() if layers is None else layers) if name not in present]
         if unknown:
             raise InputError(f"layer {unknown[0]!r} has no routed attention; choose among {', '.join(present)}")
         self.layers = {name: present[name] for name in (present if layers is None else layers)}
@@ -78,12 +78,12 @@ class RoutingRecorder:
 def attend(
     image: str | Path | Image.Image, model: BiFormer, layer: str | None, query: tuple[int, int], out: Path
 ) -> None:
-    """Draw which regions the place `query` of a picture attends to, a panel a layer, into the file `out`.
+    """Draw the regions that the place `query` of an image attends to, one panel per layer, into the file `out`.
 
-    `query` is (row, column) in pixels of the picture; `layer` names a block ("stages.2.7"), None takes the last routed
-    block of each stage. The picture's shorter side is resized to about the model's input size, the other in proportion,
-    both to multiples that leave no region to padding. Raises
-    ValueError for a place outside the picture and for a layer without routing; FileNotFoundError.
+    `query` is (row, column) in pixels of the image. `layer` names a block ("stages.2.7"); None takes the last routed
+    block of every stage. The image's shorter side is resized to about the model's input size, the other in proportion,
+    to sizes that need no padding. Raises ValueError for a place outside the image and for a layer without routing, and
+    FileNotFoundError.
     """
     picture = read_picture(image)
     row, column = query
@@ -121,7 +121,7 @@ def draw_routing(
     shape: tuple[int, int],
     out: Path,
 ) -> None:
-    """Draw panels of `routings` over the picture that a model saw at `shape` (rows, columns), and save them to `out`.
+    """Draw panels of `routings` over the image, which a model saw at `shape` (rows, columns), and save them to `out`.
 
     `place` is (row, column) in that shape. Each panel frames the query's region and the regions that it is routed to,
     numbered by affinity, and lays the attention of the place's own token, averaged over heads, over the picture.

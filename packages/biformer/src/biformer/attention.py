@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from biformer.maps import (
     DataFormat,
-    check_choice,
     checked_nhwc,
     convolve,
     depthwise,
@@ -26,7 +25,7 @@ from biformer.maps import (
     pointwise,
 )
 from biformer.routing import Routing, pool_regions, select_regions
-from visionkernels.checks import InputError
+from visionkernels.checks import InputError, check, check_choice
 from visionkernels.ops import Backend, choose_backend, without_autocast
 from visionkernels.ops.region_attention import (
     region_attention,
@@ -46,25 +45,25 @@ KeyValueDownsampling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpoo
 
 
 class BiLevelRoutingAttention(nn.Module):
-    """Bi-level routing attention: each region attends to the tokens of its `topk` most affine regions.
+    """Bi-level routing attention: each region attends to the tokens of the `topk` regions that are most similar to it.
 
         index = topk(mean_r(Q) mean_r(K)^T),   out = proj(attend(Q, K[index], V[index]) + lepe(V))
 
-    Takes and returns [B, H, W, dim] ("NHWC") or [B, dim, H, W] ("NCHW"). The map is cut into n_win x n_win regions.
+    Takes and returns [B, H, W, dim] ("NHWC") or [B, dim, H, W] ("NCHW"), divided into n_win x n_win regions.
 
-    - `qk_dim` (default dim) channels for query and key; `qk_scale` defaults to qk_dim ** -0.5: the full width, not
-      the head's, as the released weights need it.
-    - `side_dwconv` is the odd kernel of lepe, 0 for none; `param_attention="qkv"` leaves the output projection out.
-    - `auto_pad` zero-pads the input at the right and bottom to multiples of n_win. `pad_mode="official"` lets the
-      padding take part as the released models do; "masked" keeps it out of the means, the softmax and lepe, so that
-      topk may exceed the regions that hold pixels. Equal at divisible sizes.
+    - `qk_dim` (default: dim) is the number of query and key channels. `qk_scale` defaults to qk_dim ** -0.5, of the
+      full width and not of a head, as the released weights require.
+    - `side_dwconv` is the odd kernel of lepe; 0 disables it. `param_attention="qkv"` omits the output projection.
+    - `auto_pad` zero-pads the input at the right and bottom to multiples of n_win. With `pad_mode="official"` the
+      padding takes part, as in the released models; "masked" excludes it from means, softmax and lepe, so that topk may
+      exceed the number of regions with pixels. Both are equal at divisible sizes.
     - `kv_downsample_mode` pools keys and values inside each region: adaptively to kv_per_win x kv_per_win
       ("ada_avgpool", "ada_maxpool") or by kv_downsample_ratio ("avgpool", "maxpool").
-    - `soft_routing` multiplies the keys and values of a slot by its routing weight; `diff_routing` lets gradients
-      into the routing, and needs soft_routing; `param_routing` adds a Linear before the affinity, and needs both.
+    - `soft_routing` multiplies the keys and values of a slot by its routing weight. `diff_routing` passes gradients to
+      the routing and requires soft_routing. `param_routing` adds a Linear before the affinity and requires both.
 
-    "NCHW" is the later official form: 1x1 convolutions, regions of (H // n_win, W // n_win) pixels however many that
-    makes, zeros padded after the projection, lepe on the unpadded values. It equals NHWC at divisible sizes.
+    "NCHW" is the later official form: 1x1 convolutions, regions of (H // n_win, W // n_win) pixels however many these
+    are, zero padding after the projection, lepe on the unpadded values. It equals NHWC at divisible sizes.
 
     Raises ValueError for arguments outside these ranges, and at call time for a shape that does not fit; TypeError
     for integer input; NotImplementedError for diff_routing without soft_routing, which the paper does not define.
@@ -93,7 +92,8 @@ class BiLevelRoutingAttention(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        qk_dim = qk_dim or dim
+        qk_dim = dim if qk_dim is None else qk_dim
+        check(qk_dim >= 1, "qk_dim", qk_dim, "at least 1")
         check_choice("pad_mode", pad_mode, PadMode)
         check_choice("data_format", data_format, DataFormat)
         check_choice("backend", backend, Backend)
@@ -144,7 +144,7 @@ class BiLevelRoutingAttention(nn.Module):
         return self.proj(attended)
 
     def routing(self, x: Float[Tensor, "batch a b c"]) -> Routing:
-        """Return what the layer routes and attends to for input `x`, attention by the definition."""
+        """Return routing and attention of the layer for input `x`, computed by the reference."""
         x = self.checked_nhwc(x)
         source, qkv, region_size = self._project(x)
         valid_size = self._valid_size(x, qkv)
@@ -225,7 +225,7 @@ class BiLevelRoutingAttention(nn.Module):
 
 
 class _KeyValuePooling(nn.Module):
-    """Pools a [B, H, W, C] map inside each region of a grid."""
+    """Pooling of a [B, H, W, C] map inside each region of a grid."""
 
     def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -239,11 +239,13 @@ class _KeyValuePooling(nn.Module):
 
 
 def _key_value_pooling(mode: str, per_window: int | None, ratio: int | None) -> _KeyValuePooling | None:
-    if mode == "identity" or (mode in ("avgpool", "maxpool") and (ratio or 1) <= 1):
+    ratio = 1 if ratio is None else ratio
+    check(ratio >= 1, "kv_downsample_ratio", ratio, "at least 1")
+    if mode == "identity" or (mode in ("avgpool", "maxpool") and ratio == 1):
         return None
     if mode in ("avgpool", "maxpool"):
-        return _KeyValuePooling(partial(_pool_by_ratio, pool=_POOLS[mode], ratio=ratio or 1))
-    if not per_window or per_window < 1:
+        return _KeyValuePooling(partial(_pool_by_ratio, pool=_POOLS[mode], ratio=ratio))
+    if per_window is None or per_window < 1:
         raise InputError(f"kv_downsample_mode={mode!r} needs kv_per_win >= 1, not {per_window}")
     return _KeyValuePooling(partial(_POOLS[mode], output_size=per_window))
 

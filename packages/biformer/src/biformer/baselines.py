@@ -1,4 +1,4 @@
-"""Bi-level routing attention computed the straightforward way: what the benches measure this package against.
+"""Straightforward implementation of bi-level routing attention, the baseline of the benches.
 
 "expanded" gathers keys and values as the official code is described to: from a view expanded over all query regions,
 whose backward allocates regions times the keys and values. "index_select" is the same algorithm with whole regions

@@ -34,7 +34,7 @@ _MODEL_TARGETS = {("tiny", 1): 1.4, ("tiny", 8): 1.7, ("small", 1): 1.3, ("small
 
 
 def measure(*, full: bool = False) -> Iterator[BenchRow]:
-    """Yield all rows as they are measured; `full` adds COCO's own sizes, a second thread and more repeats."""
+    """Yield all rows as they are measured; `full` adds COCO's sizes, timings with two threads and repeats."""
     repeats = 21 if full else 9
     cores = _CORES | (_LARGE_CORES if full and _free_bytes() > _LARGE_BYTES else {})
     for threads in (1, 2) if full else (1,):

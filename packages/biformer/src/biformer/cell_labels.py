@@ -1,4 +1,4 @@
-"""Stored labels of the cells of training pictures, for token labelling."""
+"""Stored labels of the cells of training images, for token labelling."""
 
 import random
 import zipfile
@@ -24,11 +24,11 @@ __all__ = ["CellLabelledPictures", "crop_label_map", "read_label_map"]
 
 @dataclass(frozen=True)
 class CellLabelledPictures(Dataset):
-    """Training pictures with stored labels of their cells: item i is (image, class, cell labels [rows, columns, K])."""
+    """Training images with stored labels of their cells: item i is (image, class, cell labels [rows, columns, K])."""
 
     pictures: LabelledPictures
     label_maps: Path
-    """Folder with `CLASS/NAME.npz` for the picture `CLASS/NAME.jpg`: see `read_label_map`."""
+    """Folder with `CLASS/NAME.npz` for the image `CLASS/NAME.jpg`: see `read_label_map`."""
     recipe: PictureRecipe
     augmentation: AugmentationRecipe
 
@@ -59,9 +59,9 @@ class CellLabelledPictures(Dataset):
 
 
 def read_label_map(path: Path) -> tuple[Int[Tensor, "k height width"], Float[Tensor, "k height width"]]:
-    """Read the stored labels of a picture: an .npz file with `classes` (integers) and `scores` (probabilities).
+    """Read the stored labels of an image, an .npz file with `classes` (integers) and `scores` (probabilities).
 
-    Both are [k, height, width]: the k best classes at each place of a coarse grid over the whole picture. Raises
+    Both are [k, height, width]: the k best classes at each place of a coarse grid over the whole image. Raises
     FileNotFoundError, and ValueError for a file without the two.
     """
     if not path.is_file():
@@ -87,10 +87,10 @@ def crop_label_map(
     num_classes: int,
     is_flipped: bool = False,
 ) -> Float[Tensor, "rows columns classes"]:
-    """Return the class probabilities of the cells of a crop, from a picture's stored map of its best k classes.
+    """Return the class probabilities of the cells of a crop, from the stored map of an image's best k classes.
 
-    `box` is (left, top, right, bottom) as fractions of the picture; cells are averaged by RoIAlign. What the scores of
-    a cell lack to 1 is spread evenly over all classes.
+    `box` is (left, top, right, bottom) as fractions of the image; cells are averaged by RoIAlign. Probability that the
+    scores of a cell leave out is spread evenly over all classes.
     """
     height, width = classes.shape[-2:]
     dense = scores.new_zeros(num_classes, height, width).scatter_add_(0, classes.long(), scores)

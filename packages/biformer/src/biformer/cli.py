@@ -1,4 +1,4 @@
-"""The command `biformer`: its record, and the verbs that are BiFormer's own."""
+"""The command `biformer`: its package record and its own verbs."""
 
 import sys
 from collections.abc import Sequence
@@ -37,22 +37,22 @@ def classify(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Name what is in pictures.
+    """Name what images show.
 
     Args:
         images: files in any format that Pillow reads
         checkpoint: weights of `biformer train` or of another package, official ones, or a bare state dict
         model: model of weights that do not name it
         num_classes: outputs of that model; default: those of the weights
-        top: classes to name
-        json: write the result here as well
+        top: number of classes to name
+        json: also write the result to this file
         overwrite: replace an existing output
     """
     from visionkernels.tasks import classification
     from visionkernels.weights import open_trained
 
     if not images:
-        raise InputError("IMAGE is missing; give one or more picture files")
+        raise InputError("IMAGE is missing; give one or more image files")
     if checkpoint is None:
         raise InputError(
             "--checkpoint is missing: no weights are published any more, so give a file of `biformer train` or an "
@@ -66,7 +66,9 @@ def classify(
         print(image)
         for prediction in ranked:
             print(f"  {100 * prediction.probability:6.2f} %  {prediction.name}")
-    listed = {str(image): [each._asdict() for each in row] for image, row in zip(images, predictions, strict=True)}
+    listed = {
+        str(image): [prediction._asdict() for prediction in row] for image, row in zip(images, predictions, strict=True)
+    }
     write_result(json, listed, overwrite=overwrite)
 
 
@@ -81,13 +83,13 @@ def attend(
     random_weights: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Draw which regions a place of a picture attends to.
+    """Draw the regions that a place of an image attends to.
 
     Args:
-        image: the picture
-        query: the place, row and column in pixels of the picture
+        image: the image file
+        query: row and column of the place, in pixels of the image
         out: the drawing to write, .png or .svg
-        layer: a block, e.g. stages.2.7; default: the last routed one of each stage
+        layer: a block, e.g. stages.2.7; default: the last routed block of every stage
         model: model of --random-weights
         checkpoint: weights of `biformer train`, or an official .pth
         random_weights: draw an untrained model
@@ -129,7 +131,7 @@ def info(
     Args:
         name: a model or a recipe; default: all
         size: height and width of the image in pixels; default: as trained
-        json: write the figures of the models here as well
+        json: also write the figures of the models to this file
         overwrite: replace an existing output
     """
     from biformer.official import MODEL_NAMES
@@ -140,7 +142,7 @@ def info(
     check_size(size)
     if name is not None:
         check_known("model or recipe", name, [*MODEL_NAMES, *RECIPES])
-    summaries = [summarise(each, size) for each in ([name] if name else MODEL_NAMES)]
+    summaries = [summarise(model, size) for model in (MODEL_NAMES if name is None else [name])]
     print(f"biformer {version('biformer')}; a multiply-add counts as 1 operation")
     for summary in summaries:
         print("\n".join(["", *lines(summary)]))
@@ -160,13 +162,13 @@ def convert(
     allow_inexact: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Turn an official checkpoint into a safetensors file of ours, or one STL form into the other.
+    """Convert an official checkpoint to our safetensors file, or one STL form to the other.
 
     Args:
         source: an official .pth or .safetensors
         target: the .safetensors to write
         to: ours, or official keys of biformer_stl or biformer_stl_nchw
-        allow_inexact: convert the last stage of an STL model too, whose outputs then differ
+        allow_inexact: also convert the last stage of an STL model, whose outputs then differ
         overwrite: replace an existing output
     """
     from biformer.conversion import convert_checkpoint

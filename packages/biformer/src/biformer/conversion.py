@@ -1,4 +1,4 @@
-"""Official checkpoints under other names of keys: ours, or the other form of an STL model."""
+"""Conversion of official checkpoints to our keys, or to the other form of an STL model."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,11 @@ def convert_checkpoint(
     allow_inexact: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Write the official checkpoint `source` as safetensors and return a sentence on what was done.
+    """Write the official checkpoint `source` as safetensors and return a line that describes the file.
 
-    "ours" has this package's keys and opens like a file of `biformer train`; "stl" and "stl_nchw" keep official keys
-    and change the form of an STL model, which is exact but for the last stage: see `convert_stl`. Raises
-    CheckpointError for a source that is neither, or that has the asked form already.
+    "ours" writes this package's keys and opens like a file of `biformer train`; "stl" and "stl_nchw" keep official keys
+    and change the form of an STL model, which is exact except for the last stage: see `convert_stl`. Raises
+    CheckpointError for another source, and for one that already has this form.
     """
     checkpoint = read_checkpoint(source)
     if to == "ours":

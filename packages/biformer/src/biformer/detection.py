@@ -1,4 +1,4 @@
-"""BiFormer in a detector: the model, its task, and training by a recipe (BiFormer, sec. 4.2).
+"""BiFormer in a detector: model, task, and training by a recipe (BiFormer, sec. 4.2).
 
 Detectors are torchvision's, with the paper's settings. What differs from the paper's:
 
@@ -51,13 +51,23 @@ def detection_model(
 ) -> RetinaNet | MaskRCNN:
     """Return a torchvision detector on a BiFormer.
 
-    It takes a list of images [3, H, W] in 0..1, which it resizes and pads to multiples of 32: the shorter side to
-    `min_size` pixels unless the longer one would exceed `max_size`. In training it takes targets too (`boxes`,
-    `labels`, `masks`) and returns its losses; in evaluation it returns for each image `boxes`, `labels`, `scores`, and
-    from "maskrcnn" `masks` [N, 1, H, W] in 0..1. `num_classes` counts the background, class 0. BatchNorm keeps its
-    statistics. The width of the heads follows `pyramid_channels`. "maskrcnn" learns from `regions_per_image` proposals,
-    of which up to a quarter lie on objects. `init`, `n_win` and `options` are as for
-    `biformer.segmentation.segmentation_model`. Raises ValueError for unknown names, and CheckpointError.
+    It takes a list of images [3, H, W] in 0..1 and resizes and pads them to multiples of 32. In training it also takes
+    targets (`boxes`, `labels`, `masks`) and returns its losses; in evaluation it returns for each image `boxes`,
+    `labels`, `scores`, and from "maskrcnn" `masks` [N, 1, H, W] in 0..1. BatchNorm keeps its statistics.
+
+    Args:
+        name: one of the BiFormer models
+        head: the detector
+        num_classes: classes with the background, class 0
+        min_size: shorter side in pixels, unless the longer one would exceed `max_size`
+        max_size: largest longer side in pixels
+        pyramid_channels: channels of the pyramid, which set the width of the heads
+        regions_per_image: proposals that "maskrcnn" learns from, up to a quarter of them on objects
+        init: as for `biformer.segmentation.segmentation_model`
+        n_win: regions per side
+        options: for `timm.create_model`
+
+    Raises ValueError for unknown names, and CheckpointError.
     """
     check_known("head", head, get_args(DetectionHead))
     if num_classes < 2:
@@ -81,7 +91,7 @@ def detection_model(
 
 
 def _region_heads(channels: int, num_classes: int, regions_per_image: int) -> dict[str, Any]:
-    """The settings of Mask R-CNN that are the paper's; its usual widths at 256 channels."""
+    """Return the paper's settings of Mask R-CNN, with its usual widths at 256 channels."""
     levels = [str(level) for level in range(4)]
     return {
         # 8 times the strides 4, 8, 16, 32, 64
@@ -98,7 +108,7 @@ def _region_heads(channels: int, num_classes: int, regions_per_image: int) -> di
 
 
 class PyramidBackbone(nn.Module):
-    """A feature pyramid over the maps of a BiFormer: what torchvision's detectors take as their backbone."""
+    """Feature pyramid on the maps of a BiFormer, as torchvision's detectors take it."""
 
     def __init__(self, stages: BiFormerBackbone, channels: int, last: nn.Module) -> None:
         super().__init__()
@@ -108,7 +118,7 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
         """Return the maps of the pyramid by level, finest first."""
-        maps = OrderedDict((str(level), each.contiguous()) for level, each in enumerate(self.stages(images)))
+        maps = OrderedDict((str(level), stage.contiguous()) for level, stage in enumerate(self.stages(images)))
         return cast(dict[str, Tensor], self.pyramid(maps))
 
 
@@ -117,9 +127,9 @@ def train(
 ) -> FitResult:
     """Train a detector; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `init` gives the
-    backbone's weights. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
-    of `visionkernels.tasks.detection.evaluate`. Errors as for `open_objects`, `detection_model` and
+    `data` is as for `visionkernels.pictures.objects.open_objects`, by default the recipe's own; `init` holds weights of
+    the backbone. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
+    of `visionkernels.tasks.detection.evaluate`. Raises as `open_objects`, `detection_model` and
     `visionkernels.training.fit`.
     """
     sets = DetectionSets.open(

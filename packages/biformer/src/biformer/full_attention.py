@@ -1,17 +1,17 @@
-"""What blocks hold in place of routed attention: attention among all tokens (the last stage), and convolutions."""
+"""Alternatives to routed attention in a block: attention among all tokens (the last stage), and convolutions."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biformer.maps import DataFormat, check_choice, checked_nhwc, convolve, depthwise, pointwise
-from visionkernels.checks import InputError
+from biformer.maps import DataFormat, checked_nhwc, convolve, depthwise, pointwise
+from visionkernels.checks import InputError, check_choice
 
 __all__ = ["ConvolutionalMixer", "FullAttention"]
 
 
 class FullAttention(nn.Module):
-    """Attention among all tokens of the map, with 8 heads whatever the stage: the last stage of every released model.
+    """Attention among all tokens of the map, always with 8 heads: the last stage of every released model.
 
     Takes and returns the map in `data_format`. `side_dwconv` is the odd kernel of the local enhancement, 0 for none.
     It acts on the layer's input in the NHWC form and on the values in the NCHW form, as the released weights need it.

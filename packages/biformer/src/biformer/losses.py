@@ -1,6 +1,6 @@
 """Training losses: distillation from a teacher's logits, and token labelling (after "All Tokens Matter", 2021).
 
-All are computed in float32 whatever the precision of the logits.
+All are computed in float32, for logits of any precision.
 """
 
 from typing import Literal

@@ -1,6 +1,6 @@
-"""What the layers do to maps alike: check and reorder axes, pad, project and convolve in either layout."""
+"""Operations on maps that all layers share: check and reorder axes, pad, project and convolve in either layout."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from visionkernels.checks import InputError
 
 __all__ = [
     "DataFormat",
-    "check_choice",
     "checked_nhwc",
     "convolve",
     "depthwise",
@@ -20,11 +19,6 @@ __all__ = [
 ]
 
 DataFormat = Literal["NHWC", "NCHW"]
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
 
 
 def checked_nhwc(x: Tensor, dim: int, data_format: DataFormat) -> Tensor:
@@ -57,7 +51,7 @@ def depthwise(dim: int, kernel: int) -> nn.Conv2d | None:
 
 
 def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolve [B, H, W, C]; a view of channels-last memory, the layout that depth-wise convolutions are fastest in."""
+    """Convolve [B, H, W, C] in channels-last memory, the fastest layout for depth-wise convolutions."""
     return convolution(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 

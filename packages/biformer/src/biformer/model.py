@@ -25,7 +25,7 @@ __all__ = ["BiFormer", "BiFormerBackbone", "BiFormerBlock", "BiFormerSTL"]
 
 
 class Mlp(nn.Module):
-    """Linear, optional 3x3 depth-wise convolution, GELU, Linear: on [B, H, W, C], or [B, C, H, W] for "NCHW"."""
+    """Linear, optional 3x3 depth-wise convolution, GELU, Linear on [B, H, W, C], or [B, C, H, W] for "NCHW"."""
 
     def __init__(self, dim: int, hidden: int, *, use_conv: bool = False, data_format: DataFormat = "NHWC") -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class Mlp(nn.Module):
 
 
 class BiFormerBlock(nn.Module):
-    """Position encoding by a depth-wise convolution, attention, MLP; on maps in `data_format` (sec. 3.3).
+    """Block of position encoding (depth-wise convolution), attention and MLP, on maps in `data_format` (sec. 3.3).
 
-    `topk` picks the attention: above 0 bi-level routing over that many regions, 0 convolutions (NHWC), -1 full
+    `topk` chooses the attention: above 0 bi-level routing to that many regions, 0 convolutions (NHWC), -1 full
     attention, -2 full attention with local enhancement (NHWC; the NCHW form has it at -1). `layer_scale_init_value`
     above 0 adds learnt scales to both branches. `pos_conv` is the position encoding's kernel: 3, or 0 for none.
     `pre_norm=False` normalises after each residual instead. `attention` goes to BiLevelRoutingAttention.
@@ -120,10 +120,10 @@ def _convolve_nhwc(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class BiFormer(nn.Module):
-    """BiFormer: takes images [B, in_chans, H, W] of any size, returns logits [B, num_classes].
+    """BiFormer, from images [B, in_chans, H, W] of any size to logits [B, num_classes].
 
-    `depth`, `embed_dim`, `mlp_ratios`, `topks` and `qk_dims` (default `embed_dim`) give one value a stage; heads are
-    qk_dim // head_dim. `auto_pad` pads each layer's map to multiples of `n_win`; without it an indivisible size
+    `depth`, `embed_dim`, `mlp_ratios`, `topks` and `qk_dims` (default `embed_dim`) give one value per stage; there are
+    qk_dim // head_dim heads. `auto_pad` pads each layer's map to multiples of `n_win`; without it an indivisible size
     raises. Options of the attention (`pad_mode`, `kv_downsample_mode`, `soft_routing`, `backend`, ...) and of
     the block go on to BiFormerBlock. `drop_path_rate` grows linearly over the blocks.
     """
@@ -151,7 +151,7 @@ class BiFormer(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        qk_dims = tuple(qk_dims or embed_dim)
+        qk_dims = tuple(embed_dim if qk_dims is None else qk_dims)
         lengths = {"depth": depth, "embed_dim": embed_dim, "mlp_ratios": mlp_ratios, "topks": topks, "qk_dims": qk_dims}
         for name, values in lengths.items():
             if len(values) != 4:
@@ -185,7 +185,7 @@ class BiFormer(nn.Module):
 
     @staticmethod
     def _downsample_layers(in_chans: int, embed_dim: Sequence[int]) -> list[nn.Sequential]:
-        """Overlapping 3x3 convolutions of stride 2, two of them in the stem."""
+        """Return overlapping 3x3 convolutions of stride 2, two of them in the stem."""
         half = embed_dim[0] // 2
         stem = [_stride2(in_chans, half), nn.BatchNorm2d(half), nn.GELU(), _stride2(half, embed_dim[0])]
         layers = [nn.Sequential(*stem, nn.BatchNorm2d(embed_dim[0]))]
@@ -194,7 +194,7 @@ class BiFormer(nn.Module):
         return layers
 
     def forward(self, x: Float[Tensor, "batch in_chans height width"]) -> Tensor:
-        """Classify images [B, in_chans, H, W], normalised as `default_cfg` says: logits [B, num_classes]."""
+        """Return logits [B, num_classes] of images [B, in_chans, H, W] that are normalised as in `default_cfg`."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -208,11 +208,11 @@ class BiFormer(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        """Down-sample and transform: from the stage before (or the images) to [B, C, H', W']."""
+        """Down-sample and transform the output of the previous stage, or the images, to [B, C, H', W']."""
         if stage == 0:
             if x.ndim != 4:
                 raise InputError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
-            # channels last through the whole net: token maps are then views, and depth-wise convolutions at their best
+            # channels last throughout: token maps are then views, and depth-wise convolutions fastest
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.downsample_layers[stage](x)
         blocks = self.stages[stage]
@@ -245,7 +245,7 @@ class BiFormer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the stages in `indices` do not need, by timm's protocol."""
+        """Remove layers that the stages in `indices` do not need, by timm's protocol."""
         take, last = feature_take_indices(4, indices)
         self.downsample_layers, self.stages = self.downsample_layers[: last + 1], self.stages[: last + 1]
         if prune_norm:
@@ -255,11 +255,11 @@ class BiFormer(nn.Module):
         return take
 
     def get_classifier(self) -> nn.Module:
-        """Return the last Linear."""
+        """Return the last linear layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one; 0 classes remove it."""
+        """Replace the classifier by a new one; 0 classes remove it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
 
@@ -291,7 +291,7 @@ class BiFormerSTL(BiFormer):
 
 
 class BiFormerBackbone(nn.Module):
-    """A BiFormer that returns one map a stage, each under a norm of its own, for detection and segmentation.
+    """BiFormer that returns one map per stage, each with its own norm, for detection and segmentation.
 
     `out_indices` picks stages (0 to 3); maps are [B, C, H', W'] at strides 4, 8, 16, 32. The norms act on the outputs
     alone: the next stage takes the map before its norm. `norm_eval` keeps every BatchNorm in eval while training.
@@ -314,7 +314,7 @@ class BiFormerBackbone(nn.Module):
         return [self.extra_norms[str(stage)](feature) for stage, feature in zip(self.out_indices, maps, strict=True)]
 
     def train(self, mode: bool = True) -> "BiFormerBackbone":
-        """Switch the mode; BatchNorm stays in eval where `norm_eval` asks for it."""
+        """Set the mode; with `norm_eval` BatchNorm stays in evaluation mode."""
         super().train(mode)
         if self.norm_eval:
             for module in self.modules():

@@ -1,8 +1,8 @@
-"""Official BiFormer weights, and the way between the two STL forms; weights files of before records."""
+"""Official BiFormer weights, conversion between the two STL forms, and weights files of earlier releases."""
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,14 +45,14 @@ def load_official(
 ) -> BiFormer:
     """Return the model of an official checkpoint, in evaluation mode.
 
-    `name` ("biformer_small") is read off the keys if not given, the number of classes always; `options` go to
-    `timm.create_model`. `weights` picks "model" or "ema" where a file has both. Raises CheckpointError for a file that
-    is damaged or fits no model, naming the first five keys that differ and the model that it would fit.
+    `name` ("biformer_small") is by default recognised by the keys, as the number of classes always is; `options` go to
+    `timm.create_model`. `weights` chooses "model" or "ema" if a file has both. Raises CheckpointError for a file that
+    is damaged or fits no model, with the first five keys that differ and the model that it would fit.
     """
     checkpoint = read_checkpoint(source, weights=weights)  # type: ignore[arg-type]
     head = checkpoint.state.get("head.weight")
     classes = head.shape[0] if head is not None else 0
-    name = name or _name_of(checkpoint, classes)
+    name = _name_of(checkpoint, classes) if name is None else name
     model = _create(name, **({"num_classes": classes} | options))
     _load_official_state(model, checkpoint.state, checkpoint.path)
     return model.eval()
@@ -79,7 +79,7 @@ def load_model(source: str | Path | Checkpoint) -> nn.Module:
 
 
 def upgrade(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Trained | None:
-    """Return the record of a file of biformer 0.1 before records, or None for another file."""
+    """Return the record of a weights file of biformer 0.1, or None for another file."""
     versions = {"biformer": metadata["biformer"]} if "biformer" in metadata else {}
     common: dict[str, Any] = {"package": "biformer", "versions": versions}
     if "settings" in metadata:
@@ -102,7 +102,7 @@ def upgrade(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> Trained
 
 
 def official_rules(model: BiFormer | BiFormerBackbone) -> KeyRules:
-    """Return the table of official key -> key of `model`; `.inverse()` leads back."""
+    """Return the rules from official keys to those of `model`; `.inverse()` goes back."""
     core, prefix = (model.model, "model.") if isinstance(model, BiFormerBackbone) else (model, "")
     rules = {"downsample_layers.{rest*}": "downsample_layers.{rest*}"}
     if prefix:
@@ -117,7 +117,7 @@ def official_rules(model: BiFormer | BiFormerBackbone) -> KeyRules:
 
 
 def official_block_rules(block: nn.Module, *, is_stl: bool = False) -> dict[str, str]:
-    """Return official name -> ours for the parameters of one block; the STL models number their MLP differently."""
+    """Return our names of one block's parameters by official name; STL models number their MLP differently."""
     same = ("pos_embed.{p}", "norm1.{p}", "norm2.{p}", "gamma1", "gamma2")
     rules = {name: name for name in same}
     rules |= {"mlp.0.{p}": "mlp.fc1.{p}", f"mlp.{2 if is_stl else 3}.{{p}}": "mlp.fc2.{p}"}
@@ -138,10 +138,10 @@ def official_block_rules(block: nn.Module, *, is_stl: bool = False) -> dict[str,
 
 
 def convert_stl(state: Mapping[str, Tensor], *, allow_inexact: bool = False) -> dict[str, Tensor]:
-    """Turn official `biformer_stl` keys and shapes into those of `biformer_stl_nchw`, or back, whichever is given.
+    """Convert official weights of `biformer_stl` to those of `biformer_stl_nchw`, or back.
 
-    All but the last stage converts exactly. There the NHWC form enhances the layer's input and the NCHW form its
-    values, so that no conversion gives the same outputs: raises CheckpointError unless `allow_inexact`.
+    Only the last stage is inexact: the NHWC form enhances the layer's input, the NCHW form its values, so that no
+    conversion gives the same outputs. Raises CheckpointError for it unless `allow_inexact`.
     """
     to_nchw = any(key.endswith("attn.qkv.qkv.weight") for key in state)
     if not to_nchw and not any(key.endswith("attn.qkv_linear.weight") for key in state):
@@ -149,7 +149,7 @@ def convert_stl(state: Mapping[str, Tensor], *, allow_inexact: bool = False) -> 
     if not allow_inexact and any(key.startswith("stages.3.") for key in state):
         raise CheckpointError(
             "the last stage of biformer_stl and of biformer_stl_nchw computes its local enhancement from different "
-            "tensors, so outputs will differ; pass --allow-inexact to convert all the same"
+            "tensors, so outputs will differ; pass --allow-inexact to convert anyway"
         )
     renames = {"attn.qkv.qkv.": "attn.qkv_linear.", "attn.wo.": "attn.output_linear."}
     if not to_nchw:
@@ -169,7 +169,7 @@ def convert_stl(state: Mapping[str, Tensor], *, allow_inexact: bool = False) -> 
 def _create(name: str, **options: Any) -> BiFormer:
     model = timm.create_model(name, **options)
     if not isinstance(model, BiFormer):
-        raise InputError(f"{name} is no BiFormer; use one of {', '.join(MODEL_NAMES)}")
+        raise InputError(f"{name} is not a BiFormer; use one of {', '.join(MODEL_NAMES)}")
     return model
 
 
@@ -180,7 +180,7 @@ def _load_official_state(model: BiFormer, state: Mapping[str, Tensor], source: s
         try:
             renamed |= rules.rename({key: value})
         except CheckpointError:
-            # a strange key stays under its own name, so that the strict load tells all that differs at once
+            # an unknown key keeps its name, so that the strict load reports all differences at once
             renamed[key] = value
     keep = ["head.fc"] if model.num_classes == 0 else []
     load_strict(model, renamed, source=source, candidates=_candidates(model.num_classes, ours=True), keep=keep)
@@ -200,6 +200,7 @@ def _candidates(classes: int, *, ours: bool = False) -> dict[str, Callable[[], d
     return {name: partial(_shapes, name, classes, ours) for name in MODEL_NAMES}
 
 
+@cache
 def _shapes(name: str, classes: int, ours: bool) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = _create(name, num_classes=classes)

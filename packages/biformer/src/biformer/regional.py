@@ -1,4 +1,4 @@
-"""Regional routing attention as functions: the later official form, channels first, with a routing graph a head."""
+"""Regional routing attention as functions, in the later official form: channels first, one routing graph per head."""
 
 from typing import NamedTuple
 
@@ -26,10 +26,10 @@ def regional_routing_attention(
 ) -> Float[Tensor, "batch channels height width"]:
     """Attend from each query region to the key regions that `region_graph` names for it, head by head.
 
-    The functional form of the later official code: channels first, one graph a head, key and value on a map of their
-    own size with regions of `kv_region_size` (default `region_size`). Maps are zero-padded at the right and bottom to
-    multiples of their region size; padded keys take part with logit 0. Raises ValueError for shapes that disagree or
-    an index outside the key regions, TypeError for dtypes.
+    This is the functional form of the later official code: channels first, one graph per head; key and value may have
+    another size, with regions of `kv_region_size` (default: `region_size`). Maps are zero-padded at the right and
+    bottom to multiples of their region size; padded keys take part with logit 0. Raises ValueError for shapes that
+    disagree or an index outside the key regions, TypeError for dtypes.
     """
     heads, (queries, keys, values) = _split_heads(region_graph, region_size, kv_region_size, query, key, value)
     attended = region_attention(
@@ -71,7 +71,7 @@ def _split_heads(
     heads, split = region_graph.shape[1], []
     for position, feature in enumerate(maps):
         name = ("query", "key", "value")[position]
-        size = region_size if position == 0 else kv_region_size or region_size
+        size = region_size if position == 0 or kv_region_size is None else kv_region_size
         if feature.ndim != 4 or not feature.shape[1] or feature.shape[1] % heads:
             raise InputError(
                 f"{name} has shape {list(feature.shape)}; expected 4 axes and channels divisible by {heads} heads"

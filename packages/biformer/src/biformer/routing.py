@@ -1,4 +1,4 @@
-"""Which regions a region attends to: pooled queries and keys, their affinity, its top-k (BiFormer, sec. 3.2, eq. 3-4).
+"""Routing between regions: pooled queries and keys, their affinity and its top-k (BiFormer, sec. 3.2, eq. 3-4).
 
 Routing is computed in float32 (float64 for float64 input) also under autocast, since a top-k is a discrete choice.
 """
@@ -17,10 +17,10 @@ __all__ = ["Routing", "pool_regions", "route", "select_regions"]
 
 @dataclass(frozen=True)
 class Routing:
-    """What one layer routed, per image and query region; regions are numbered row by row."""
+    """Routing of one layer, per image and query region; regions are numbered row by row."""
 
     index: Int[Tensor, "batch regions topk"]
-    """Chosen regions, the most affine first."""
+    """Chosen regions, the most similar first."""
     weight: Float[Tensor, "batch regions topk"]
     """Softmax of the chosen affinities."""
     attention: Float[Tensor, "batch regions heads tokens keys"]
@@ -39,7 +39,7 @@ def route(
     *,
     scale: float | None = None,
 ) -> tuple[Int[Tensor, "batch regions topk"], Float[Tensor, "batch regions topk"]]:
-    """Route each of the n_win x n_win regions of two maps to its `topk` most affine regions (eq. 3-4).
+    """Route each of the n_win x n_win regions of two maps to its `topk` most similar regions (eq. 3-4).
 
     Returns the indices and the softmax of their affinities; `scale` (default qk ** -0.5) affects the latter alone.
     Raises ValueError if n_win does not divide the maps or topk is outside [1, n_win ** 2].
@@ -60,7 +60,7 @@ def pool_regions(
 ) -> Float[Tensor, "batch regions channels"]:
     """Average the tokens of each region; those outside the first `valid_size` rows and columns do not count.
 
-    A region that reaches over the map's end averages the tokens it has; one without any is zero.
+    A region that reaches beyond the map averages the tokens that it has; without any it is zero.
     """
     channels_first = _exact(feature).permute(0, 3, 1, 2)
     pooled = avg_pool2d(channels_first, region_size, ceil_mode=True, count_include_pad=False)

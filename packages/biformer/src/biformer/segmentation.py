@@ -1,6 +1,6 @@
-"""BiFormer under a segmentation head: the model, its loss, inference, and training by a recipe (BiFormer, sec. 4.3).
+"""BiFormer with a segmentation head: model, loss, inference, and training by a recipe (BiFormer, sec. 4.3).
 
-Decoders are those of segmentation-models-pytorch. Against the paper's heads:
+Decoders are those of segmentation-models-pytorch. They differ from the paper's heads:
 
 | | the paper's | here |
 |---|---|---|
@@ -35,7 +35,7 @@ __all__ = ["SegmentationModel", "backbone_model", "open_segmenter", "segmentatio
 
 _EXTRA = "biformer[dense]"
 STRIDE = 32
-"""Of the last stage; images are padded to multiples of it."""
+"""Stride of the last stage; images are padded to multiples of it."""
 
 
 def segmentation_model(
@@ -53,10 +53,19 @@ def segmentation_model(
 ) -> "SegmentationModel":
     """Return a BiFormer with a segmentation head.
 
-    `has_auxiliary` adds the second head on stage 3, by default for UperNet. `decoder_channels` is by default the
-    paper's, 512 of UperNet (even) and 128 of FPN (a multiple of 32, its own maps have twice as many).
-    `init` gives the backbone's weights, official or ours; its classifier and last norm are left out. `n_win`
-    and `options` (`drop_path_rate`, `depth`, ...) go to `timm.create_model`. `scene` says how pictures are prepared.
+    Args:
+        name: one of the BiFormer models
+        head: the decoder
+        num_classes: classes of a pixel
+        has_auxiliary: add a second head on stage 3; by default for UperNet
+        decoder_channels: by default the paper's, 512 for UperNet (even) and 128 for FPN (a multiple of 32; its
+            pyramid has twice as many)
+        dropout: rate before the classifier
+        scene: how images are prepared
+        init: weights of the backbone, official or ours; its classifier and last norm are ignored
+        n_win: regions per side
+        options: `drop_path_rate`, `depth`, ... for `timm.create_model`
+
     Raises ValueError for unknown names, CheckpointError, and ImportError without `biformer[dense]`.
     """
     check_known("head", head, get_args(SegmentationHead))
@@ -79,14 +88,14 @@ def segmentation_model(
         # the FPN decoder ends with its dropout
         _classifier(channels, num_classes, dropout if head == "upernet" else 0.0),
         auxiliary,
-        scene=scene or SceneRecipe(),
+        scene=SceneRecipe() if scene is None else scene,
     )
 
 
 def backbone_model(name: str, init: str | Path | None = None, **options: Any) -> BiFormer:
     """Return the model `name`, with the weights of a classifier in the file `init` if given.
 
-    Raises InputError for a name that is no BiFormer, and CheckpointError.
+    Raises InputError for other models, and CheckpointError.
     """
     check_known("model", name, MODEL_NAMES)
     if init is None:
@@ -102,7 +111,7 @@ def backbone_model(name: str, init: str | Path | None = None, **options: Any) ->
 
 def _decoder(head: SegmentationHead, dims: list[int], channels: int, dropout: float) -> nn.Module:
     decoders = require("segmentation_models_pytorch.decoders", _EXTRA)
-    # by its convention the maps at strides 1 and 2 come first
+    # by its convention maps at strides 1 and 2 come first
     encoder_channels = [3, 0, *dims]
     if head == "fpn":
         fpn = decoders.fpn.decoder.FPNDecoder(
@@ -110,7 +119,7 @@ def _decoder(head: SegmentationHead, dims: list[int], channels: int, dropout: fl
         )
         return cast(nn.Module, fpn)
     upernet: Any = decoders.upernet.decoder.UPerNetDecoder(encoder_channels, decoder_channels=channels)
-    # the backbone norms its maps already, in just this way
+    # the backbone already has the same norms
     upernet.feature_norms = nn.ModuleList(nn.Identity() for _ in dims)
     return cast(nn.Module, upernet)
 
@@ -123,10 +132,10 @@ def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequentia
 
 
 class SegmentationModel(nn.Module):
-    """Takes normalised images [B, 3, H, W] of any size, returns logits [B, classes, H, W].
+    """Segmentation model, from normalised images [B, 3, H, W] of any size to logits [B, classes, H, W].
 
-    In training it returns a list: these, and where there is an auxiliary head its logits too. Sides are padded to
-    multiples of 32 by zeros at the right and bottom. `scene` is for `visionkernels.tasks.segmentation.predict`.
+    In training it returns a list of these and, if there is an auxiliary head, its logits. Images are zero-padded at the
+    right and bottom to multiples of 32. `scene` is for `visionkernels.tasks.segmentation.predict`.
     """
 
     def __init__(
@@ -144,7 +153,7 @@ class SegmentationModel(nn.Module):
         self.num_classes = cast(nn.Conv2d, classifier[-1]).out_channels
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
-        """Return logits at the images' size."""
+        """Return logits at the size of the images."""
         if images.ndim != 4:
             raise InputError(f"images have shape {list(images.shape)}; expected [batch, channels, height, width]")
         height, width = images.shape[-2:]
@@ -154,7 +163,7 @@ class SegmentationModel(nn.Module):
         if self.training and self.auxiliary is not None:
             outputs.append(self.auxiliary(maps[2]))
         enlarged = [F.interpolate(output, padded.shape[-2:], mode="bilinear") for output in outputs]
-        logits = [each[..., :height, :width] for each in enlarged]
+        logits = [output[..., :height, :width] for output in enlarged]
         return logits if self.training else logits[0]
 
 
@@ -163,9 +172,9 @@ def train(
 ) -> FitResult:
     """Train a segmentation model; rerun with the same arguments to resume the run in `out`.
 
-    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own; `init` gives the
-    backbone's weights. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
-    of `visionkernels.tasks.segmentation.evaluate`. Errors as for `open_scenes`, `segmentation_model` and
+    `data` is as for `visionkernels.pictures.scenes.open_scenes`, by default the recipe's own; `init` holds weights
+    of the backbone. `out`/weights.safetensors opens with `visionkernels.weights.open_trained`. The metrics are those
+    of `visionkernels.tasks.segmentation.evaluate`. Raises as `open_scenes`, `segmentation_model` and
     `visionkernels.training.fit`.
     """
     require("segmentation_models_pytorch", "biformer[train,dense]")

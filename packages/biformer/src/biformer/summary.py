@@ -1,4 +1,4 @@
-"""What a model is in figures: parameters, operations, stages."""
+"""Summary of a model: parameters, operations, stages."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ class StageSummary:
     """One of the four stages."""
 
     stride: int
-    """Pixels of the image a side that a token stands for."""
+    """Side in pixels of the image patch of a token."""
     blocks: int
     channels: int
     topk: int | None
-    """Regions that a region attends to; None: full attention."""
+    """Regions that a region attends to; None for full attention."""
     attention: str
 
 
@@ -37,7 +37,7 @@ class ModelSummary:
 
 
 def summarise(name: str, size: tuple[int, int] | None = None) -> ModelSummary:
-    """Describe a registered model, or the model of a recipe, of which segmentation and detection count the backbone.
+    """Describe a registered model, or the model of a recipe; for segmentation and detection, its backbone.
 
     `size` is by default the recipe's, or 224 x 224.
     """
@@ -48,15 +48,17 @@ def summarise(name: str, size: tuple[int, int] | None = None) -> ModelSummary:
     if size is None:
         side = recipe.pictures.size if isinstance(recipe, ClassificationRecipe) else 224
         size = (side, side)
-    model: Any = timm.create_model(recipe.model.name if recipe else name, **options)
+    with torch.device("meta"):
+        model: Any = timm.create_model(recipe.model.name if recipe else name, **options)
+        flops = count_flops(model, torch.empty(1, 3, *size)).total
     stages = tuple(
         _summarise_stage(blocks, stage) for blocks, stage in zip(model.stages, model.feature_info, strict=True)
     )
-    return ModelSummary(name, count_parameters(model), count_flops(model, torch.empty(1, 3, *size)).total, size, stages)
+    return ModelSummary(name, count_parameters(model), flops, size, stages)
 
 
 def lines(summary: ModelSummary) -> list[str]:
-    """Return a summary for people, a line for the model and one for each stage."""
+    """Return a summary as lines of text, one for the model and one for each stage."""
     height, width = summary.size
     figures = f"{summary.parameters:,} parameters, {summary.flops / 1e9:.3f} G operations at {height} x {width}"
     stages = [

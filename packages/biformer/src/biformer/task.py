@@ -1,4 +1,4 @@
-"""What one training step computes: classification with mixed labels, distillation, and token labelling.
+"""Training tasks: classification with mixed labels, distillation, and token labelling.
 
 Losses are those of `biformer.losses`, in float32. Token labelling is our own design after "All Tokens Matter" (2021),
 since the paper's code for it was never released.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 STRIDE = 32
-"""Pixels of the image a side that one cell of the last map stands for."""
+"""Side in pixels of the image patch of one cell of the last map."""
 
 
 class CellTeacher(Teacher):
@@ -42,7 +42,7 @@ class CellTeacher(Teacher):
     ) -> Float[Tensor, "batch rows columns classes"]:
         """Return class probabilities of each cell of `grid`: the classifier at each position of the last map.
 
-        Raises ValueError for a model whose features are no map [batch, channels, height, width].
+        Raises ValueError for a model whose features are not a map [batch, channels, height, width].
         """
         features = self.model.forward_features(self.prepare(images))  # type: ignore[operator]
         if features.ndim != 4:
@@ -55,7 +55,7 @@ class CellTeacher(Teacher):
 
 
 class ClassifierTask(Task):
-    """Soft-target cross-entropy, blended with distillation where there is a teacher."""
+    """Soft-target cross-entropy, blended with distillation if there is a teacher."""
 
     def __init__(
         self, model: nn.Module, *, teacher: CellTeacher | None = None, distillation: DistillationRecipe | None = None
@@ -79,7 +79,7 @@ class ClassifierTask(Task):
 
 
 class CellClassifier(nn.Module):
-    """A model and a second classifier, on every cell of its last map; in evaluation just the model."""
+    """A model with a second classifier on every cell of its last map, which evaluation ignores."""
 
     def __init__(self, model: BiFormer) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class CellClassifier(nn.Module):
 class TokenLabellingTask(Task):
     """The image's and the cells' cross-entropy, on images mixed by whole cells (MixToken).
 
-    The labels of cells come with the batch, or from `teacher`, which sees the images before they are mixed.
+    Labels of cells come with the batch, or from `teacher`, which gets the images before they are mixed.
     """
 
     def __init__(
@@ -138,10 +138,10 @@ def mix_cells(
     cells: Float[Tensor, "batch rows columns classes"],
     share: float,
 ) -> tuple[Tensor, Tensor, float]:
-    """Cut a box of whole cells out of each image and fill it from the image at the mirrored place of the batch.
+    """Replace a box of whole cells in every image by that of the image at the mirrored position of the batch.
 
-    `share` in [0, 1] is the area that stays, up to rounding to cells. Returns images, cell labels, and the exact share.
-    The box is drawn from numpy's generator, as timm draws those of cutmix.
+    `share` in [0, 1] is the area that is kept, up to rounding to cells. Returns images, cell labels, and the exact
+    share. The box is drawn from numpy's generator, as in timm's cutmix.
     """
     (top, bottom, left, right), share = cutmix_bbox_and_lam(cells.shape[:3], share)
     height, width = images.shape[-2] // cells.shape[1], images.shape[-1] // cells.shape[2]

@@ -1,4 +1,4 @@
-"""Training a classifier by a recipe, with a teacher's logits or labels of every cell besides the labels."""
+"""Training of a classifier by a recipe, with labels and optionally a teacher's logits or labels of cells."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -43,9 +43,9 @@ def train(
         recipe: the settings
         data: as for `visionkernels.pictures.labelled.open_pictures`; None takes the recipe's own
         out: folder of the run; its weights.safetensors opens with `visionkernels.weights.open_trained`
-        init: weights to start from; the classifier is left out where the classes differ
+        init: weights to start from; a classifier for other classes is ignored
         teacher: as for `visionkernels.tasks.teachers.open_teacher`, instead of the recipe's own
-        teacher_checkpoint: weights of a teacher that is given by name
+        teacher_checkpoint: weights of a teacher that is named
         distillation: learn from the probabilities of `teacher`, or from its best class
 
     Raises InputError for a teacher of other classes, and as `open_pictures`, `read_checkpoint` and
@@ -63,7 +63,7 @@ def train(
         _start_from(model, init, recipe)
     task, samples, transform = _task(recipe, model, sets, teacher_checkpoint)
     order: Callable[[int], Any] | None = None
-    # the sampler cuts an epoch to whole groups of 256 pictures
+    # the sampler shortens an epoch to whole groups of 256 images
     if recipe.augmentation.repeats > 1 and len(sets.train) >= 256:
         order = partial(repeated_augmentation_order, len(sets.train), repeats=recipe.augmentation.repeats)
     evaluate = partial(_metrics, sets=sets, workers=recipe.fit.num_workers)
@@ -84,7 +84,7 @@ def _start_from(model: BiFormer, init: str | Path, recipe: ClassificationRecipe)
 def _task(
     recipe: ClassificationRecipe, model: BiFormer, sets: ClassificationSets, teacher_checkpoint: str | Path | None
 ) -> tuple[Task, Dataset, Callable[[Any], Any] | None]:
-    """Return the task, what it trains on, and what makes its arguments of a batch."""
+    """Return the task, its training data, and the transform of batches."""
     augmentation = recipe.augmentation
 
     def teach(name: str) -> CellTeacher:
@@ -106,6 +106,6 @@ def _task(
 
 
 def _metrics(model: nn.Module, sets: ClassificationSets, workers: int) -> Mapping[str, float]:
-    # the classifier of cells is left out
+    # without the classifier of cells
     model = model.model.eval() if isinstance(model, CellClassifier) else model
     return sets.measure(model, workers=workers)

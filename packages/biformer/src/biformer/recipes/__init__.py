@@ -1,4 +1,4 @@
-"""The paper's settings as frozen data, one name each, and small ones that learn on a CPU."""
+"""Recipes by name: the paper's settings, and small ones that learn on a CPU."""
 
 from biformer.recipes.base import BiFormerRecipe
 from biformer.recipes.classification import (

@@ -1,4 +1,4 @@
-"""What recipes of all tasks say of the model."""
+"""Settings of the model, shared by the recipes of all tasks."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class BiFormerRecipe(ModelRecipe):
 
     num_classes: int = 1000
     drop_path_rate: float = 0.0
-    """Of the last block; the first has 0 and the rate grows linearly."""
+    """Rate of the last block; it grows linearly from 0 at the first."""
     n_win: int | None = None
-    """Regions a side."""
+    """Regions per side."""
     depth: tuple[int, ...] | None = None
     """Blocks of each stage."""
     embed_dim: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""The paper's settings for ImageNet as frozen data (BiFormer, sec. 4.1), and a small one that learns on a CPU."""
+"""Recipes for ImageNet with the paper's settings (BiFormer, sec. 4.1), and a small one that learns on a CPU."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -15,14 +15,14 @@ __all__ = ["CLASSIFICATION", "ClassificationRecipe", "DistillationRecipe", "Toke
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationRecipe:
-    """Learning from a teacher's logits besides the labels (as in DeiT)."""
+    """Distillation from a teacher's logits besides the labels (as in DeiT)."""
 
     teacher: str
     """A weights file of this package, or a model of timm with published weights."""
     kind: Literal["none", "soft", "hard"] = "hard"
-    """"soft": the teacher's probabilities, "hard": its best class."""
+    """"soft" uses the teacher's probabilities, "hard" its best class."""
     alpha: float = 0.5
-    """Share of the teacher in the loss."""
+    """Weight of the teacher in the loss."""
     tau: float = 1.0
     """Temperature of "soft"."""
 
@@ -34,16 +34,16 @@ class DistillationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLabellingRecipe:
-    """A label for every cell of the last map, from a teacher, and mixing by whole cells."""
+    """Labels for every cell of the last map from a teacher, and mixing by whole cells."""
 
     teacher: str | None = "dm_nfnet_f6.dm_in1k"
     """A weights file of this package, or a convolutional model of timm with published weights."""
     labels: str | None = None
-    """Folder of stored label maps, instead of a teacher: see `biformer.cell_labels.read_label_map`."""
+    """Folder of stored label maps instead of a teacher: see `biformer.cell_labels.read_label_map`."""
     cell_weight: float = 0.5
     """Weight of the cells' loss beside the image's."""
     mix: float = 1.0
-    """Alpha of the beta distribution of MixToken; 0: none."""
+    """Alpha of the beta distribution of MixToken; 0 disables mixing."""
 
     def __post_init__(self) -> None:
         both = (self.teacher, self.labels)
@@ -54,7 +54,7 @@ class TokenLabellingRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRecipe(tasks.ClassificationRecipe):
-    """A complete training of a classifier."""
+    """Training of a classifier."""
 
     trainer: ClassVar[str] = "biformer.training:train"
 
@@ -63,7 +63,7 @@ class ClassificationRecipe(tasks.ClassificationRecipe):
     token_labelling: TokenLabellingRecipe | None = None
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the model."""
+        """Return the record for weights files."""
         options = self.model.options() | ({} if num_classes is None else {"num_classes": num_classes})
         return Trained(
             kind="classifier", package="biformer", model=self.model.name, options=options,

@@ -1,6 +1,6 @@
-"""The paper's settings for detection on COCO (BiFormer, sec. 4.2), and a small one that learns on a CPU.
+"""Recipes for detection on COCO with the paper's settings (BiFormer, sec. 4.2), and a small one that learns on a CPU.
 
-Detectors are those of `biformer.detection`, near to the paper's but not the same code.
+Detectors are those of `biformer.detection`, close to the paper's but not the same code.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ DetectionHead = Literal["retinanet", "maskrcnn"]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRecipe(Recipe):
-    """A complete training of a detector; `model.num_classes` counts the background, which is class 0."""
+    """Training of a detector; `model.num_classes` includes the background, class 0."""
 
     trainer: ClassVar[str] = "biformer.detection:train"
 
@@ -32,7 +32,7 @@ class DetectionRecipe(Recipe):
     """Proposals that the second stage of "maskrcnn" learns from."""
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the model."""
+        """Return the record for weights files."""
         options = {
             "head": self.head,
             "min_size": self.min_size,
@@ -86,7 +86,7 @@ def _coco(size: str, head: DetectionHead, fit: FitRecipe, drop_path_rate: float,
 
 _MICRO_DETECTION = DetectionRecipe(
     name="biformer_micro_shapes_maskrcnn",
-    summary="shapes drawn on photographs, found and outlined in minutes on a CPU",
+    summary="shapes drawn on photographs, detected with masks in minutes on a CPU",
     data="shapes",
     model=micro_model(4),
     fit=FitRecipe(

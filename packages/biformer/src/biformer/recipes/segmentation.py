@@ -20,23 +20,23 @@ SegmentationHead = Literal["upernet", "fpn"]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(tasks.SegmentationRecipe):
-    """A complete training of a segmentation model."""
+    """Training of a segmentation model."""
 
     trainer: ClassVar[str] = "biformer.segmentation:train"
 
     model: BiFormerRecipe
     head: SegmentationHead
     auxiliary_weight: float = 0.0
-    """Of the loss of a second head on stage 3; 0: there is none."""
+    """Weight of the loss of a second head on stage 3; 0 disables the head."""
     dropout: float = 0.1
-    """Before the classifiers."""
+    """Rate before the classifiers."""
     decoder_channels: int | None = None
-    """None: the paper's, 512 of UperNet and 128 of FPN."""
+    """None takes the paper's, 512 for UperNet and 128 for FPN."""
     sync_norm: bool = True
     """Share the statistics of BatchNorm between GPUs."""
 
     def record(self, num_classes: int | None = None) -> Trained:
-        """Return what a weights file says of the model."""
+        """Return the record for weights files."""
         options = {
             "head": self.head,
             "has_auxiliary": self.auxiliary_weight > 0,
