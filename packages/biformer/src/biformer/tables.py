@@ -197,7 +197,7 @@ def _mnist5k() -> Table:
     )
     cells = tuple(
         Cell(row=f"biformer_micro_mnist5k, {row}", column="top-1 %", paper=None, digits=1, tolerance=0.0, needs=needs,
-             command="biformer train biformer_micro_mnist5k --out runs/mnist5k", measure=partial(_train_digits, updates))
+             measure=partial(_train_digits, updates), command="biformer train biformer_micro_mnist5k --out runs/digits")
         for row, updates, needs in lengths
     )  # fmt: skip
     convention = (
