@@ -93,7 +93,7 @@ class TestRecipes:
     def test_round_trip(self, tmp_path):
         for recipe in RECIPES.values():
             (tmp_path / "run.json").write_text(
-                json.dumps({"recipe": asdict(recipe.fit), "details": {"settings": settings(recipe)}})
+                json.dumps({"recipe": asdict(recipe.fit), "trained": {"settings": settings(recipe)}})
             )
             assert choose(str(tmp_path / "run.json"), RECIPES) == recipe
             assert len(recipe.summary) < 120

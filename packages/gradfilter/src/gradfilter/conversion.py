@@ -25,7 +25,7 @@ from gradfilter.conv import (
 from gradfilter.cost import layer_coverage
 from gradfilter.timing import wins_time
 from gradfilter.trace import Call, Trace, trace
-from visionkernels.checks import InputError
+from visionkernels.checks import InputError, check_choice
 from visionkernels.ops.filtered_conv import Border, Radius, check_radius
 
 __all__ = [
@@ -264,8 +264,7 @@ def _check_choices(
         ("norm_stats", norm_stats, ("frozen", "update")),
         ("border", border, get_args(Border)),
     ):
-        if value not in allowed:
-            raise InputError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        check_choice(name, value, allowed)
 
 
 def choose(traced: Trace, last_n: int | None, layers: Sequence[str] | None) -> list[Call]:
