@@ -11,7 +11,8 @@ import torch
 
 from diswot.networks.nb201 import NB201_WINNERS
 from diswot.spaces import S0, NasBench101, NasBench201, read_truth
-from diswot.spaces.tfrecord import CorruptFileError, crc32c, masked_crc32c, read_records
+from diswot.spaces.tfrecord import crc32c, masked_crc32c, read_records
+from visionkernels.files import CorruptFileError
 from visionkernels.weights import CheckpointError
 
 ONE, TWO = NB201_WINNERS["ea"], NB201_WINNERS["zen"]

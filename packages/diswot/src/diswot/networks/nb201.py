@@ -65,9 +65,9 @@ def _expect(text: str, position: int, mark: str) -> int:
     return position + len(mark)
 
 
-def _malformed(text: str, position: int, expected: str) -> ValueError:
+def _malformed(text: str, position: int, expected: str) -> InputError:
     seen = repr(text[position : position + 12]) if position < len(text) else "the end"
-    return ValueError(f"NAS-Bench-201 cell {_shortened(text)} has {seen} at position {position}; expected {expected}")
+    return InputError(f"NAS-Bench-201 cell {_shortened(text)} has {seen} at position {position}; expected {expected}")
 
 
 def _shortened(text: str) -> str:

@@ -253,9 +253,9 @@ def _parse_block(text: str, start: int) -> tuple[SuperBlock, int]:
         raise InputError(f"structure {_shortened(text)} at position {start}: {error}") from error
 
 
-def _malformed(text: str, position: int, expected: str) -> ValueError:
+def _malformed(text: str, position: int, expected: str) -> InputError:
     seen = repr(text[position : position + 12]) if position < len(text) else "the end"
-    return ValueError(f"structure {_shortened(text)} has {seen} at position {position}; expected {expected}")
+    return InputError(f"structure {_shortened(text)} has {seen} at position {position}; expected {expected}")
 
 
 def _shortened(text: str) -> str:

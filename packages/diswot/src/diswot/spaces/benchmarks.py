@@ -16,8 +16,9 @@ from diswot.networks.nb101_cell import NB101Cell
 from diswot.spaces.nasbench101 import NasBench101, nb101_key
 from diswot.spaces.nasbench201 import NasBench201
 from diswot.spaces.protocol import Space
-from diswot.spaces.tfrecord import CorruptFileError, read_records
+from diswot.spaces.tfrecord import read_records
 from visionkernels.checks import InputError, check, check_choice, check_known
+from visionkernels.files import CorruptFileError
 from visionkernels.weights import CheckpointError, read_torch
 
 __all__ = ["read_truth"]

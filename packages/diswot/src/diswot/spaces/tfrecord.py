@@ -7,16 +7,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-__all__ = ["CorruptFileError", "crc32c", "masked_crc32c", "read_records"]
+from visionkernels.files import CorruptFileError
+
+__all__ = ["crc32c", "masked_crc32c", "read_records"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 # the table of checksums grows with the longest record, by 1 KiB a byte
 _LONGEST = 1 << 14
-
-
-class CorruptFileError(ValueError):
-    """A file that ends early, or whose content does not fit its checksums."""
 
 
 def read_records(path: str | Path, *, max_bytes: int = _LONGEST) -> Iterator[bytes]:
