@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinc.cli import main
-from tinc.official import find_recipe, load_official, normalise, plan_tree, save_official
+from tinc.official import find_recipe, normalise, open_official, plan_tree, save_official
 from tinc.official.export import export_tree
 from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
@@ -41,7 +41,7 @@ def test_sweep(tmp_path: Path, volume: Path) -> None:
     results = dict(run_sweep(tmp_path / "grid.yaml", volume, tmp_path / "out"))
     assert sorted(results) == ["000", "001"]
     assert results["000"]["parameters"] > results["001"]["parameters"]
-    assert load_official(tmp_path / "out" / "001" / "last").side_info.shape == (4, 16, 16, 1)
+    assert open_official(tmp_path / "out" / "001" / "last").side_info.shape == (4, 16, 16, 1)
     kept = (tmp_path / "out" / "results.jsonl").read_text()
     # the second call reads the finished results
     assert dict(run_sweep(tmp_path / "grid.yaml", volume, tmp_path / "out")) == results
@@ -54,7 +54,7 @@ def test_onnx(tmp_path: Path, volume: Path) -> None:
     recipe = find_recipe("multi1")
     model = OctreeMLP(plan_tree(recipe, normalised, 100_000))
     save_official(tmp_path / "folder", model, recipe, side_info=side_info)
-    model = load_official(tmp_path / "folder").model
+    model = open_official(tmp_path / "folder").model
     export_tree(model, tmp_path / "tree.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "tree.onnx"), providers=["CPUExecutionProvider"])
     for count in (5, 32):

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinc.official import decode, load_official, normalise, plan_tree, save_official
+from tinc.official import decode, load_official, normalise, open_official, plan_tree, save_official
 from tinc.official.folder import official_state
 from tinc.official.model import OctreeMLP
 from tinc.official.volume import SideInfo
 from tinc.recipes import RECIPES, Level, OfficialRecipe
-from visionkernels.weights import CheckpointError
+from visionkernels.weights import CheckpointError, read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "state_layout.json").read_text())
@@ -50,12 +50,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 class TestRoundTrip:
     def test_folder(self, folder: Path, tree: tuple[OctreeMLP, SideInfo]) -> None:
         model, side = tree
-        loaded = load_official(folder)
+        loaded = open_official(folder)
         assert loaded.side_info == side
         assert asdict(loaded.recipe) == asdict(replace(RECIPE, name="models"))
         assert np.array_equal(decode(loaded.model, side), decode(model, side))
         assert all(torch.equal(*pair) for pair in zip(loaded.model.parameters(), model.parameters(), strict=True))
-        assert np.array_equal(decode(load_official(folder.parent).model, side), decode(model, side))
+        assert np.array_equal(decode(open_official(folder.parent).model, side), decode(model, side))
 
     def test_layout(self, folder: Path, tree: tuple[OctreeMLP, SideInfo]) -> None:
         model, side = tree
@@ -70,15 +70,15 @@ class TestRoundTrip:
     def test_side_info(self, folder: Path, volume: np.ndarray, tree: tuple[OctreeMLP, SideInfo]) -> None:
         (folder / "side_info.json").unlink()
         with pytest.raises(ValueError, match="give the original volume or side_info"):
-            load_official(folder)
-        assert load_official(folder, volume).side_info == tree[1]
-        assert load_official(folder, side_info=tree[1]).side_info == tree[1]
+            open_official(folder)
+        assert open_official(folder, volume).side_info == tree[1]
+        assert open_official(folder, side_info=tree[1]).side_info == tree[1]
         np.save(folder.parent / "volume.npy", volume)
-        assert load_official(folder, folder.parent / "volume.npy").side_info == tree[1]
+        assert open_official(folder, folder.parent / "volume.npy").side_info == tree[1]
         with pytest.raises(ValueError, match="side_info has 3 channels"):
-            load_official(folder, side_info=replace(tree[1], shape=(8, 8, 12, 3)))
+            open_official(folder, side_info=replace(tree[1], shape=(8, 8, 12, 3)))
         with pytest.raises(ValueError, match="width=6 is not divisible"):
-            load_official(folder, volume[..., :6])
+            open_official(folder, volume[..., :6])
 
     def test_official_options(self, folder: Path) -> None:
         """Options of the official code have block style, a device, and a misspelt allocation."""
@@ -89,7 +89,7 @@ class TestRoundTrip:
             "  - [1.0, 2, Sine, euqal]\n  - [0.8, 2, Sine, euqal]\n  - [1.5, 3, Sine, aoi]\n"
             "Preprocess: {normal_min: 0, normal_max: 1}\n"
         )
-        assert load_official(folder).recipe.batch_size == 5000
+        assert open_official(folder).recipe.batch_size == 5000
 
     def test_overwrite(self, folder: Path, tree: tuple[OctreeMLP, SideInfo]) -> None:
         with pytest.raises(FileExistsError, match="--overwrite"):
@@ -107,40 +107,40 @@ class TestErrors:
         with pytest.raises(
             CheckpointError, match=r"7 weights missing \(first: 2-0-0-1/1-B, 2-3-3-3/0-B.*default and mul"
         ):
-            load_official(folder)
+            open_official(folder)
 
     def test_unexpected(self, folder: Path) -> None:
         (folder / "2-0-0-0" / "3-W").write_bytes(bytes(4))
         (folder / "notes").mkdir()
         (folder / "notes" / "a.txt").write_text("hello")
         with pytest.raises(CheckpointError, match=r"2 weights unexpected \(first: 2-0-0-0/3-W, notes/a.txt\)"):
-            load_official(folder)
+            open_official(folder)
 
     def test_misshapen(self, folder: Path) -> None:
         path = folder / "1-0-0-1" / "1-W"
         path.write_bytes(path.read_bytes()[:-4])
         with pytest.raises(CheckpointError, match=r"1 weights misshapen \(first: 1-0-0-1/1-W of"):
-            load_official(folder)
+            open_official(folder)
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(CheckpointError, match="not a whole number of float32"):
-            load_official(folder)
+            open_official(folder)
 
     def test_empty_file(self, folder: Path) -> None:
         for name in ("0-B", "0-W", "1-W"):
             (folder / "2-0-0-0" / name).write_bytes(b"")
         with pytest.raises(CheckpointError, match="misshapen"):
-            load_official(folder)
+            open_official(folder)
 
     def test_no_nodes(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="contains no weights of nodes"):
-            load_official(tmp_path)
+            open_official(tmp_path)
         with pytest.raises(FileNotFoundError, match="none is not a file"):
-            load_official(tmp_path / "none")
+            open_official(tmp_path / "none")
         for name in ("9-0-0-0",):
             (tmp_path / name).mkdir()
             (tmp_path / name / "0-W").write_bytes(bytes(12))
         with pytest.raises(CheckpointError, match="a tree of 10 levels; at most 7 are read"):
-            load_official(tmp_path)
+            open_official(tmp_path)
 
     def test_claims_much(self, tmp_path: Path) -> None:
         """A sparse file of a terabyte is refused before it is read."""
@@ -148,20 +148,20 @@ class TestErrors:
         with (tmp_path / "0-0-0-0" / "0-W").open("wb") as file:
             file.truncate(1 << 40)
         with pytest.raises(CheckpointError, match="at most"):
-            load_official(tmp_path)
+            open_official(tmp_path)
 
     def test_options(self, folder: Path) -> None:
         with pytest.raises(CheckpointError, match=r"which have 2, 3 layers a level; it seems to hold 3 levels of 2, 2"):
-            load_official(folder, recipe=RECIPES["multi1"])
+            open_official(folder, recipe=RECIPES["multi1"])
         (folder / "side_info.json").write_text('{"shape": [8, 8, 12, 1], "dtype": "uint16"}')
         with pytest.raises(CheckpointError, match=r"side_info\.json is damaged"):
-            load_official(folder)
+            open_official(folder)
         (folder / "opt.yaml").write_bytes(b"\xff\xfe")
         with pytest.raises(CheckpointError, match="is not a text file"):
-            load_official(folder)
+            open_official(folder)
         (folder / "opt.yaml").write_text("3")
         with pytest.raises(CheckpointError, match="holds a int"):
-            load_official(folder)
+            open_official(folder)
 
 
 def layout_state(name: str) -> dict[str, Tensor]:
@@ -185,7 +185,9 @@ class TestStateFile:
         else:
             save_file(state, path)
         side = SideInfo(shape=volume_shape(name), dtype="uint16", data_min=0.0, data_max=9.0)
-        loaded = load_official(path, side_info=side)
+        loaded = open_official(path, side_info=side)
+        model = load_official(read_checkpoint(path), side_info=side)
+        assert not model.training and official_state(model).keys() == state.keys()
         ours = dict(loaded.model.node_parameters())
         assert list(ours) == list(LAYOUTS[name])
         assert all(torch.equal(ours[key], value) for key, value in state.items())
@@ -196,7 +198,7 @@ class TestStateFile:
         save_file(layout_state("tree_relu_2ch"), path)
         side = SideInfo(shape=(4, 8, 8, 2), dtype="uint16", data_min=0.0, data_max=9.0)
         levels = (Level(1.0, 1, "ReLU"), Level(1.5, 2, "LeakyReLU0.2"))
-        loaded = load_official(path, side_info=side, recipe=OfficialRecipe(name="relu", levels=levels))
+        loaded = open_official(path, side_info=side, recipe=OfficialRecipe(name="relu", levels=levels))
         assert loaded.model.plan.activations == ("ReLU", "LeakyReLU0.2") and loaded.recipe.output == 2
 
     def test_errors(self, tmp_path: Path) -> None:
@@ -205,4 +207,4 @@ class TestStateFile:
         state["head.weight"] = torch.zeros(2)
         save_file(state, path)
         with pytest.raises(CheckpointError, match=r"unexpected \(first: head.weight\), 1 weights misshapen .*\[4, 9\]"):
-            load_official(path)
+            open_official(path)

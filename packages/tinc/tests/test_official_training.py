@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tinc.metrics import psnr
-from tinc.official import RECIPES, OfficialRecipe, decode, load_official, train
+from tinc.official import RECIPES, OfficialRecipe, decode, open_official, train
 from tinc.official.training import TrainResult
 from tinc.recipes import Scheduler
 
@@ -47,11 +47,11 @@ class TestTrain:
         assert [(entry["step"], entry["epoch"]) for entry in undisturbed.history] == [
             (8, 7), (15, 14), (22, 21), (29, 28), (30, 30)
         ]  # fmt: skip
-        loaded = load_official(undisturbed.last)
+        loaded = open_official(undisturbed.last)
         original = np.load(volume)[..., None]
         assert psnr(original, decode(loaded.model, loaded.side_info)) == undisturbed.psnr
         assert undisturbed.best_psnr == max(entry["psnr"] for entry in undisturbed.history)
-        best = load_official(undisturbed.best)
+        best = open_official(undisturbed.best)
         assert psnr(original, decode(best.model, best.side_info)) == undisturbed.best_psnr
         assert undisturbed.parameters == sum(item.numel() for item in loaded.model.parameters())
         assert undisturbed.ratio == volume.stat().st_size / (4 * undisturbed.parameters) > undisturbed.folder_ratio
@@ -135,7 +135,7 @@ def test_two_processes_end_like_one(volume: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     single = train(recipe, volume, tmp_path / "single")
-    one, two = (dict(load_official(item).model.node_parameters()) for item in (single.last, tmp_path / "run" / "last"))
+    one, two = (dict(open_official(item).model.node_parameters()) for item in (single.last, tmp_path / "run" / "last"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     logged = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in single.history]

@@ -380,7 +380,7 @@ def export(checkpoint: Positional[Path], *, data: Path, out: Path, overwrite: bo
     from tinc.official.folder import load_official
 
     refuse_existing(out, overwrite)
-    export_tree(load_official(checkpoint, volume=data).model, out, overwrite=overwrite)
+    export_tree(load_official(checkpoint, volume=data), out, overwrite=overwrite)
     print(out)
 
 

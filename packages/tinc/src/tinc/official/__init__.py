@@ -1,7 +1,7 @@
 """The official procedure of TINC with its exact numbers: tree, budget, training, and folders of weights."""
 
 from tinc.official.allocation import TreePlan, allocate, hidden_width, plan_tree
-from tinc.official.folder import OfficialModel, load_official, save_official
+from tinc.official.folder import OfficialModel, load_official, open_official, save_official
 from tinc.official.model import OctreeMLP, decode
 from tinc.official.training import TrainResult, train
 from tinc.official.volume import SideInfo, denormalise, normalise, read_volume
@@ -31,6 +31,7 @@ __all__ = [
     "hidden_width",
     "load_official",
     "normalise",
+    "open_official",
     "plan_tree",
     "read_volume",
     "read_yaml",

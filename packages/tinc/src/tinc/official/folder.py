@@ -23,9 +23,9 @@ from tinc.official.volume import SideInfo, normalise, read_volume, with_channels
 from tinc.recipes import MAX_LEVELS, RECIPES, Level, OfficialRecipe, from_options, to_options
 from visionkernels.checks import InputError
 from visionkernels.extras import require
-from visionkernels.weights import CheckpointError, read_checkpoint
+from visionkernels.weights import Checkpoint, CheckpointError, read_checkpoint
 
-__all__ = ["OfficialModel", "decode_official", "load_official", "official_state", "save_official"]
+__all__ = ["OfficialModel", "decode_official", "load_official", "official_state", "open_official", "save_official"]
 
 _OPTIONS, _SIDE_INFO = "opt.yaml", "side_info.json"
 _KEY = re.compile(r"(\d)-(\d{1,3})-(\d{1,3})-(\d{1,3})/(\d{1,3})-([WB])")
@@ -94,13 +94,24 @@ def save_official(
 
 
 def load_official(
-    path: str | Path,
+    source: str | Path | Checkpoint,
+    volume: np.ndarray | str | Path | None = None,
+    side_info: SideInfo | None = None,
+    *,
+    recipe: OfficialRecipe | None = None,
+) -> OctreeMLP:
+    """Return the tree of an official folder or file, in evaluation mode; arguments and errors as `open_official`."""
+    return open_official(source, volume, side_info, recipe=recipe).model.eval()
+
+
+def open_official(
+    source: str | Path | Checkpoint,
     volume: np.ndarray | str | Path | None = None,
     side_info: SideInfo | None = None,
     *,
     recipe: OfficialRecipe | None = None,
 ) -> OfficialModel:
-    """Load an official folder (or the folder above its `models`), or a .safetensors or .pth file with the same keys.
+    """Open an official folder (or the folder above its `models`), or a .safetensors or .pth file with the same keys.
 
     The side info comes from `side_info`, from the original `volume`, or from side_info.json. Activations, w0 and range
     come from `recipe`, from opt.yaml, or else are those of all named configurations: sines, w0 30, 0 to 100. No code of
@@ -108,10 +119,10 @@ def load_official(
     the first five and the configuration that the file seems to hold; ImportError for a YAML file without pyyaml; and
     ValueError without side info, or with that of another volume.
     """
-    path = Path(path)
+    path = source.path if isinstance(source, Checkpoint) else Path(source)
     if (path / "models").is_dir():
         path = path / "models"
-    state = _read_folder(path) if path.is_dir() else dict(read_checkpoint(path).state)
+    state = _read_folder(path) if path.is_dir() else dict(read_checkpoint(source).state)
     dims = _tree_of(state, path)
     layers = _layers(dims)
     if recipe is None:
@@ -141,9 +152,9 @@ def load_official(
 def decode_official(path: str | Path, volume: str | Path) -> tuple[np.ndarray, int]:
     """Return the volume [depth, height, width, channels] of a folder or file of weights, and its bytes.
 
-    Raises the errors of `load_official`.
+    Raises the errors of `open_official`.
     """
-    loaded = load_official(path, volume=volume)
+    loaded = open_official(path, volume=volume)
     files = [file for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
     return decode(loaded.model, loaded.side_info), sum(file.stat().st_size for file in files)
 
