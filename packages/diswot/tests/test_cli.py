@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diswot.cli import main
+from diswot import spaces
+from diswot.cli import PACKAGE, main
 
 SMALL = ("--batch-size", "4", "--seeds", "1")
 
@@ -167,6 +168,7 @@ class TestSearch:
     def test_errors(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "such as params=5M" in fails(capsys, "search", "--budget", "5M")
         assert "shortlist=0 must be at least 1" in fails(capsys, "search", "--shortlist", 0)
+        assert "batch_size=0 must be at least 2" in fails(capsys, "search", "--batch-size", 0)
         for seeds in (2, -1):
             said = fails(capsys, "search", "--seeds", 3, "--final-seeds", seeds)
             assert f"final_seeds={seeds} must be 0, or at least the 3 of seeds" in said
@@ -193,6 +195,12 @@ class TestSearch:
         captured = capsys.readouterr()
         assert code == 0 and "space timm_resnet" in captured.err
         assert "best: resnet18?" in captured.out
+
+
+def test_sources_are_the_spaces() -> None:
+    """Names in front of a colon that `create_network` takes; `timm` is known to all packages."""
+    assert set(PACKAGE.sources) == set(spaces.SPACES) - {"timm"}
+    assert len(PACKAGE.sources) == len(set(PACKAGE.sources))
 
 
 class TestInfo:

@@ -122,7 +122,8 @@ class TestExportModel:
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", those(("s0_111",), ("nb201_diswot", "cifar_shufflenetv2")))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s0_111", "nb201_diswot", "cifar_shufflenetv2"])
 def test_compiled_is_eager(name):
     model = create_network(name, num_classes=3).eval()
     images = torch.randn(2, 3, 32, 32)

@@ -34,6 +34,9 @@ def test_open_cells_say_what_they_need() -> None:
 def test_long_cells_wait_for_full() -> None:
     for name in ("sources", "students"):
         assert all(TIME in cell.needs for cell in table(name).cells)
+    # the quick report makes one ranking of S0
+    quick = [cell for cell in table("s0").cells if TIME not in cell.needs]
+    assert quick and {cell.measure.args[2:] for cell in quick} == {()}
 
 
 def test_ranking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,11 @@ class TestLoadOfficial:
         with pytest.raises(CheckpointError, match=r"mae\.pth holds 'mae', not 'distilled'; run `g2sd inspect"):
             load_official(mae, kind="distilled")
 
+    def test_no_size(self, mae):
+        """0 is a wrong size, and not one that was left out."""
+        with pytest.raises(ValueError, match="img_size=0x0 must be a multiple of"):
+            load_official(mae, img_size=0, **HEADS)
+
     def test_unusual_width_needs_heads(self, mae):
         with pytest.raises(ValueError, match=r"width 96 has no known number of heads .* give num_heads"):
             load_official(mae)

@@ -152,7 +152,7 @@ def _s0() -> Table:
         for init in _INITS:
             cells.append(
                 Cell(row=f"{order}, {init}, draws of their own", column="Kendall, distilled", paper=None, digits=3,
-                     tolerance=0.05, measure=partial(_kendall, order, "distilled", init, "own"), needs=(SAMPLES,),
+                     tolerance=0.05, measure=partial(_kendall, order, "distilled", init, "own"), needs=(SAMPLES, TIME),
                      command=f"diswot rank --proxies {order} --init {init} --draws own")
             )  # fmt: skip
     convention = (

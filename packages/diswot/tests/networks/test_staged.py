@@ -174,8 +174,10 @@ class TestEveryFamily:
             small(name).forward_intermediates(images(1, 3, 32, 32), output_fmt="NLC")
 
 
-# what takes seconds and has no code of its own waits for the night
-_SLOW = ("cifar_wrn_16_1", "cifar_vgg11", "cifar_mobilenetv2", "cifar_shufflenetv1", "cifar_resnet50")
+# chains of layers without code that others lack wait for the night
+_SLOW = (
+    "cifar_wrn_16_1", "cifar_vgg11", "cifar_mobilenetv2", "cifar_shufflenetv1", "cifar_shufflenetv2", "cifar_resnet50"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in SMALL])

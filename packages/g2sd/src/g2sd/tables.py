@@ -226,7 +226,8 @@ def _parameters(build: Callable[[], nn.Module]) -> float:
 
 
 def _gmacs(build: Callable[[], nn.Module]) -> float:
-    return _products(count_flops(build(), torch.zeros(1, 3, 224, 224)))
+    with torch.device("meta"):
+        return _products(count_flops(build(), torch.zeros(1, 3, 224, 224)))
 
 
 def _products(counted: FlopCount) -> float:
