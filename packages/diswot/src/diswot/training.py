@@ -137,9 +137,8 @@ class _Course:
                 raise InputError(f"recipe {recipe.name} has no teacher for --teacher-checkpoint {checkpoint}")
             return None, {}
         if Path(recipe.teacher).is_file():
-            if checkpoint is not None:
-                raise InputError(f"--teacher {recipe.teacher} is a file; --teacher-checkpoint is for a teacher by name")
-            model = open_teacher(recipe.teacher, package="diswot", num_classes=self.sets.num_classes)
+            num_classes = self.sets.num_classes
+            model = open_teacher(recipe.teacher, checkpoint=checkpoint, package="diswot", num_classes=num_classes)
             return model, {"teacher_weights": recipe.teacher}
         if checkpoint is None:
             plain = replace(recipe, teacher=None, distiller="none", student=recipe.teacher)

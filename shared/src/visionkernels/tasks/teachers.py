@@ -35,6 +35,8 @@ def open_teacher(
     if isinstance(teacher, nn.Module):
         model = teacher
     elif Path(teacher).is_file():
+        if checkpoint is not None:
+            raise InputError(f"--teacher {teacher} is a file; --teacher-checkpoint is for a teacher by name")
         model = open_trained(teacher, package=package).model
     elif checkpoint is not None:
         model = open_plain(
