@@ -196,7 +196,7 @@ class TestTrain:
 
     @pytest.mark.slow
     def test_upernet(self, tmp_path):
-        result = train(micro_recipe("upernet", updates=100), None, tmp_path / "run")
+        result = train(micro_recipe("upernet", updates=200), None, tmp_path / "run")
         assert result.metrics["miou"] > result.metrics["majority_miou"] + 10
         assert load_model(result.weights).auxiliary is not None
 

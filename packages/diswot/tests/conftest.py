@@ -1,22 +1,12 @@
 """Seeds, one thread, and small networks that several tests score."""
 
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 import diswot.networks  # noqa: F401 - registers the models
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seeds() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 
 
 @pytest.fixture

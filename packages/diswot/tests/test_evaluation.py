@@ -19,12 +19,6 @@ from visionkernels.weights import CheckpointError, Trained, open_trained, save_w
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     return write_colours(tmp_path_factory.mktemp("colours"))

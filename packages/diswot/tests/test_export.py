@@ -19,12 +19,6 @@ from visionkernels.weights import open_trained, save_weights
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32 after some ten layers, in another order of sums
 
 
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 def stored(path, name: str, num_classes: int = 5):
     """Weights with running statistics that an exporter cannot mistake for none."""
     model = create_network(name, num_classes=num_classes)

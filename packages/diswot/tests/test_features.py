@@ -18,12 +18,6 @@ WITH_LAST_RELU = ("s0_111", "cifar_resnet8x4", "cifar_vgg8", "cifar_shufflenetv1
 STAGED = (*WITH_LAST_RELU, "cifar_wrn_16_1", "cifar_mobilenetv2", "cifar_shufflenetv2")
 
 
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 def read(model: nn.Module, source: str, size: int = 32, **options):
     images = torch.randn(2, 3, size, size)
     return read_features(model, images, plan_features(model, source, **options)), images

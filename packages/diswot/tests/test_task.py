@@ -16,12 +16,6 @@ CLASSES, SAMPLES, SIZE = 8, 32, (16, 16)
 FEATURE_LOSSES = [name for name in names() if name != "kd"]
 
 
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 def student(**options):
     return timm.create_model("s0_111", num_classes=CLASSES, widths=(8, 8, 12, 16), **options)
 

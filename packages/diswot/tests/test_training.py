@@ -24,12 +24,6 @@ from visionkernels.testing.weights import count_reads
 from visionkernels.weights import CheckpointError, open_trained, read_checkpoint, save_weights
 
 
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     return write_colours(tmp_path_factory.mktemp("colours"))

@@ -35,6 +35,7 @@ SIZES = {
     "regions_per_image": 16,
 }  # fmt: skip
 TEACHER = SIZES | {"pyramid_channels": 24}
+ALL_PICTURES = dict(shapes.NUM_PICTURES)
 
 
 def micro(mode=None, **fit) -> DetectionRecipe:
@@ -281,8 +282,10 @@ class TestTrain:
 
 @pytest.mark.slow
 class TestTwoProcesses:
-    def test_learns_and_measures(self, teacher, tmp_path, save_recipe):
+    def test_learns_and_measures(self, teacher, tmp_path, save_recipe, monkeypatch):
         """Both processes train one detector, and measure it as one process does."""
+        # the processes measure all pictures
+        monkeypatch.setattr(shapes, "NUM_PICTURES", ALL_PICTURES)
         recipe = save_recipe(micro("imitation", updates=4))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "g2sd", "train", recipe]
         command += ["--teacher", teacher, "--out", tmp_path / "run"]

@@ -48,15 +48,6 @@ def _few_pictures() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def micro(**options) -> SegmentationModel:
     sizes = BLOCKS | {"out_indices": (0, 1, 2, 3), "img_size": 32, "num_classes": 4, "auxiliary_channels": 8}
     model = segmentation_model("tiny", **(sizes | {"drop_path_rate": 0.0, "dropout": 0.0} | options))

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,15 +18,6 @@ from g2sd.segmentation_backbone import (
 )
 from visionkernels.training import OptimizerRecipe
 from visionkernels.training.optimization import create_optimizer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def micro(**options) -> SegmentationBackbone:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,15 +25,6 @@ OUTPUTS = {
     name: {**spec, "absmax": float(STORED.get(f"{name}__stats", np.abs(STORED[name]).max(keepdims=True)).flat[-1])}
     for name, spec in CASE["outputs"].items()
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def micro(**options) -> SegmentationModel:

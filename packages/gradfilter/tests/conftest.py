@@ -1,6 +1,10 @@
+"""Seeds, one thread, no network, and a small network of every kind of layer."""
+
 import pytest
 import torch
 from torch import Tensor, nn
+
+from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
 
 
 class Net(nn.Module):
@@ -24,12 +28,6 @@ class Net(nn.Module):
         x = self.relu(self.norm3(self.middle(x)))
         x = torch.relu(self.last(x))
         return self.head(self.dropout(x.mean((2, 3))))
-
-
-@pytest.fixture(autouse=True)
-def _deterministic() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

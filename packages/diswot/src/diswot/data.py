@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diswot.networks.staged import CIFAR_MEAN, CIFAR_STD
+from diswot.networks.registration import CIFAR_MEAN, CIFAR_STD
 from visionkernels.checks import InputError, check
 from visionkernels.samples import mnist5k, photographs
 

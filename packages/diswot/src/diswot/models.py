@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 import diswot.networks  # noqa: F401 - registers the models
-from diswot.networks.staged import CIFAR_MEAN, CIFAR_STD
+from diswot.networks.registration import CIFAR_MEAN, CIFAR_STD
 from visionkernels import models
 
 __all__ = ["create_network"]

@@ -1,11 +1,12 @@
 """MobileNetV2 of half the width for 32 x 32 pixels (Sandler et al. 2018), with ReLU in place of ReLU6."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from diswot.networks.staged import StagedClassifier, init_convolutions, network_cfg, register_variants, stage_info
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.staged import HeadOptions, StagedClassifier, init_convolutions, stage_info
 from visionkernels.checks import check
 
 __all__ = ["CifarMobileNetV2", "InvertedResidual"]
@@ -51,9 +52,7 @@ class CifarMobileNetV2(StagedClassifier):
         width: float = 0.5,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check(0 < width <= 4, "width", width, "above 0, up to 4")
@@ -76,7 +75,7 @@ class CifarMobileNetV2(StagedClassifier):
             ("blocks.4", channels[5], 8),
             ("blocks.6", channels[7], 16),
         )
-        self._finish(info, 1280, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, 1280, **head)
         init_convolutions(self)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:

@@ -6,21 +6,14 @@ networks are those that students and teachers are taken from: `cifar_resnet20`, 
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Literal, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from diswot.networks.staged import (
-    BlockReLU,
-    StagedClassifier,
-    check_sizes,
-    check_weights,
-    init_convolutions,
-    network_cfg,
-    register_variants,
-    stage_info,
-)  # fmt: skip
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_sizes, check_weights
+from diswot.networks.staged import BlockReLU, HeadOptions, LayeredClassifier, init_convolutions, stage_info
 from visionkernels.checks import check_choice
 
 __all__ = ["S0_DEPTHS", "BasicBlock", "BlockKind", "CifarResNet"]
@@ -64,7 +57,7 @@ class BasicBlock(nn.Module):
         return y
 
 
-class CifarResNet(StagedClassifier):
+class CifarResNet(LayeredClassifier):
     """ResNet of basic blocks: takes images [B, in_chans, H, W], returns logits [B, num_classes].
 
     `depths` counts the blocks of the three stages, `widths` gives the channels of the stem and of the stages.
@@ -77,9 +70,7 @@ class CifarResNet(StagedClassifier):
         *,
         block: BlockKind = "basic",
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check_choice("block", block, BlockKind)
@@ -87,9 +78,7 @@ class CifarResNet(StagedClassifier):
         widths = check_sizes("widths", widths, 4, _MAX_WIDTH)
         weights = sum(18 * depth * width**2 for depth, width in zip(self.depths, widths[1:], strict=True))
         check_weights("depths", self.depths, weights)
-        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU()
+        self._set_stem(in_chans, widths[0], kernel=3)
         for stage, depth in enumerate(self.depths, 1):
             blocks = [BasicBlock(widths[stage - 1], widths[stage], 1 if stage == 1 else 2, kind=block)]
             blocks += [BasicBlock(widths[stage], widths[stage], kind=block) for _ in range(depth - 1)]
@@ -97,22 +86,12 @@ class CifarResNet(StagedClassifier):
         info = stage_info(
             ("relu", widths[0], 1), ("layer1", widths[1], 1), ("layer2", widths[2], 2), ("layer3", widths[3], 4)
         )
-        self._finish(info, widths[3], num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, widths[3], **head)
         init_convolutions(self)
-
-    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
 
     def chain(self) -> list[nn.Module]:
         stages = (getattr(self, f"layer{stage}") for stage in (1, 2, 3))
         return [self.conv1, self.bn1, self.relu, *(block for stage in stages for block in stage)]
-
-    def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        *blocks, last = getattr(self, f"layer{stage}")
-        for block in blocks:
-            x = block(x)
-        before = last.preactivate(x)
-        return before, last.last_relu(before)
 
 
 _VARIANTS = {

@@ -1,21 +1,14 @@
 """ResNet-50 of bottlenecks for 32 x 32 pixels: a 3x3 stem of stride 1 and no pooling before the stages."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from diswot.networks.staged import (
-    BlockReLU,
-    StagedClassifier,
-    check_sizes,
-    check_weights,
-    init_convolutions,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_sizes, check_weights
+from diswot.networks.staged import BlockReLU, HeadOptions, LayeredClassifier, init_convolutions, stage_info
 
 __all__ = ["Bottleneck", "CifarBottleneckResNet"]
 
@@ -52,7 +45,7 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(y)) + self.shortcut(x)
 
 
-class CifarBottleneckResNet(StagedClassifier):
+class CifarBottleneckResNet(LayeredClassifier):
     """ResNet of four stages of `depths` bottlenecks, `width` times 1, 2, 4 and 8 wide inside."""
 
     classifier_name: ClassVar[str] = "linear"
@@ -63,16 +56,12 @@ class CifarBottleneckResNet(StagedClassifier):
         width: int = 64,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         depths, (width,) = check_sizes("depths", depths, 4, 256), check_sizes("width", (width,), 1, 512)
         check_weights("depths", depths, sum(17 * depth * (width * 2**i) ** 2 for i, depth in enumerate(depths)))
-        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU()
+        self._set_stem(in_chans, width, kernel=3)
         channels, stages = width, [("relu", width, 1)]
         for stage, depth in enumerate(depths, 1):
             inner = width * 2 ** (stage - 1)
@@ -83,18 +72,8 @@ class CifarBottleneckResNet(StagedClassifier):
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
             stages.append((f"layer{stage}", channels, 2 ** (stage - 1)))
         info = stage_info(*stages)
-        self._finish(info, channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, channels, **head)
         init_convolutions(self)
-
-    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
-
-    def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        *blocks, last = getattr(self, f"layer{stage}")
-        for block in blocks:
-            x = block(x)
-        before = last.preactivate(x)
-        return before, last.last_relu(before)
 
 
 _VARIANTS = {"cifar_resnet50": ("ResNet-50: 23.7 M parameters.", {"depths": (3, 4, 6, 3)})}

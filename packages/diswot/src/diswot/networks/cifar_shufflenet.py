@@ -1,23 +1,16 @@
 """ShuffleNets for 32 x 32 pixels: V1 (Zhang et al. 2018) of three groups, V2 (Ma et al. 2018) of width 1."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diswot.networks.staged import (
-    BlockReLU,
-    StagedClassifier,
-    check_sizes,
-    check_weights,
-    init_convolutions,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_sizes, check_weights
+from diswot.networks.staged import BlockReLU, HeadOptions, LayeredClassifier, init_convolutions, stage_info
 from visionkernels.checks import check
 
 __all__ = ["CifarShuffleV1", "CifarShuffleV2", "DownUnit", "ShuffleUnit", "SplitUnit"]
@@ -121,7 +114,7 @@ def _join(before: Tensor, after: Tensor, right: Tensor, last_relu: nn.Module) ->
     )
 
 
-class CifarShuffleV1(StagedClassifier):
+class CifarShuffleV1(LayeredClassifier):
     """ShuffleNet V1: a 1x1 stem of 24 channels and three stages of `depths` units, `widths` channels."""
 
     classifier_name: ClassVar[str] = "linear"
@@ -133,16 +126,12 @@ class CifarShuffleV1(StagedClassifier):
         *,
         groups: int = 3,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         depths, widths = check_sizes("depths", depths, 3, 64), check_sizes("widths", widths, 3, 4096)
         _check_groups(widths, groups)
-        self.conv1 = nn.Conv2d(in_chans, _STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM)
-        self.relu = nn.ReLU()
+        self._set_stem(in_chans, _STEM, kernel=1)
         check_weights("depths", depths, sum(depth * width**2 for depth, width in zip(depths, widths, strict=True)))
         channels = _STEM
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), 1):
@@ -154,18 +143,8 @@ class CifarShuffleV1(StagedClassifier):
         info = stage_info(
             ("relu", _STEM, 1), ("layer1", widths[0], 2), ("layer2", widths[1], 4), ("layer3", widths[2], 8)
         )
-        self._finish(info, channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, channels, **head)
         init_convolutions(self)
-
-    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
-
-    def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        *units, last = getattr(self, f"layer{stage}")
-        for unit in units:
-            x = unit(x)
-        before = last.preactivate(x)
-        return before, last.last_relu(before)
 
 
 def _check_groups(widths: Sequence[int], groups: int) -> None:
@@ -175,7 +154,7 @@ def _check_groups(widths: Sequence[int], groups: int) -> None:
             check(groups >= 1 and holds, "widths", tuple(widths), f"growing from {_STEM}, in multiples of {4 * groups}")
 
 
-class CifarShuffleV2(StagedClassifier):
+class CifarShuffleV2(LayeredClassifier):
     """ShuffleNet V2: a 1x1 stem of 24 channels, three stages of a down unit and `depths` more, 1x1 to 1024 channels."""
 
     classifier_name: ClassVar[str] = "linear"
@@ -186,16 +165,12 @@ class CifarShuffleV2(StagedClassifier):
         widths: Sequence[int] = (116, 232, 464),
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         depths, widths = check_sizes("depths", depths, 3, 64), check_sizes("widths", widths, 3, 4096)
         check(not any(width % 2 for width in widths), "widths", widths, "even")
-        self.conv1 = nn.Conv2d(in_chans, _STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM)
-        self.relu = nn.ReLU()
+        self._set_stem(in_chans, _STEM, kernel=1)
         check_weights("depths", depths, sum(depth * width**2 for depth, width in zip(depths, widths, strict=True)))
         channels = _STEM
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), 1):
@@ -208,20 +183,15 @@ class CifarShuffleV2(StagedClassifier):
         info = stage_info(
             ("relu", _STEM, 1), ("layer1", widths[0], 2), ("layer2", widths[1], 4), ("layer3", widths[2], 8)
         )
-        self._finish(info, 1024, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, 1024, **head)
         init_convolutions(self)
-
-    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
 
     def forward_last(self, x: Tensor) -> Tensor:
         return self.relu2(self.bn2(self.conv2(x)))
 
-    def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        *units, last = getattr(self, f"layer{stage}")
-        for unit in units:
-            x = unit(x)
-        return last.forward_pair(x)
+    def forward_block_preact(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        pair: tuple[Tensor, Tensor] = block.forward_pair(x)
+        return pair
 
 
 _V1 = {"cifar_shufflenetv1": ("ShuffleNet V1, 3 groups: 949,258 parameters.", {"groups": 3})}

@@ -1,22 +1,15 @@
 """VGG networks for 32 or 64 pixels a side: five stages of 3x3 convolutions with BatchNorm, one Linear at the end."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diswot.networks.staged import (
-    BlockReLU,
-    StagedClassifier,
-    check_sizes,
-    check_weights,
-    init_convolutions,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_sizes, check_weights
+from diswot.networks.staged import BlockReLU, HeadOptions, StagedClassifier, init_convolutions, stage_info
 
 __all__ = ["CifarVGG"]
 
@@ -34,9 +27,7 @@ class CifarVGG(StagedClassifier):
         widths: Sequence[int] = _WIDTHS,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         depths, widths = check_sizes("depths", depths, 5, 64), check_sizes("widths", widths, 5, 4096)
@@ -52,7 +43,7 @@ class CifarVGG(StagedClassifier):
             setattr(self, f"relu{stage}", BlockReLU())
         reductions = (1, 2, 4, 8, 8)
         info = stage_info(*((f"relu{stage}", widths[stage], reductions[stage]) for stage in range(5)))
-        self._finish(info, widths[-1], num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, widths[-1], **head)
         init_convolutions(self)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:

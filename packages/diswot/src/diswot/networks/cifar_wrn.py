@@ -1,17 +1,13 @@
 """Wide ResNets for 32 x 32 pixels: pre-activation blocks, whose first norm and ReLU feed the shortcut too."""
 
+from typing import Unpack
+
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from diswot.networks.staged import (
-    StagedClassifier,
-    batch_norm_output,
-    check_weights,
-    init_convolutions,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_weights
+from diswot.networks.staged import HeadOptions, StagedClassifier, batch_norm_output, init_convolutions, stage_info
 from visionkernels.checks import check
 
 __all__ = ["PreActivationBlock", "WideResNet"]
@@ -66,9 +62,7 @@ class WideResNet(StagedClassifier):
         widen: int = 1,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check(depth % 6 == 4 and 10 <= depth <= 1000, "depth", depth, "6n + 4, from 10 to 1000")
@@ -84,7 +78,7 @@ class WideResNet(StagedClassifier):
         info = stage_info(
             ("conv1", widths[0], 1), ("block1", widths[1], 1), ("block2", widths[2], 2), ("block3", widths[3], 4)
         )
-        self._finish(info, widths[3], num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, widths[3], **head)
         init_convolutions(self)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:

@@ -1,21 +1,16 @@
 """NAS-Bench-101: stacks of one cell, a small graph of convolutions and pooling (Ying et al. 2019; section 3.3)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from diswot.networks.nb101_cell import NB101Cell
-from diswot.networks.staged import (
-    StagedClassifier,
-    check_images,
-    check_weights,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_weights
+from diswot.networks.staged import HeadOptions, StagedClassifier, check_images, stage_info
 from visionkernels.checks import check
 
 __all__ = ["NasBench101Network"]
@@ -149,9 +144,7 @@ class NasBench101Network(StagedClassifier):
         cells: int = 3,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check(1 <= stacks <= 5, "stacks", stacks, "from 1 to 5")
@@ -172,7 +165,7 @@ class NasBench101Network(StagedClassifier):
             stages.append((f"layers.{len(self.layers) - 1}", width, 2**stack))
         self._ends = tuple(int(name.removeprefix("layers.")) + 1 for name, _, _ in stages)
         info = stage_info(*stages)
-        self._finish(info, channels, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, channels, **head)
         self._init_weights()
 
     def _init_weights(self) -> None:

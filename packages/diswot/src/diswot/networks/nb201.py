@@ -2,19 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from diswot.networks.staged import (
-    StagedClassifier,
-    check_images,
-    check_weights,
-    network_cfg,
-    register_variants,
-    stage_info,
-)
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.sizes import check_weights
+from diswot.networks.staged import HeadOptions, StagedClassifier, check_images, stage_info
 from visionkernels.checks import InputError, check, check_known
 
 __all__ = ["NB201_OPS", "NB201_WINNERS", "NasBench201Network", "nb201_text", "parse_nb201"]
@@ -167,9 +162,7 @@ class NasBench201Network(StagedClassifier):
         cells: int = 5,
         *,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check(1 <= width <= 512, "width", width, "from 1 to 512")
@@ -189,7 +182,7 @@ class NasBench201Network(StagedClassifier):
         self._ends = tuple((cells + 1) * (group + 1) - 1 for group in range(3))
         groups = ((f"cells.{end - 1}", width * 2**group, 2**group) for group, end in enumerate(self._ends))
         info = stage_info(("stem", width, 1), *groups)
-        self._finish(info, 4 * width, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(info, 4 * width, **head)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         if stage == 0:

@@ -1,11 +1,9 @@
 """The base of all networks: a stem, stages, global average pooling and one Linear, with timm's interface."""
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypedDict
 
 from jaxtyping import Float
-from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,26 +11,15 @@ from torch.nn import functional as F
 from visionkernels.checks import InputError, check
 
 __all__ = [
-    "CIFAR_MEAN",
-    "CIFAR_STD",
-    "WEIGHT_LIMIT",
     "BlockReLU",
+    "HeadOptions",
+    "LayeredClassifier",
     "StagedClassifier",
     "batch_norm_output",
     "check_images",
-    "check_sizes",
-    "check_weights",
     "init_convolutions",
-    "network_cfg",
-    "register_variants",
     "stage_info",
 ]
-
-CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
-CIFAR_STD = (0.2675, 0.2565, 0.2761)
-
-# a gigabyte of float32; what is larger is a mistake in a size
-WEIGHT_LIMIT = 250_000_000
 
 
 class BlockReLU(nn.Module):
@@ -43,6 +30,14 @@ class BlockReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
+
+
+class HeadOptions(TypedDict, total=False):
+    """What timm gives every network about its head; the defaults are those of `StagedClassifier._finish`."""
+
+    num_classes: int
+    global_pool: str
+    drop_rate: float
 
 
 class StagedClassifier(nn.Module):
@@ -64,9 +59,9 @@ class StagedClassifier(nn.Module):
         feature_info: list[dict[str, Any]],
         num_features: int,
         *,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
+        num_classes: int = 100,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         check(0 <= drop_rate < 1, "drop_rate", drop_rate, "from 0 to below 1")
         self.feature_info, self.num_stages = feature_info, len(feature_info)
@@ -193,6 +188,32 @@ class StagedClassifier(nn.Module):
         check(not enable, "enable", enable, "False: BatchNorm would take a recomputed batch into its statistics twice")
 
 
+class LayeredClassifier(StagedClassifier):
+    """A network of the stem `conv1`, `bn1`, `relu` and of the stages `layer1`, `layer2`, ..., sequences of blocks.
+
+    The last block of a stage has `preactivate` and `last_relu`, from which its map before the activation comes.
+    """
+
+    def _set_stem(self, in_chans: int, width: int, kernel: int) -> None:
+        self.conv1 = nn.Conv2d(in_chans, width, kernel, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+
+    def forward_stage(self, x: Tensor, stage: int) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x))) if stage == 0 else getattr(self, f"layer{stage}")(x)
+
+    def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        *blocks, last = getattr(self, f"layer{stage}")
+        for block in blocks:
+            x = block(x)
+        return self.forward_block_preact(last, x)
+
+    def forward_block_preact(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map of a block before and after its last activation."""
+        before = block.preactivate(x)
+        return before, block.last_relu(before)
+
+
 def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
     return indices if indices is None or isinstance(indices, int) else list(indices)
 
@@ -206,63 +227,6 @@ def check_images(x: Tensor) -> None:
 def stage_info(*stages: tuple[str, int, int]) -> list[dict[str, Any]]:
     """Return timm's `feature_info` from (module, channels, reduction) of the stem and each stage."""
     return [{"module": name, "num_chs": width, "reduction": reduction} for name, width, reduction in stages]
-
-
-def check_sizes(argument: str, values: Sequence[int], length: int, largest: int) -> tuple[int, ...]:
-    """Return `values` as a tuple; ValueError unless there are `length` of them, each from 1 to `largest`."""
-    values = tuple(values)
-    holds = len(values) == length and all(isinstance(value, int) and 1 <= value <= largest for value in values)
-    check(holds, argument, values, f"{length} whole numbers from 1 to {largest}")
-    return values
-
-
-def check_weights(argument: str, value: object, count: int) -> None:
-    """Raise ValueError for sizes that would make a network of about `count` > `WEIGHT_LIMIT` weights."""
-    check(count <= WEIGHT_LIMIT, argument, value, f"of at most {WEIGHT_LIMIT} weights, not about {count}")
-
-
-def network_cfg(first_conv: str, classifier: str, *, size: int = 32, num_classes: int = 100) -> dict[str, Any]:
-    """Return a timm configuration of CIFAR's normalisation; no network of the package has weights to download."""
-    return {
-        "url": "",
-        "num_classes": num_classes,
-        "input_size": (3, size, size),
-        "pool_size": None,
-        "crop_pct": 1.0 if size == 32 else 0.875,
-        "interpolation": "bilinear",
-        "mean": CIFAR_MEAN,
-        "std": CIFAR_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        "license": "apache-2.0",
-    }
-
-
-def register_variants(
-    module: str, network: type[StagedClassifier], variants: Mapping[str, tuple[str, Mapping[str, Any]]]
-) -> None:
-    """Register timm models of the module named `module`, which has their `default_cfgs`.
-
-    `variants` maps each name to its docstring and to the arguments of `network` that it sets.
-    """
-    for name, (summary, sizes) in variants.items():
-        create = _entry_point(name, network, dict(sizes))
-        create.__module__, create.__name__, create.__qualname__, create.__doc__ = module, name, name, summary
-        setattr(sys.modules[module], name, register_model(create))
-
-
-def _entry_point(name: str, network: type[StagedClassifier], sizes: dict[str, Any]) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        img_size = kwargs.pop("img_size", None)
-        if img_size is not None:
-            size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-            kwargs["pretrained_cfg_overlay"] = {"input_size": (3, *size)} | (kwargs.get("pretrained_cfg_overlay") or {})
-        feature_cfg = {"feature_cls": "getter", "out_indices": None}
-        options = sizes | kwargs
-        model: nn.Module = build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **options)
-        return model
-
-    return create
 
 
 def batch_norm_output(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

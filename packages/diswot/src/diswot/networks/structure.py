@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from diswot.networks.staged import check_weights
+from diswot.networks.sizes import check_weights
 from visionkernels.checks import InputError, check, check_known
 
 __all__ = [

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diswot.networks.staged import StagedClassifier, network_cfg, register_variants, stage_info
+from diswot.networks.registration import network_cfg, register_variants
+from diswot.networks.staged import HeadOptions, StagedClassifier, stage_info
 from diswot.networks.structure import Convolution, Structure, SuperBlock, parse_structure
 from visionkernels.checks import check
 
@@ -100,9 +101,7 @@ class StructureNet(StagedClassifier):
         *,
         block_drop_rate: float = 0.0,
         in_chans: int = 3,
-        num_classes: int = 100,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
+        **head: Unpack[HeadOptions],
     ) -> None:
         super().__init__()
         check(0 <= block_drop_rate < 1, "block_drop_rate", block_drop_rate, "from 0 to below 1")
@@ -116,7 +115,7 @@ class StructureNet(StagedClassifier):
             reduction *= block.stride
             stages.append((f"module_list.{index}", block.channels_out, reduction))
         width = self.structure.blocks[-1].channels_out
-        self._finish(stage_info(*stages), width, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+        self._finish(stage_info(*stages), width, **head)
 
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         return self._drop(self.module_list[stage](x), stage)
