@@ -22,9 +22,10 @@ from g2sd.detection import (
 )
 from g2sd.detection_losses import objectness_weighted_losses
 from g2sd.inspection import inspect_file
+from g2sd.jitter import large_scale_jitter
 from g2sd.recipes import RECIPES, DetectionRecipe, DetectionSizes
 from visionkernels.pictures import shapes
-from visionkernels.pictures.objects import collate_detection, large_scale_jitter, open_objects
+from visionkernels.pictures.objects import collate_detection, open_objects
 from visionkernels.tasks.detection import evaluate
 from visionkernels.training.optimization import create_optimizer
 from visionkernels.weights import CheckpointError, read_checkpoint

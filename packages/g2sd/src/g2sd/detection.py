@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from g2sd.detection_checkpoint import detector_rules, load_detection_encoder, load_official_detection
 from g2sd.detection_losses import FeatureAdapter, objectness_weighted_losses
+from g2sd.jitter import large_scale_jitter
 from g2sd.mask_rcnn import MaskRCNN, Targets, detection_model
 from g2sd.recipes import DetectionRecipe, check_teacher
 from g2sd.vitdet import LEVELS
 from visionkernels.checks import InputError, check
-from visionkernels.pictures.objects import large_scale_jitter
 from visionkernels.tasks.detection import DetectionSets, DetectionTask
 from visionkernels.training import FitResult
 from visionkernels.training.task import Task
