@@ -227,7 +227,7 @@ class TestErrors:
 
 def test_metrics_in_words(capsys):
     cli.print_metrics({"epoch": 3, "top1": 91.25, "majority_top1": 10.0, "num_pictures": 8, "box_ap": 12.34567})
-    expected = ["top-1 91.25 %", "always the most frequent class: top-1 10.00 %", "8 pictures", "box ap 12.35"]
+    expected = ["top-1 91.25 %", "always the most frequent class: top-1 10.00 %", "8 images", "box ap 12.35"]
     assert capsys.readouterr().out.splitlines() == expected
 
 

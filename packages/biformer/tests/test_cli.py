@@ -169,7 +169,7 @@ class TestEval:
     def test_agrees_with_training(self, capsys, weights, pictures, tmp_path):
         assert biformer("eval", "--checkpoint", weights, "--data", pictures, "--json", tmp_path / "eval.json") == 0
         out = capsys.readouterr().out
-        assert "\n12 pictures\n" in out
+        assert "\n12 images\n" in out
         assert "always the most frequent class: top-1 33.33 %" in out
         measured = json.loads((tmp_path / "eval.json").read_text())
         logged = json.loads((weights.parent / "log.jsonl").read_text().splitlines()[-1])

@@ -287,7 +287,7 @@ class TestEval:
         command = ["eval", "--checkpoint", runs["specific"], "--data", pictures, "--json", tmp_path / "eval.json"]
         assert g2sd(*command) == 0
         out = capsys.readouterr().out
-        assert "12 pictures\n" in out and "always the most frequent class: top-1 33.33 %" in out
+        assert "12 images\n" in out and "always the most frequent class: top-1 33.33 %" in out
         found = json.loads((tmp_path / "eval.json").read_text())
         logged = json.loads((runs["specific"].parent / "log.jsonl").read_text().splitlines()[-1])
         assert (found["top1"], found["loss"]) == (logged["top1"], pytest.approx(logged["val_loss"], rel=1e-5))

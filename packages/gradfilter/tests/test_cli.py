@@ -167,7 +167,7 @@ class TestTrain:
         trained = run(capsys, *command)
         assert "top-1" in trained and "always the most frequent class: top-1 33.33 %" in trained
         measured = run(capsys, "eval", "--checkpoint", run_dir / "weights.safetensors", "--data", data)
-        assert "6 pictures" in measured
+        assert "6 images" in measured
         top1, *_ = measured.splitlines()
         assert top1.startswith("top-1 ") and top1 in trained.splitlines()
         assert "holds another run" in fails(capsys, *command, "--lr", 0.5)

@@ -193,6 +193,6 @@ def open_segmenter(checkpoint: Checkpoint) -> SegmentationModel:
     """Return the model of a weights file of `train`, in evaluation mode."""
     trained = checkpoint.trained
     assert trained is not None and trained.inputs is not None
-    model = segmentation_model(cast(str, trained.model), **trained.options, scene=SceneRecipe(**trained.inputs))
+    model = segmentation_model(cast(str, trained.model), **trained.options, scene=SceneRecipe.of_inputs(trained.inputs))
     load_strict(model, checkpoint.state, source=checkpoint.path)
     return model.eval()

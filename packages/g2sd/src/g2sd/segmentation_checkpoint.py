@@ -54,7 +54,7 @@ def load_official_segmentation(
         out_indices = options_of(checkpoint).get("out_indices")
     if out_indices is not None:
         sizes["out_indices"] = tuple(out_indices)
-    scene = None if trained is None or trained.inputs is None else SceneRecipe(**trained.inputs)
+    scene = None if trained is None or trained.inputs is None else SceneRecipe.of_inputs(trained.inputs)
     size = grid[0] * contents.patch_size[0] if img_size is None else img_size
     if scene is not None and scene.crop != size:
         scene = in_windows(size, scene)

@@ -127,7 +127,7 @@ def open_segmenter(checkpoint: Checkpoint) -> nn.Module:
     num_classes = trained.options["num_classes"]
     model = create_segmenter(trained.options["head"], cast(str, trained.model), num_classes=num_classes)
     load_segmenter(model, checkpoint, num_classes=num_classes)
-    model.scene = SceneRecipe(**trained.inputs)  # type: ignore[assignment]
+    model.scene = SceneRecipe.of_inputs(trained.inputs)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -23,7 +23,7 @@ _METRICS = {
     "main_loss": "loss of the main output {:.4f}",
     "val_loss": "loss in evaluation {:.4f}",
     "majority_top1": "always the most frequent class: top-1 {:.2f} %",
-    "num_pictures": "{} pictures",
+    "num_pictures": "{} images",
     "miou": "mIoU {:.2f} %",
     "pixel_accuracy": "pixels right {:.2f} %",
     "miou_before": "before fine-tuning: mIoU {:.2f} %",

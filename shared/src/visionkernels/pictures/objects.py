@@ -114,30 +114,30 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         with contextlib.redirect_stdout(sys.stderr):  # pycocotools reports there
             coco = pycocotools.COCO(str(file))
         annotations, images = coco.dataset["annotations"], coco.imgs.values()
-        boxes = np.array([each["bbox"] for each in annotations], dtype=np.float64)
-        labels = {each["category_id"] for each in annotations}
+        boxes = np.array([item["bbox"] for item in annotations], dtype=np.float64)
+        labels = {item["category_id"] for item in annotations}
         unlisted = sorted(labels - set(coco.cats)) if is_ranked else []
-        odd = [each["id"] for each in annotations if each.get("iscrowd", 0) not in (0, 1)]
+        odd = [item["id"] for item in annotations if item.get("iscrowd", 0) not in (0, 1)]
         unlike = [
-            each for each in images if not (isinstance(each["file_name"], str) and each["height"] * each["width"])
+            item for item in images if not (isinstance(item["file_name"], str) and item["height"] * item["width"])
         ]
-        empty = [each["id"] for each in annotations if has_masks and not each["segmentation"]]
+        empty = [item["id"] for item in annotations if has_masks and not item["segmentation"]]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
     if unlisted:
         raise InputError(f"{file} has category id {unlisted[0]!r}, which its categories do not list")
     if is_ranked:
         ranks = {number: place + 1 for place, number in enumerate(sorted(coco.cats))}
-        for each in annotations:
-            each["category_id"] = ranks[each["category_id"]]
-        labels = {ranks[each] for each in labels}
+        for item in annotations:
+            item["category_id"] = ranks[item["category_id"]]
+        labels = {ranks[item] for item in labels}
     if odd:
         raise InputError(f"{file} has annotation {odd[0]} whose iscrowd is neither 0 nor 1")
     if unlike:
         raise InputError(f"{file} has an image without name or size: {unlike[0]}")
     if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
         raise InputError(f"{file} has a bbox that is not four numbers: left, top, width, height")
-    if strange := [each for each in labels if not (isinstance(each, int) and 0 < each < num_classes)]:
+    if strange := [item for item in labels if not (isinstance(item, int) and 0 < item < num_classes)]:
         what = "category" if is_ranked else "category id"
         raise InputError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
     if empty:
@@ -157,14 +157,14 @@ def _read_coco(
     image = tv_tensors.Image(v2.functional.pil_to_tensor(read_picture(file)))
     if image.shape[1:] != size:
         raise CorruptAnnotationError(f"picture {file} is {tuple(image.shape[1:])}; its annotations are for {size}")
-    found = [each for each in coco.imgToAnns.get(numbers[index], ()) if not is_train or _is_usable(each)]
-    boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
+    found = [item for item in coco.imgToAnns.get(numbers[index], ()) if not is_train or _is_usable(item)]
+    boxes = torch.tensor([item["bbox"] for item in found], dtype=torch.float32).reshape(-1, 4)
     labels, is_crowd = (
-        torch.tensor([each.get(key, 0) for each in found], dtype=torch.int64) for key in ("category_id", "iscrowd")
+        torch.tensor([item.get(key, 0) for item in found], dtype=torch.int64) for key in ("category_id", "iscrowd")
     )
     masks = None
     if has_masks:
-        masks = torch.from_numpy(np.array([_mask(coco, each, file, size) for each in found], np.uint8))
+        masks = torch.from_numpy(np.array([_mask(coco, item, file, size) for item in found], np.uint8))
         masks = masks.reshape(-1, *size)
     return image, _target(image, box_convert(boxes, "xywh", "xyxy"), labels, is_crowd, masks)
 

@@ -1,18 +1,39 @@
 """How pictures become input, and how they vary in training: frozen settings that check themselves."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from visionkernels.checks import check, check_choice
 
-__all__ = ["AugmentationRecipe", "PictureRecipe", "SceneRecipe"]
+__all__ = ["IMAGE_INPUTS", "AugmentationRecipe", "PictureRecipe", "SceneRecipe"]
+
+_Settings = TypeVar("_Settings", bound="_ImageInputs")
+
+
+IMAGE_INPUTS: Mapping[str, Any] = {"channel_order": "RGB", "range": (0, 1)}
+"""What every image is, before `mean` and `std`, in the words of a weights file."""
+
+
+class _ImageInputs:
+    """How images become input, as a weights file tells it."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what a weights file says of how its inputs are prepared."""
+        return {**asdict(cast(Any, self)), **IMAGE_INPUTS}
+
+    @classmethod
+    def of_inputs(cls: type[_Settings], inputs: Mapping[str, Any]) -> _Settings:
+        """Return the settings that `inputs` wrote. Raises InputError for inputs that are no RGB images in 0..1."""
+        for name, value in IMAGE_INPUTS.items():
+            check(inputs.get(name, value) == value, name, inputs.get(name), repr(value))
+        return cls(**{item.name: inputs[item.name] for item in fields(cast(Any, cls))})
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRecipe:
+class PictureRecipe(_ImageInputs):
     """How a picture becomes the model's input."""
 
     size: int = 224
@@ -28,20 +49,6 @@ class PictureRecipe:
         check(self.size >= 1, "size", self.size, "at least 1")
         check(self.resize >= self.size, "resize", self.resize, f"at least size={self.size}")
         check_choice("interpolation", self.interpolation, Literal["bicubic", "bilinear"])
-
-    def inputs(self) -> dict[str, Any]:
-        """Return what a weights file says of how its inputs are prepared."""
-        return {**asdict(self), **_COLOUR}
-
-    @classmethod
-    def of_inputs(cls, inputs: Mapping[str, Any]) -> "PictureRecipe":
-        """Return the settings that `inputs` wrote. Raises InputError for inputs that are no RGB images in 0..1."""
-        for name, value in _COLOUR.items():
-            check(inputs.get(name, value) == value, name, inputs.get(name), repr(value))
-        return cls(**{name: inputs[name] for name in ("size", "resize", "interpolation", "mean", "std")})
-
-
-_COLOUR = {"channel_order": "RGB", "range": (0, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class AugmentationRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneRecipe:
+class SceneRecipe(_ImageInputs):
     """How a picture becomes the input of a segmentation model, in training and in evaluation."""
 
     short_side: int = 512

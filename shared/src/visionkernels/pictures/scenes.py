@@ -135,7 +135,7 @@ class _RandomCrop(v2.Transform):  # type: ignore[misc]
         self.scene = scene
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        labels: Int[Tensor, "height width"] = next(each for each in flat_inputs if isinstance(each, tv_tensors.Mask))
+        labels: Int[Tensor, "height width"] = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
         crop = self.scene.crop
         height, width = labels.shape[-2:]
         for _ in range(10):

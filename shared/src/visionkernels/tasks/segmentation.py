@@ -200,7 +200,10 @@ def export(opened: TrainedModel, path: Path, *, size: tuple[int, int] | None = N
 
 def _scene_of(opened: TrainedModel) -> SceneRecipe:
     own = getattr(opened.model, "scene", None)
-    return own if isinstance(own, SceneRecipe) else SceneRecipe(**(opened.trained.inputs or {}))
+    if isinstance(own, SceneRecipe):
+        return own
+    inputs = opened.trained.inputs
+    return SceneRecipe() if inputs is None else SceneRecipe.of_inputs(inputs)
 
 
 def _whole(model: nn.Module, images: Tensor) -> Tensor:

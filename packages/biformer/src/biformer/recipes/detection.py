@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from biformer.recipes.base import BiFormerRecipe, micro_model
 from visionkernels.checks import check, check_choice
+from visionkernels.pictures.recipes import IMAGE_INPUTS
 from visionkernels.recipes import FitRecipe, OptimizerRecipe, Recipe, ScheduleRecipe, settings
 from visionkernels.weights import Trained
 
@@ -43,7 +44,12 @@ class DetectionRecipe(Recipe):
             **({} if num_classes is None else {"num_classes": num_classes}),
         }
         return Trained(
-            kind="detector", package="biformer", model=self.model.name, options=options, settings=settings(self)
+            kind="detector",
+            package="biformer",
+            model=self.model.name,
+            options=options,
+            inputs=IMAGE_INPUTS,
+            settings=settings(self),
         )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 Heads are those of `biformer.segmentation`, near to the paper's but not the same code.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from biformer.recipes.base import BiFormerRecipe, micro_model
@@ -46,7 +46,7 @@ class SegmentationRecipe(tasks.SegmentationRecipe):
             **({} if num_classes is None else {"num_classes": num_classes}),
         }
         return Trained(
-            kind="segmenter", package="biformer", model=self.model.name, options=options, inputs=asdict(self.scene),
+            kind="segmenter", package="biformer", model=self.model.name, options=options, inputs=self.scene.inputs(),
             settings=settings(self),
         )  # fmt: skip
 

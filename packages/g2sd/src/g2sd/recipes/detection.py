@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from g2sd.mask_rcnn import DetectorSize
 from visionkernels.checks import check, check_choice
+from visionkernels.pictures.recipes import IMAGE_INPUTS
 from visionkernels.recipes import FitRecipe, OptimizerRecipe, Recipe, ScheduleRecipe, settings
 from visionkernels.weights import Trained
 
@@ -74,7 +75,7 @@ class DetectionRecipe(Recipe):
         options = self.model.options() | ({} if num_classes is None else {"num_classes": num_classes})
         return Trained(
             kind="detector", package="g2sd", model=f"vitdet_{self.model.size}", options=options,
-            settings=settings(self), details={"is_ranked": self.is_ranked},
+            inputs=IMAGE_INPUTS, settings=settings(self), details={"is_ranked": self.is_ranked},
         )  # fmt: skip
 
     def settings_of_loss(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class SegmentationRecipe(tasks.SegmentationRecipe):
             options["auxiliary_channels"] = None
         return Trained(
             kind="segmenter", package="g2sd", model=f"upernet_{self.model.size}", options=options,
-            inputs=asdict(self.scene), settings=settings(self),
+            inputs=self.scene.inputs(), settings=settings(self),
         )  # fmt: skip
 
     def settings_of_loss(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Recipes that fine-tune segmentation models: the paper's networks and data sets (sec. 4), and small ones for a CPU."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
 
@@ -40,7 +40,7 @@ class SegmentationRecipe(FilteredRecipe, tasks.SegmentationRecipe):
         """Return the record for weights files."""
         options = {"head": self.head, "num_classes": self.num_classes if num_classes is None else num_classes}
         return Trained(
-            kind="segmenter", package="gradfilter", model=self.encoder, options=options, inputs=asdict(self.scene),
+            kind="segmenter", package="gradfilter", model=self.encoder, options=options, inputs=self.scene.inputs(),
             settings=settings(self),
         )  # fmt: skip
 
