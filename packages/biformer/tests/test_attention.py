@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -10,6 +11,7 @@ from biformer import BiLevelRoutingAttention
 from biformer.baselines import StraightforwardAttention
 from biformer.full_attention import ConvolutionalMixer, FullAttention
 from biformer.regional import regional_routing_attention
+from visionkernels.testing.adapters import ADAPTERS
 
 BRA = partial(BiLevelRoutingAttention, 16, num_heads=2, n_win=4, topk=3)
 
@@ -53,6 +55,25 @@ class TestBiLevelRoutingAttention:
         eager, reference = BRA(backend="eager"), BRA(backend="reference")
         reference.load_state_dict(eager.state_dict())
         torch.testing.assert_close(eager(x), reference(x), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+    @pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
+    def test_adapters(self, change, data_format):
+        """Routing sees what the layer `qkv` computes, also where that is more than its parameters."""
+        torch.manual_seed(0)
+        layer = BRA(data_format=data_format).double()
+        change(layer, "qkv")
+        x = torch.randn(2, 16, 12, 16, dtype=torch.float64)
+        eager = layer.double()(x)
+        layer.backend = "reference"
+        torch.testing.assert_close(eager, layer(x))
+
+    def test_offloaded(self):
+        """Weights that accelerate brings to the device at each call."""
+        layer = BRA()
+        x = torch.randn(2, 8, 12, 16)
+        expected = layer(x)
+        torch.testing.assert_close(cpu_offload(layer)(x), expected)
 
     def test_masked_ignores_padding(self):
         """Padding by the caller that is declared invalid equals padding by the layer."""

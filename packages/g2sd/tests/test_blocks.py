@@ -9,6 +9,7 @@ from torch import nn
 
 from g2sd.blocks import LeanAttention, LeanMlp, attend, create_block
 from visionkernels.profiling import saved_activation_bytes
+from visionkernels.testing.adapters import ADAPTERS
 from visionkernels.testing.ops import TOLERANCES
 
 
@@ -72,6 +73,16 @@ class TestLeanMlp:
         """Whatever timm's module can, this one does alike, in training too."""
         ours, theirs = twins(LeanMlp(12, 20, **options), Mlp(12, 20, **options))
         assert_same(ours, theirs, torch.randn(3, 4, 12, dtype=torch.float64))
+
+    @pytest.mark.parametrize("name", ["fc1", "fc2"])
+    @pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
+    def test_adapters(self, change, name):
+        """The layers are called, whatever was done to them."""
+        ours, theirs = LeanMlp(12, 48), Mlp(12, 48)
+        for module in (ours, theirs):
+            torch.manual_seed(4)
+            change(module, name)
+        assert_same(*twins(ours, theirs), torch.randn(3, 12, dtype=torch.float64))
 
     def test_use_conv(self):
         ours, theirs = twins(LeanMlp(12, 20, use_conv=True), Mlp(12, 20, use_conv=True))

@@ -13,6 +13,7 @@ from g2sd.baselines import plain_decode, plain_encode
 from g2sd.mae import MaskedAutoencoder, create_autoencoder, pixel_loss, pixel_patches, pixels_of
 from g2sd.masking import draw_noise, mask_patches
 from g2sd.positions import sincos_positions
+from visionkernels.testing.adapters import ADAPTERS
 
 # grids and patches that are neither square nor powers of two
 SIZES = {
@@ -68,6 +69,35 @@ class TestMaskedAutoencoder:
         assert mask.num_visible == visible
         decoded = mask.unshuffle(model.decode(model.encode(images, mask), mask))
         torch.testing.assert_close(decoded, plain_decode(model, plain_encode(model, images, mask), mask, 3))
+
+    @pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
+    @pytest.mark.parametrize("name", ["patch_embed.proj", "decoder_blocks.0.attn.qkv", "decoder_blocks.0.attn.proj"])
+    def test_adapters(self, teacher, change, name):
+        """The work that masks save leaves out no layer that a user has changed."""
+        model = teacher().double()
+        parent, _, layer = name.rpartition(".")
+        change(model.get_submodule(parent), layer)
+        images, mask = inputs(model.double())
+        images = images.double()
+        patches = model.embed(images)
+        visible = patches[torch.arange(2)[:, None], mask.visible]
+        torch.testing.assert_close(model.embed(images, mask), visible)
+        tokens = model.encode(images, mask)
+        decoded = model.decode(tokens, mask, num_blocks=1)
+        # a block with a hook that changes nothing goes the plain way
+        model.decoder_blocks[0].register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model.decode(tokens, mask, num_blocks=1), decoded)
+
+    def test_hooks_of_blocks(self, teacher):
+        """A hook of the block or of its attention is called for the first block of the decoder as for the others."""
+        model = teacher()
+        images, mask = inputs(model)
+        calls = []
+        for block in model.decoder_blocks:
+            for part in (block, block.attn):
+                part.register_forward_hook(lambda module, *_: calls.append(module))
+        model.decode(model.encode(images, mask), mask)
+        assert len(calls) == 2 * len(model.decoder_blocks)
 
     def test_encode_without_mask(self, teacher):
         """All patches in the order of the image; a mask that removes none only shuffles them."""

@@ -26,6 +26,7 @@ from biformer.maps import (
 )
 from biformer.routing import Routing, pool_regions, select_regions
 from visionkernels.checks import InputError, check, check_choice
+from visionkernels.modules import is_plain
 from visionkernels.ops import Backend, choose_backend, without_autocast
 from visionkernels.ops.region_attention import (
     region_attention,
@@ -194,7 +195,8 @@ class BiLevelRoutingAttention(nn.Module):
         if valid_size is not None and self.data_format == "NHWC":
             is_empty = _empty_regions(grid_of(qkv, region_size), region_size, valid_size, source.device)
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()), without_autocast(source):
-            if choose_backend("region_routing", self.backend, source) == "reference":
+            backend = choose_backend("region_routing", self.backend, source)
+            if backend == "reference" or not is_plain(self.qkv, nn.Linear, nn.Conv2d):
                 counted = valid_size if self.data_format == "NHWC" else (source.shape[1], source.shape[2])
                 means = pool_regions(qkv[..., : 2 * self.qk_dim], region_size, counted)
             else:

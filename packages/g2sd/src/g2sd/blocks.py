@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionkernels.checks import check
+from visionkernels.modules import is_plain
 
 __all__ = ["LeanAttention", "LeanMlp", "attend", "create_block", "norm_layer"]
 
@@ -72,16 +73,16 @@ class LeanMlp(Mlp):
     """fc2(GELU(fc1(x))), where the backward pass recomputes GELU instead of storing its output.
 
     Of the two tensors of hidden width that autograd would keep one remains. Settings other than those of
-    `create_block` keep both.
+    `create_block`, and an fc2 that is no plain Linear (an adapter, for one), keep both.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        is_plain = (
-            isinstance(self.act, nn.GELU) and self.act.approximate == "none" and self.drop1.p == self.drop2.p == 0
-            and isinstance(self.norm, nn.Identity) and isinstance(self.fc2, nn.Linear) and self.fc2.bias is not None
+        is_lean = (
+            type(self.act) is nn.GELU and self.act.approximate == "none" and self.drop1.p == self.drop2.p == 0
+            and isinstance(self.norm, nn.Identity) and is_plain(self.fc2, nn.Linear) and self.fc2.bias is not None
         )  # fmt: skip
-        if not is_plain or not hidden.requires_grad or torch.compiler.is_compiling():
+        if not is_lean or not hidden.requires_grad or torch.compiler.is_compiling():
             return self.drop2(self.fc2(self.norm(self.drop1(self.act(hidden)))))
         # hidden has the precision of autocast already
         weight, bias = (value.to(hidden.dtype) for value in (self.fc2.weight, cast(Tensor, self.fc2.bias)))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from timm.layers import Mlp, PatchEmbed
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from g2sd.blocks import attend, create_block, norm_layer
 from g2sd.masking import PatchMask, draw_noise, mask_patches
 from g2sd.positions import sincos_positions
 from visionkernels.checks import InputError, check, check_known
+from visionkernels.modules import is_plain, is_untouched
 from visionkernels.ops.restore_tokens import restore_tokens
 
 __all__ = ["MaskedAutoencoder", "create_autoencoder", "pixel_loss", "pixel_patches", "pixels_of"]
@@ -122,12 +124,15 @@ class MaskedAutoencoder(nn.Module):
                 f"the mask is for [{', '.join(map(str, mask.ids_shuffle.shape))}] images and patches; expected a "
                 f"multiple of {len(images)} images, and {self.num_patches} patches"
             )
+        image = torch.arange(len(mask.ids_shuffle), device=images.device)[:, None] % len(images)
+        positions = self.pos_embed[0, 1:][mask.visible]
         projection, (rows, columns) = self.patch_embed.proj, self.patch_embed.patch_size
+        if not is_plain(projection, nn.Conv2d):
+            return self.patch_embed(images)[image, mask.visible] + positions
         pixels = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # [B, C, down, rows, across, columns]
         pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        image = torch.arange(len(mask.ids_shuffle), device=images.device)[:, None] % len(images)
         visible = F.linear(pixels[image, mask.visible].flatten(2), projection.weight.flatten(1), projection.bias)
-        return visible + self.pos_embed[0, 1:][mask.visible]
+        return visible + positions
 
     def encode(
         self, images: Float[Tensor, "batch channels height width"], mask: PatchMask | None = None
@@ -160,6 +165,8 @@ class MaskedAutoencoder(nn.Module):
         removed = self.mask_token + places[:, mask.num_visible :]
         x = torch.cat([known, removed.to(known.dtype)], 1)
         first, *others = cast(list[Any], self.decoder_blocks[:num_blocks])
+        if not _runs_as_written(first):
+            return self._run((first, *others), x)
         # a removed patch enters as its position alone, whatever the image: its projections come from one table
         table = first.attn.qkv(first.norm1(self.mask_token[0] + positions[1:]))
         rows = table[mask.ids_shuffle[:, mask.num_visible :]]
@@ -197,6 +204,10 @@ class MaskedAutoencoder(nn.Module):
         x = restore_tokens(known, self.mask_token.view(-1), self.decoder_pos_embed[0], mask.ids_restore)
         x = self._run(self.decoder_blocks, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:], mask
+
+
+def _runs_as_written(block: Any) -> bool:
+    return type(block) is Block and is_untouched(block) and is_untouched(block.attn)
 
 
 def _head(width: int, target_width: int) -> Mlp:

@@ -1,0 +1,34 @@
+"""What code may take for granted of modules that users can wrap, adapt, quantise or move."""
+
+import torch
+from torch import nn
+
+__all__ = ["is_plain", "is_untouched"]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Tell whether calling `module` runs the forward of its class alone: it has no hooks, and nobody replaced it."""
+    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Tell whether `module` is exactly of one of `kinds`, so that its parameters tell what its call computes.
+
+    Only then may a faster way use the parameters without calling the module. An adapter or a parametrised layer is of
+    another class, a quantised or sharded weight is another kind of tensor, pruning and weight norm compute the weight
+    before each call, and offloading replaces `forward`.
+    """
+    parameters = [module._parameters.get("weight"), module._parameters.get("bias")]
+    return (
+        type(module) in kinds
+        and is_untouched(module)
+        and parameters[0] is not None
+        # while a model is exported, its parameters are stand-ins
+        and (torch.compiler.is_exporting() or all(_is_stock(value) for value in parameters if value is not None))
+    )
+
+
+def _is_stock(value: torch.Tensor) -> bool:
+    return type(value) in (nn.Parameter, torch.Tensor)

@@ -1,0 +1,68 @@
+"""When the parameters of a layer may be used without calling it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations
+
+from visionkernels.modules import is_plain, is_untouched
+from visionkernels.testing.adapters import ADAPTERS
+
+
+class _Scaled(torch.Tensor):
+    """Stands for a quantised weight, which is another kind of tensor under the same name."""
+
+
+def parent(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer)
+
+
+class TestIsPlain:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_stock(self, bias: bool) -> None:
+        linear, conv = nn.Linear(3, 4, bias=bias), nn.Conv2d(3, 4, 1, bias=bias)
+        assert is_plain(linear, nn.Linear) and is_plain(conv, nn.Linear, nn.Conv2d)
+        assert not is_plain(conv, nn.Linear)
+        assert is_plain(linear.double().requires_grad_(False), nn.Linear)
+        assert is_plain(fuse_conv_bn_eval(conv.eval(), nn.BatchNorm2d(4).eval()), nn.Conv2d)
+
+    @pytest.mark.parametrize("change", ADAPTERS.values(), ids=ADAPTERS)
+    def test_changed(self, change) -> None:
+        model = parent(nn.Linear(3, 4))
+        change(model, "0")
+        assert not is_plain(model[0], nn.Linear)
+
+    def test_weight_norm(self) -> None:
+        assert not is_plain(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear)
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            assert not is_plain(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear)
+
+    def test_other_tensors(self) -> None:
+        linear = nn.Linear(3, 4)
+        linear.weight = nn.Parameter(torch.randn(4, 3).as_subclass(_Scaled))
+        assert not is_plain(linear, nn.Linear)
+
+    def test_functional_call(self) -> None:
+        """Parameters that a call replaces are tensors, and the layer is as plain as before."""
+        linear = nn.Linear(3, 4)
+        seen = []
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = linear
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                seen.append(is_plain(self.linear, nn.Linear))
+                return self.linear(x)
+
+        torch.func.functional_call(Model(), {"linear.weight": torch.zeros(4, 3)}, torch.ones(1, 3))
+        assert seen == [True]
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_is_untouched(change: str) -> None:
+    model = parent(nn.ReLU())
+    assert is_untouched(model[0])
+    ADAPTERS[change](model, "0")
+    assert not is_untouched(model[0])
