@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations
 
-from visionkernels.modules import is_plain, is_untouched
+from visionkernels.modules import copy_module, is_plain, is_untouched
 from visionkernels.testing.adapters import ADAPTERS
 
 
@@ -66,3 +66,29 @@ def test_is_untouched(change: str) -> None:
     assert is_untouched(model[0])
     ADAPTERS[change](model, "0")
     assert not is_untouched(model[0])
+
+
+class TestCopyModule:
+    @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+    def test_computed_weights(self) -> None:
+        """Of pruned and normed layers, also inside a list that the module keeps; the copy trains by itself."""
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+        ADAPTERS["pruning"](model, "1")
+        x = torch.randn(2, 3)
+        model.kept = [model(x)]
+        copied = copy_module(model)
+        torch.testing.assert_close(copied.kept[0], model.kept[0])
+        assert not copied.kept[0].requires_grad
+        torch.testing.assert_close(copied(x), model(x))
+        copied(x).sum().backward()
+        assert all(value.grad is not None for value in copied.parameters())
+        assert all(value.grad is None for value in model.parameters())
+        with torch.no_grad():
+            copied[0].weight_g.zero_()
+        assert not torch.equal(copied(x), model(x))
+
+    def test_shared_parameters_stay_shared(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        copied = copy_module(model)
+        assert copied[1].weight is copied[0].weight is not model[0].weight

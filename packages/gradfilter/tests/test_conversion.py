@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradfilter
-from gradfilter import CompactConv2d, FilteredConv2d, convert, restore
+from gradfilter import CompactConv2d, FilteredConv2d, convert, profile, restore
+from visionkernels.testing.adapters import ADAPTERS
 
 
 def trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+CHANGES = {name: ADAPTERS[name] for name in ("parametrization", "pruning", "forward")} | {
+    "weight norm": lambda parent, name: nn.utils.weight_norm(getattr(parent, name)),
+    "spectral norm": lambda parent, name: nn.utils.spectral_norm(getattr(parent, name)),
+    "new weight norm": lambda parent, name: nn.utils.parametrizations.weight_norm(getattr(parent, name)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 class TestConvert:
     def test_last_n(self, net, images):
         keys, values = list(net.state_dict()), copy.deepcopy(net.state_dict())
@@ -236,6 +245,45 @@ class TestConvert:
         torch.testing.assert_close(model(x), expected)
         model(x).sum().backward()
         assert model[0].weight.grad.any() and model[3].weight.grad.any()
+
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    def test_changed_layers(self, change):
+        """A layer that does more than convolve stays exact between filtered ones: counted, trained, and reported."""
+        model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+        images = torch.randn(2, 3, 8, 8)
+        change(model, "1")
+        # the older norms leave a computed weight behind; spectral norm changes at each call in training
+        model(images)
+        expected = model.eval()(images)
+        trained = {name for name, _ in model.named_parameters()}
+        profile(model, images)
+        report = convert(model, example_input=images)
+        assert [layer.name for layer in report.layers] == ["0", "1", "2"]
+        assert report.filtered == ("0", "2") and report.layers[1].status == "exact" and report.layers[1].reason
+        assert trainable(model) == trained
+        torch.testing.assert_close(model(images), expected)
+        model(images).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        restore(model)
+        torch.testing.assert_close(model(images), expected)
+
+    @pytest.mark.parametrize("layers", [None, ["0"]], ids=str)
+    def test_tied_weights(self, layers):
+        """Two layers of one weight; filtered they stay tied, and compact layers would each train a weight."""
+        model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2)))
+        model[1].weight = model[0].weight
+        images = torch.randn(2, 3, 8, 8)
+        with pytest.raises(ValueError, match=r"would untie 0\.weight and 1\.weight, which are one weight"):
+            convert(model, example_input=images, layers=layers, compact=True)
+        assert type(model[0]) is nn.Conv2d and model[1].weight is model[0].weight
+        assert convert(model, example_input=images).filtered == ("0", "1")
+        assert model[1].weight is model[0].weight
+
+    def test_child_module(self):
+        """A convolution with a child that its forward does not call is filtered like any other."""
+        model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+        model[0].observer = nn.Identity()
+        assert convert(model, example_input=torch.ones(1, 3, 8, 8)).filtered == ("0",)
 
     def test_nothing_filtered(self):
         with pytest.warns(UserWarning, match="no convolution is filtered: 0: radius None"):

@@ -1,9 +1,15 @@
 """What code may take for granted of modules that users can wrap, adapt, quantise or move."""
 
-import torch
-from torch import nn
+import copy
+from typing import Any, TypeVar
 
-__all__ = ["is_plain", "is_untouched"]
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["copy_module", "is_plain", "is_untouched"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -30,5 +36,18 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def _is_stock(value: torch.Tensor) -> bool:
-    return type(value) in (nn.Parameter, torch.Tensor)
+def _is_stock(value: Tensor) -> bool:
+    return type(value) in (nn.Parameter, Tensor)
+
+
+def copy_module(module: Module) -> Module:
+    """Return a deep copy, also of a module that keeps a tensor with a history, which torch refuses to copy.
+
+    Pruning and the older weight norm keep the computed weight; the copy has its value, until its next call computes it.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in tree_leaves(vars(part)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)

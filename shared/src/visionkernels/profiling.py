@@ -1,6 +1,5 @@
 """The cost of a computation: parameters, multiply-adds, memory, and time as a ratio to a baseline beside it."""
 
-import copy
 import gc
 import statistics
 import time
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionkernels.checks import InputError
+from visionkernels.modules import copy_module
 
 __all__ = [
     "BenchRow",
@@ -78,7 +78,7 @@ def count_flops(module: nn.Module, *inputs: Any, arithmetic: Literal["skip", "ru
         raise InputError(f"arithmetic={arithmetic!r} must be 'skip' or 'run'")
     device = torch.device("meta") if arithmetic == "skip" else _device_of(module)
     if arithmetic == "skip":
-        module = copy.deepcopy(module).to(device)
+        module = copy_module(module).to(device)
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     counter, norms = FlopCounterMode(display=False), _NormCounter()
     strided = _StridedLinearCounter(counter)

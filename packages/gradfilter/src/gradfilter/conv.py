@@ -20,10 +20,10 @@ __all__ = [
     "FilteredConv2d",
     "as_exact",
     "as_filtered",
-    "is_plain_convolution",
     "pad_first",
     "pads_to_same",
     "timm_layer",
+    "why_unfilterable",
 ]
 
 BEFORE_CONVERSION = "_before_conversion"
@@ -52,13 +52,13 @@ class FilteredConv2d(nn.Conv2d):
     def from_conv(cls, conv: nn.Conv2d, radius: Radius = 2, *, border: Border = "plain") -> "FilteredConv2d":
         """Return a filtered layer that shares the parameters of `conv` and nothing else.
 
-        Raises TypeError for a layer that does more than convolve with its weight (see `is_plain_convolution`), and
+        Raises TypeError for a layer that does more than convolve with its weight (see `why_unfilterable`), and
         ValueError for a wrong radius or border.
         """
-        if not is_plain_convolution(conv):
+        if (reason := why_unfilterable(conv)) is not None:
             raise TypeError(
-                f"{type(conv).__name__} computes its weight at each call, which a filtered layer would not; pass "
-                "an nn.Conv2d or timm's Conv2dSame whose weight is a Parameter"
+                f"{reason}, which a filtered layer would not; pass an nn.Conv2d or timm's Conv2dSame whose weight is a "
+                "Parameter"
             )
         check_border(border)
         layer = nn.Conv2d.__new__(cls)
@@ -85,11 +85,18 @@ class FilteredConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, radius={self.radius}"
 
 
-def is_plain_convolution(conv: nn.Conv2d) -> bool:
-    """Tell whether `conv` only convolves, with its weight as it is, as `as_filtered` requires."""
+def why_unfilterable(conv: nn.Conv2d) -> str | None:
+    """Return why filtering would change what `conv` computes; None for a layer that convolves with its weight as it is.
+
+    A filtered layer is another class with the same parameters, so that whatever stands beside them must stay exact.
+    """
     # parametrizations change the class; older norms and pruning replace the Parameter by a plain tensor
     is_known = type(conv) in (nn.Conv2d, FilteredConv2d, timm_layer("Conv2dSame"))
-    return is_known and conv._parameters.get("weight") is not None
+    if not is_known or conv._parameters.get("weight") is None:
+        return f"{type(conv).__name__} computes its weight at each call"
+    if "forward" in vars(conv):
+        return "its forward is replaced, as by offloading"
+    return None
 
 
 def as_filtered(conv: nn.Conv2d, radius: Radius, *, border: Border = "plain", exportable: bool = False) -> None:

@@ -1,6 +1,5 @@
 """Conversion of a model for training with filtered gradients, and back: `convert(model, last_n=4, radius=4)`."""
 
-import copy
 import difflib
 import fnmatch
 import warnings
@@ -20,12 +19,13 @@ from gradfilter.conv import (
     FilteredConv2d,
     as_exact,
     as_filtered,
-    is_plain_convolution,
+    why_unfilterable,
 )
 from gradfilter.cost import layer_coverage
 from gradfilter.timing import wins_time
 from gradfilter.trace import Call, Trace, trace
 from visionkernels.checks import InputError, check_choice
+from visionkernels.modules import copy_module
 from visionkernels.ops.filtered_conv import Border, Radius, check_radius
 
 __all__ = [
@@ -163,6 +163,8 @@ def convert(
         )
         for call in chosen
     }
+    if compact:
+        _check_untied(model, [call.module for call in chosen if _becomes_compact(call, plan)])
     # nothing below fails, so that a wrong call leaves the model as it was
     restore(model)
     _remember(model)
@@ -172,7 +174,7 @@ def convert(
     for call in chosen:
         if plan[call.name].status == "filtered":
             as_filtered(call.module, plan[call.name].radius or 1, border=border, exportable=exportable)
-            if compact and call.module.kernel_size != (1, 1) and not isinstance(call.module, CompactConv2d):
+            if compact and _becomes_compact(call, plan) and not isinstance(call.module, CompactConv2d):
                 CompactConv2d.from_filtered(call.module)
     lean_names = _make_lean(model, traced.order[first:], lean_activations)
     frozen = _freeze_norms(model) if norm_stats == "frozen" else ()
@@ -185,6 +187,22 @@ def convert(
     if warns:
         _warn(report)
     return report
+
+
+def _becomes_compact(call: Call, plan: Mapping[str, LayerReport]) -> bool:
+    return plan[call.name].status == "filtered" and call.module.kernel_size != (1, 1)
+
+
+def _check_untied(model: nn.Module, convolutions: Sequence[nn.Conv2d]) -> None:
+    """Raise InputError for a weight that another module holds as well: a compact layer would train one of its own."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for module in convolutions:
+        weight = module._parameters.get("base", module._parameters.get("weight"))
+        if len(names := owners[id(weight)]) > 1:
+            raise InputError(f"compact=True would untie {' and '.join(names)}, which are one weight; leave compact out")
 
 
 def restore(model: nn.Module) -> None:
@@ -239,14 +257,14 @@ def _unconverted(call: Call) -> Call:
     """Return the call of a layer as it was before `convert`, by means of a copy if it was converted."""
     if BEFORE_CONVERSION not in call.module.__dict__:
         return call
-    twin = copy.deepcopy(call.module)
+    twin = copy_module(call.module)
     restore(twin)
     return replace(call, module=twin)
 
 
 def exact_twin(model: nn.Module) -> nn.Module:
     """Return a copy of `model` without filtered layers, whether `convert` made them or not."""
-    twin = copy.deepcopy(model)
+    twin = copy_module(model)
     restore(twin)
     for module in twin.modules():
         if isinstance(module, FilteredConv2d):
@@ -325,8 +343,8 @@ def decide(
         return LayerReport(call.name, "filtered", radius or call.module.radius)
     if radius is None:
         return LayerReport(call.name, "exact", None, "radius None")
-    if not is_plain_convolution(call.module):
-        return LayerReport(call.name, "exact", None, f"{type(call.module).__name__} computes its weight at each call")
+    if (reason := why_unfilterable(call.module)) is not None:
+        return LayerReport(call.name, "exact", None, reason)
     share = layer_coverage(call)
     if share < MIN_COVERAGE and border == "plain" and not is_named:
         return LayerReport(call.name, "exact", None, f"gradient overestimated: coverage {share:.2f}")
@@ -348,7 +366,8 @@ def _freeze_rest(model: nn.Module, traced: Trace, chosen: Sequence[Call], first:
             trained.append(module)
     model.requires_grad_(False)
     for module in trained:
-        for name, parameter in module.named_parameters(recurse=False):
+        # what computes a convolution's weight belongs to it
+        for name, parameter in module.named_parameters(recurse=isinstance(module, nn.Conv2d)):
             parameter.requires_grad_(not (isinstance(module, CompactConv2d) and name == "base"))
 
 

@@ -4,7 +4,6 @@ The error of a weight's gradient is a product of what the filter removes from th
 from the input, plus the change of the input within the reach of the kernel. It is small where either is smooth.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -14,10 +13,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradfilter.conv import FilteredConv2d, is_plain_convolution, pad_first
+from gradfilter.conv import FilteredConv2d, pad_first, why_unfilterable
 from gradfilter.conversion import choose, exact_twin
 from gradfilter.trace import call_model, trace
 from visionkernels.checks import InputError
+from visionkernels.modules import copy_module
 from visionkernels.ops.filtered_conv import (
     Border,
     Radius,
@@ -109,7 +109,9 @@ def diagnose(
     twin = exact_twin(model)
     if not filters:
         chosen = choose(trace(twin, inputs), last_n, layers)
-        filters = {call.name: (check_radius(radius), border) for call in chosen if is_plain_convolution(call.module)}
+        filters = {
+            call.name: (check_radius(radius), border) for call in chosen if why_unfilterable(call.module) is None
+        }
     records = _record(twin, filters, lambda: loss(call_model(twin, inputs), targets))
     modules = dict(twin.named_modules())
     return Diagnosis(
@@ -154,7 +156,7 @@ def _compare(
     name: str, conv: nn.Conv2d, x: Tensor, grad: Tensor, radius: tuple[int, int], border: Border
 ) -> LayerDiagnosis:
     x, grad = x.double(), grad.double()
-    conv = copy.deepcopy(conv).double()
+    conv = copy_module(conv).double()
     exact_weight, exact_input = _gradients(conv, x, grad)
     weight, input_grad = _gradients(FilteredConv2d.from_conv(conv, radius, border=border), x, grad)
     x, padding = _pad(conv, x)

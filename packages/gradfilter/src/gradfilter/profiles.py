@@ -1,6 +1,5 @@
 """Memory, operations and time of training the last convolutions of a model, before it is trained."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ from gradfilter.cost import LayerCost, layer_cost, layer_coverage
 from gradfilter.timing import step_seconds
 from gradfilter.trace import Call, call_model, trace
 from visionkernels.checks import InputError, check_choice, check_size
+from visionkernels.modules import copy_module
 from visionkernels.ops.filtered_conv import Radius, check_radius
 from visionkernels.profiling import compare, saved_activation_bytes
 
@@ -261,7 +261,7 @@ def _autograd_bytes(
 
 
 def _kept(model: nn.Module, example_input: Any, radius: Radii, **options: Any) -> int:
-    twin = copy.deepcopy(model).train()
+    twin = copy_module(model).train()
     convert(twin, radius, example_input=example_input, **options, warns=False)
     return saved_activation_bytes(lambda: call_model(twin, example_input))
 

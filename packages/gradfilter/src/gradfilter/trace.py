@@ -1,6 +1,5 @@
 """Trace a forward pass: the order and sizes of a model's layers, and activations that it calls as functions."""
 
-import copy
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 from visionkernels.checks import InputError
+from visionkernels.modules import copy_module
 
 __all__ = ["Call", "Trace", "call_model", "preserved_modes", "trace"]
 
@@ -50,7 +50,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     """Every call of an `nn.Conv2d`, in order; a layer that runs twice is listed twice."""
     order: list[str] = field(default_factory=list)
-    """Modules without children, in the order of their calls; one that is called twice is listed twice."""
+    """Convolutions and modules without children, in the order of their calls; listed twice if called twice."""
     functions: list[str] = field(default_factory=list)
     """Activations that a module calls as functions, as "module: function"."""
     checkpointed: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     if any(map(nn.parameter.is_lazy, model.parameters())):
         raise InputError(f"{type(model).__name__} has lazy parameters; run it once before converting it")
     device = torch.device("meta")
-    twin = copy.deepcopy(model).to(device).eval()
+    twin = copy_module(model).to(device).eval()
     _remove_forward_hooks(twin)
     arguments, keywords = _arguments(_default_input(model) if example_input is None else example_input)
     arguments, keywords = tree_map_only(Tensor, lambda tensor: tensor.to(device), (arguments, keywords))
@@ -117,7 +117,8 @@ class _Recorder(TorchFunctionMode):
     def _note(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
         self.running.pop()
         module = self.original[name]
-        if next(module.children(), None) is not None:
+        # a parametrised convolution has children, and is a layer all the same
+        if next(module.children(), None) is not None and not isinstance(module, nn.Conv2d):
             return
         is_first_call = name not in self.trace.order
         self.trace.order.append(name)

@@ -1,6 +1,5 @@
 """Fine-tuning of trained networks by a recipe, in their last convolutions, with filtered gradients (sec. 4)."""
 
-import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from gradfilter.recipes import ClassificationRecipe, FilterRecipe, SegmentationR
 from gradfilter.trace import trace
 from visionkernels import models
 from visionkernels.checks import InputError
+from visionkernels.modules import copy_module
 from visionkernels.pictures.recipes import SceneRecipe
 from visionkernels.tasks.classification import ClassificationSets, ClassificationTask
 from visionkernels.tasks.segmentation import SegmentationSets, SegmentationTask
@@ -148,7 +148,7 @@ def store_plain(result: FitResult, model: nn.Module) -> None:
         return
     for path in result.weights.parent.glob("*.safetensors"):
         checkpoint = read_checkpoint(path)
-        twin = copy.deepcopy(model)
+        twin = copy_module(model)
         if checkpoint.trained is not None and set(checkpoint.state) == set(twin.state_dict()):
             load_strict(twin, checkpoint.state, source=path)
             restore(twin)

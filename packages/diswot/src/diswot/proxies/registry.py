@@ -1,6 +1,5 @@
 """All proxies by name, each computed on a copy of the network in training mode."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from diswot.observation import check_batch
 from diswot.proxies import activations, gradients, inputs
 from diswot.scoring import rankable
 from visionkernels.checks import InputError, check_known
+from visionkernels.modules import copy_module
 
 __all__ = ["PROXIES", "Setting", "compute", "names"]
 
@@ -135,7 +135,7 @@ def _run(
     redraw: Callable[[nn.Module, Init], None],
     generator: torch.Generator,
 ) -> Mapping[str, float]:
-    own = copy.deepcopy(model).train().requires_grad_(True)
+    own = copy_module(model).train().requires_grad_(True)
     redraw(own, init)
     weight = next(own.parameters(), None)
     if weight is None:
