@@ -80,6 +80,14 @@ class TestCoded:
         x = torch.randn(2, 8, 16, 16, requires_grad=True)
         assert saved_activation_bytes(lambda: ours(x)) == x.numel()
 
+    @pytest.mark.parametrize(("stock", "ours", "error"), CODED, ids=["hardswish", "silu"])
+    def test_second_derivative(self, stock, ours, error):
+        """A byte an element has no curvature to tell, so that a gradient penalty raises."""
+        x = torch.randn(8, requires_grad=True)
+        (grad,) = torch.autograd.grad(ours(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{type(ours).__name__} has no second derivative"):
+            torch.autograd.grad(grad.square().sum() + x.sum(), x)
+
     def test_forward_is_the_stock_one(self):
         x = torch.linspace(-9, 9, 5001)
         for stock, ours, _ in CODED:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradfilter.conv import timm_layer
+from visionkernels.autograd import anchor_to, first_order_only
 
 __all__ = ["APPROXIMATE", "EXACT", "FrozenBatchNorm2d", "frozen_norms", "pack_bits", "unpack_bits"]
 
@@ -71,17 +72,20 @@ class _Coded(torch.autograd.Function):
     """Return `value`; its derivative is kept in 256 steps from `low` to `high`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, value: Tensor, slope: Tensor, low: float, high: float, anchor: Tensor | None
+    ) -> Tensor:
         # a code beyond 0 or 255 would wrap around
         code = (slope - low) * (255 / (high - low))
-        ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8))
+        ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8), anchor)
         ctx.low, ctx.step = low, (high - low) / 255
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (code,) = ctx.saved_tensors
-        return grad * (code.to(grad.dtype) * ctx.step + ctx.low), None, None, None, None
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        code, _ = ctx.saved_tensors
+        return grad * (code.to(grad.dtype) * ctx.step + ctx.low), None, None, None, None, None
 
 
 class LeanReLU(nn.ReLU):
@@ -128,7 +132,7 @@ class LeanHardswish(nn.Hardswish):
         x = input.detach()
         wide = x.float()
         slope = torch.where(wide.abs() < 3, wide / 3 + 0.5, (wide > 0).float())
-        return _Coded.apply(input, F.hardswish(x), slope, -0.5, 1.5)  # type: ignore[no-any-return]
+        return _Coded.apply(input, F.hardswish(x), slope, -0.5, 1.5, anchor_to("LeanHardswish", input))  # type: ignore[no-any-return]
 
 
 class LeanSiLU(nn.SiLU):
@@ -141,7 +145,7 @@ class LeanSiLU(nn.SiLU):
         x = input.detach()
         wide = x.float()
         gate = torch.sigmoid(wide)
-        return _Coded.apply(input, F.silu(x), gate * (1 + wide * (1 - gate)), -0.1, 1.1)  # type: ignore[no-any-return]
+        return _Coded.apply(input, F.silu(x), gate * (1 + wide * (1 - gate)), -0.1, 1.1, anchor_to("LeanSiLU", input))  # type: ignore[no-any-return]
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from visionkernels.autograd import anchor_to, first_order_only
 
 __all__ = ["channel_wise_distillation"]
 
@@ -22,7 +23,8 @@ def channel_wise_distillation(student: Tensor, teacher: Tensor, temperature: flo
     """Return the loss; see the public function."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     if student.is_cpu and not torch.compiler.is_compiling():
-        return _Loss.apply(student, teacher, temperature, dtype)
+        anchor = anchor_to("channel_wise_distillation", student, advice="; pass backend='reference'")
+        return _Loss.apply(student, teacher, temperature, dtype, anchor)
     log_student = torch.log_softmax(student.to(dtype).flatten(2) / temperature, -1)
     p_teacher = torch.softmax(teacher.to(dtype).flatten(2) / temperature, -1)
     return (p_teacher * log_student).sum() * (-(temperature**2) / student.shape[:2].numel())
@@ -30,7 +32,9 @@ def channel_wise_distillation(student: Tensor, teacher: Tensor, temperature: flo
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, dtype: torch.dtype, anchor: Tensor | None
+    ) -> Tensor:
         students, teachers = (x.flatten(2).flatten(0, 1).contiguous() for x in (student, teacher))  # [R, N]
         rows, positions = students.shape
         chunk = max(1, _CHUNK_ELEMENTS // positions)
@@ -52,12 +56,12 @@ class _Loss(torch.autograd.Function):
             crosses.append(torch.dot(p_t.view(-1), x.view(-1)))
             p_s -= p_t
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(difference)
+            ctx.save_for_backward(difference, anchor)
         ctx.shape, ctx.dtype, ctx.factor = student.shape, student.dtype, temperature / rows
         return (torch.stack(crosses).sum() + peaks.log().sum()) * (-(temperature**2) / rows)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (difference,) = ctx.saved_tensors
-        return (difference * (grad * ctx.factor)).view(ctx.shape).to(ctx.dtype), None, None, None
+        difference, _ = ctx.saved_tensors
+        return (difference * (grad * ctx.factor)).view(ctx.shape).to(ctx.dtype), None, None, None, None

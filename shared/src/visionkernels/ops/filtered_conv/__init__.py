@@ -68,8 +68,9 @@ def filtered_conv2d(
     ordinary operations, for graphs that are exported with their backward (export inlines custom functions and would
     record the exact backward); inside `torch.export` it is implied. Autocast works as for `conv2d`.
 
-    A second derivative and a forward-mode derivative raise torch's own errors. With `straight_through` they are those
-    of the 1x1 convolution on patch means that has the filtered gradients, not of the convolution.
+    A second derivative raises RuntimeError; forward-mode derivatives and torch.func raise torch's own errors. With
+    `straight_through` they are those of the 1x1 convolution on patch means that has the filtered gradients, not of the
+    convolution.
 
     Raises TypeError for dtypes and devices, ValueError for a wrong radius, border, stride, padding, dilation, groups or
     shape, and RuntimeError for a kernel larger than the padded input or `backend="triton"` where it cannot run.

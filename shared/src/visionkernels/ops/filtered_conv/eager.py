@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
+from visionkernels.autograd import anchor_to, first_order_only
 from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry, Slice, cell_means, cell_sums
 
 __all__ = ["area", "filtered_conv2d", "kernel_sum", "mean_over_cells", "spread_over_cells", "straight_through"]
@@ -31,7 +31,8 @@ def filtered_conv2d(
     *, kernel: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the convolution [N, Co, Ho, Wo]; see the public function."""
-    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight, kernel)  # type: ignore[no-any-return]
+    anchor = anchor_to("filtered_conv2d", x, weight, bias)
+    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight, kernel, anchor)  # type: ignore[no-any-return]
 
 
 class _FilteredConv(torch.autograd.Function):
@@ -40,21 +41,21 @@ class _FilteredConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None,
-        kernel: Tensor | None,
+        kernel: Tensor | None, anchor: Tensor | None,
     ) -> Tensor:  # fmt: skip
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         # means and not sums: a sum of 49 values overflows float16, and loses the last bits of bfloat16
         means = mean_over_cells(x, geometry.axes).to(x.dtype) if needs_weight else None
         ctx.save_for_backward(weight if needs_x and kernel is None else None, kernel if needs_x else None, means,
-                              tap_weight)  # fmt: skip
+                              tap_weight, anchor)  # fmt: skip
         ctx.geometry, ctx.weight_shape, ctx.dtype = geometry, weight.shape, x.dtype
         ctx.repeats_taps = kernel is None
         return geometry.convolve(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, kernel, input_means, tap_weight = ctx.saved_tensors
+        weight, kernel, input_means, tap_weight, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         axes, groups, dtype = ctx.geometry.axes, ctx.geometry.groups, ctx.dtype
         grad_means = mean_over_cells(grad, ctx.geometry.patches)
@@ -72,7 +73,7 @@ class _FilteredConv(torch.autograd.Function):
                 grad_weight = grad_kernel.to(dtype)[:, :, None, None].expand(ctx.weight_shape)
         if needs_bias:
             grad_bias = grad_sums.sum((0, 2, 3)).to(dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def straight_through(

@@ -8,8 +8,8 @@ by its sum over the pixels that a patch samples, and the kernel by the sum of it
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from visionkernels.autograd import anchor_to, first_order_only
 from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry
 
 __all__ = ["cell_matrix", "filtered_conv2d", "kernel_sum", "patch_mean", "sampling_matrix", "saved_input"]
@@ -19,20 +19,20 @@ def filtered_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, tap_weight: Tensor | None
 ) -> Tensor:
     """Return the convolution [N, Co, Ho, Wo]; see the public function."""
-    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight)  # type: ignore[no-any-return]
+    return _FilteredConv.apply(x, weight, bias, geometry, tap_weight, anchor_to("filtered_conv2d", x, weight, bias))  # type: ignore[no-any-return]
 
 
 class _FilteredConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, tap_weight):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight, tap_weight)
+    def forward(ctx, x, weight, bias, geometry, tap_weight, anchor):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight, tap_weight, anchor)
         ctx.geometry, ctx.has_bias = geometry, bias is not None
         return geometry.convolve(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, tap_weight = ctx.saved_tensors
+        x, weight, tap_weight, _ = ctx.saved_tensors
         axes, groups = ctx.geometry.axes, ctx.geometry.groups
         cells = [cell_matrix(axis).to(grad) for axis in axes]  # C
         samples = [sampling_matrix(axis).to(grad) for axis in axes]  # S
@@ -43,7 +43,7 @@ class _FilteredConv(torch.autograd.Function):
         inputs = saved_input(x, axes).unflatten(1, (groups, -1))
         taps = torch.ones_like(weight[0, 0]) if tap_weight is None else tap_weight
         grad_weight = torch.einsum("ngopq,ngcpq,uv->gocuv", mean, inputs, taps).flatten(0, 1)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.has_bias else None, None, None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.has_bias else None, None, None, None
 
 
 def patch_mean(grad: Tensor, axes: Axes) -> Tensor:

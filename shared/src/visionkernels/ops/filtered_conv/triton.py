@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visionkernels.autograd import anchor_to, first_order_only
 from visionkernels.ops._cases import AotCase, Roofline
 from visionkernels.ops.filtered_conv.geometry import Axes, Axis, ConvGeometry
 
@@ -34,7 +35,8 @@ def filtered_conv2d(
     names = ("stride", "padding", "dilation", "radius")
     numbers = [getattr(axis, name) for name in names for axis in geometry.axes]
     keeps_means = weight.requires_grad and torch.is_grad_enabled()
-    out, _ = _forward_op(x, weight, bias, taps, [*numbers, geometry.groups], keeps_means)
+    anchor = anchor_to("filtered_conv2d", x, weight, bias)
+    out, _ = _forward_op(x, weight, bias, taps, [*numbers, geometry.groups], keeps_means, anchor)
     return out
 
 
@@ -223,7 +225,13 @@ def _means(x: Tensor, axes: Axes) -> Tensor:
 
 @torch.library.custom_op("visionkernels::filtered_conv_fwd", mutates_args=())
 def _forward_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, numbers: list[int], keeps_means: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    numbers: list[int],
+    keeps_means: bool,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(x.shape[2:], weight.shape[2:], numbers)
     out = geometry.convolve(x, weight, bias)
@@ -291,7 +299,13 @@ def _depthwise_backward(
 
 @_forward_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, numbers: list[int], keeps_means: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    numbers: list[int],
+    keeps_means: bool,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(x.shape[2:], weight.shape[2:], numbers)
     out = geometry.convolve(x, weight, bias)
@@ -311,8 +325,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, taps, ctx.numbers, _ = inputs
-    ctx.save_for_backward(weight, output[1], taps)
+    x, weight, _, taps, ctx.numbers, _, anchor = inputs
+    ctx.save_for_backward(weight, output[1], taps, anchor)
     ctx.mark_non_differentiable(output[1])
     # the gradient is laid out as the input is: channels first or last
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -320,11 +334,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.size, ctx.layout = list(x.shape), list(torch.empty_like(x, device="meta", memory_format=layout).stride())
 
 
+@first_order_only
 def _backward(ctx: Any, grad: Tensor, _grad_means: Tensor) -> tuple[Any, ...]:
-    weight, means, taps = ctx.saved_tensors
+    weight, means, taps, _ = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = _backward_op(grad, weight, means, taps, ctx.size, ctx.layout, ctx.numbers, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from visionkernels.autograd import anchor_to, first_order_only
 from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, from_regions, region_view, to_regions
 
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
@@ -39,7 +39,8 @@ def region_attention(
         return _dense(query, key, value, region_index, geometry)
     # keys and values travel side by side: one gather, one sum of gradients
     maps = (query, torch.cat([key, value], -1)) if packed is None else (packed,)
-    return _ChunkedAttention.apply(geometry, query.shape[-1], region_index, *maps)  # type: ignore[no-any-return]
+    anchor = anchor_to("region_attention", *maps, advice="; pass backend='reference'")
+    return _ChunkedAttention.apply(geometry, query.shape[-1], region_index, anchor, *maps)  # type: ignore[no-any-return]
 
 
 def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, geometry: RegionGeometry) -> bool:
@@ -104,20 +105,22 @@ class _ChunkedAttention(torch.autograd.Function):
     """Keeps only its inputs, and recomputes the weights in backward. Half precision is widened chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, geometry: RegionGeometry, query_size: int, region_index: Tensor, *maps: Tensor) -> Tensor:
-        ctx.save_for_backward(region_index, *maps)
+    def forward(
+        ctx: Any, geometry: RegionGeometry, query_size: int, region_index: Tensor, anchor: Tensor | None, *maps: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(region_index, *maps, anchor)
         ctx.geometry, ctx.query_size = geometry, query_size
         query, key_value = _split(maps, query_size)
         return _forward(query, key_value, region_index, geometry)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        region_index, *maps = ctx.saved_tensors
+        region_index, *maps, _ = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
         (query, key_value), (grad_query, grad_key_value) = (_split(x, ctx.query_size) for x in (maps, grads))
         _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry)
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> Tensor:
