@@ -422,6 +422,21 @@ class TestNumbers:
         assert result.history[0]["loss"] > result.history[-1]["loss"]
         assert seen == {(torch.float32, torch.float32)}
 
+    def test_fp16_on_a_cpu(self, tmp_path):
+        """Nothing is computed in fp16 there, so that a run folder must not say so."""
+        with pytest.raises(
+            ValueError, match="precision='fp16' is not computed on cpu, where training would run in float32"
+        ):
+            run(tmp_path, replace(RECIPE, precision="fp16"))
+        assert not (tmp_path / "run.json").exists()
+
+    @pytest.mark.parametrize(("has_bf16", "precision", "warns"), [(0, "bf16", 1), (1, "bf16", 0), (0, "no", 0)])
+    def test_emulated_bf16(self, tmp_path, monkeypatch, caplog, has_bf16, precision, warns):
+        capabilities = {"avx2": True, "avx512_bf16": bool(has_bf16)}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        run(tmp_path, replace(RECIPE, epochs=1, precision=precision))
+        assert ("this CPU has no bf16 instructions" in caplog.text) == bool(warns)
+
     def test_bf16_computes_in_bf16(self, tmp_path):
         task, seen = build(), []
         task.trainable_module[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))

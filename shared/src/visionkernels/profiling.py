@@ -1,6 +1,7 @@
 """The cost of a computation: parameters, multiply-adds, memory, and time as a ratio to a baseline beside it."""
 
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,9 +31,11 @@ __all__ = [
     "peak_memory_bytes",
     "saved_activation_bytes",
     "torch_threads",
+    "warn_of_emulated_bf16",
 ]
 
 Function = Callable[[], object]
+_log = logging.getLogger(__name__)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -265,6 +268,16 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def warn_of_emulated_bf16(device: torch.device) -> None:
+    """Log a warning where bf16 is computed on a CPU that has no instructions for it, several times slower than float32.
+
+    Older versions of torch do not tell what the CPU has; there is no warning then.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    if capabilities and not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        _log.warning("this CPU has no bf16 instructions: precision='bf16' is several times slower here than 'no'")
 
 
 def _seconds_per_call(fn: Function, calls: int) -> float:

@@ -52,6 +52,31 @@ class TestOpenObjects:
         _, empty = pictures[1]
         assert (empty["boxes"].shape, empty["masks"].shape) == ((0, 4), (0, 30, 20))
 
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_objects_outside(self, coco, split, caplog):
+        """Boxes end where the picture ends; what is left of an object outside is nothing."""
+        for file in (coco / "annotations").iterdir():
+            content = json.loads(file.read_text())
+            polygon = content["annotations"][0]
+            beyond = {**polygon, "id": 4, "bbox": [-3, 25, 8, 10], "segmentation": [[-3, 25, 5, 25, 5, 35, -3, 35]]}
+            outside = {**polygon, "id": 5, "bbox": [20, 0, 5, 5], "segmentation": [[20, 0, 25, 0, 25, 5, 20, 5]]}
+            content["annotations"] = [beyond, outside]
+            file.write_text(json.dumps(content))
+        target = open_objects(coco, split, num_classes=91)[0][1]
+        left, top, right, bottom = target["boxes"].int().tolist()[0]
+        assert len(target["labels"]) == 1 and (right - left, top, bottom) == (5, 25, 30) and 0 in (left, 20 - right)
+        assert target["masks"].sum() == target["masks"][0, top:bottom, left:right].sum() > 0
+        assert "1 of 2 objects lie outside their pictures and are left out; the first is annotation 5" in caplog.text
+
+    @pytest.mark.parametrize("size", ["30", -3, None, 2.5])
+    def test_odd_size(self, coco, size):
+        file = coco / "annotations/instances_val2017.json"
+        content = json.loads(file.read_text())
+        content["images"][1]["height"] = size
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="has an image without name or size"):
+            open_objects(coco, "validation", num_classes=91)
+
     def test_training(self, coco):
         pictures = open_objects(coco, "train", num_classes=91)
         assert len(pictures) == 1

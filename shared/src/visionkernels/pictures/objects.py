@@ -1,6 +1,7 @@
 """Pictures with boxes, classes and masks of objects: folders in the layout of COCO, and shapes drawn by us."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from visionkernels.pictures.labelled import Split
 from visionkernels.pictures.reading import read_picture
 
 __all__ = ["ObjectPictures", "boxes_of_masks", "collate_detection", "open_objects"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def open_objects(
 
     `data` is a folder in the layout of COCO, `train2017/`, `val2017/` and `annotations/instances_train2017.json` (and
     val), or "shapes". Labels are the category ids of the file or, with `is_ranked`, the places of these ids in rising
-    order from 1, as detectron2 numbers them; 0 is the background. Training leaves out crowds, boxes of less than a
+    order from 1, as detectron2 numbers them; 0 is the background. Boxes are cut at the edges of their pictures; objects
+    outside are left out, and a warning says how many. Training leaves out crowds, boxes of less than a
     pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without pycocotools, and ValueError
     for a damaged file, one without objects, and labels other than 1 to `num_classes` - 1; reading raises
     CorruptPictureError, and CorruptAnnotationError for a picture of another size.
@@ -118,9 +122,7 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         labels = {item["category_id"] for item in annotations}
         unlisted = sorted(labels - set(coco.cats)) if is_ranked else []
         odd = [item["id"] for item in annotations if item.get("iscrowd", 0) not in (0, 1)]
-        unlike = [
-            item for item in images if not (isinstance(item["file_name"], str) and item["height"] * item["width"])
-        ]
+        unlike = [item for item in images if not (isinstance(item["file_name"], str) and _has_size(item))]
         empty = [item["id"] for item in annotations if has_masks and not item["segmentation"]]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
@@ -142,7 +144,37 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         raise InputError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
     if empty:
         raise InputError(f"{file} has annotation {empty[0]} without segmentation, which masks need")
+    _clip_to_pictures(coco, file)
     return coco
+
+
+def _has_size(image: dict[str, Any]) -> bool:
+    return all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width"))
+
+
+def _clip_to_pictures(coco: Any, file: Path) -> None:
+    """Cut boxes at the edges of their pictures, and leave out objects that lie outside."""
+    annotations, outside = coco.dataset["annotations"], []
+    for item in annotations:
+        if (image := coco.imgs.get(item["image_id"])) is None:
+            continue
+        left, top, width, height = item["bbox"]
+        right, bottom = left + width, top + height
+        if left >= 0 and top >= 0 and right <= image["width"] and bottom <= image["height"]:
+            continue
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, image["width"]), min(bottom, image["height"])
+        item["bbox"] = [left, top, right - left, bottom - top]
+        if right <= left or bottom <= top:
+            outside.append(item["id"])
+    if outside:
+        _log.warning(
+            "%s: %d of %d objects lie outside their pictures and are left out; the first is annotation %s",
+            file, len(outside), len(annotations), outside[0],
+        )  # fmt: skip
+        lost = set(outside)
+        coco.dataset["annotations"] = [item for item in annotations if item["id"] not in lost]
+        with contextlib.redirect_stdout(sys.stderr):
+            coco.createIndex()
 
 
 def _is_usable(annotation: dict[str, Any]) -> bool:

@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 
+from visionkernels.checks import InputError
 from visionkernels.extras import require
+from visionkernels.profiling import warn_of_emulated_bf16
 from visionkernels.recipes import FitRecipe
 
 __all__ = ["catch_interrupt", "create_accelerator"]
@@ -30,13 +32,21 @@ def create_accelerator(recipe: FitRecipe, project: Path) -> Accelerator:
         _log.warning("`accelerate launch --cpu` starts one process on one machine; for more use torchrun")
     # a second fit in one process may ask for another precision or device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=recipe.device == "cpu",
         mixed_precision=recipe.precision,
         gradient_accumulation_steps=recipe.accumulation_steps,
         log_with=list(recipe.trackers) or None,
         project_dir=project,
     )
+    if recipe.precision == "fp16" and not accelerator.native_amp:
+        raise InputError(
+            f"precision='fp16' is not computed on {accelerator.device.type}, where training would run in float32; use "
+            "'bf16' or 'no'"
+        )
+    if recipe.precision == "bf16":
+        warn_of_emulated_bf16(accelerator.device)
+    return accelerator
 
 
 @contextmanager
