@@ -275,7 +275,9 @@ def warn_of_emulated_bf16(device: torch.device) -> None:
 
     Older versions of torch do not tell what the CPU has; there is no warning then.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    if device.type != "cpu":
+        return
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities and not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
         _log.warning("this CPU has no bf16 instructions: precision='bf16' is several times slower here than 'no'")
 

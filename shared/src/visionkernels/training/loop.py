@@ -43,7 +43,8 @@ def fit(
     weights, bit for bit on a CPU: all randomness is drawn from generators seeded by (seed, place in training), so the
     number of data workers does not matter. Global generators of random, numpy and torch are re-seeded on the way.
 
-    Raises InputError if `run_dir` holds another run or is in use, or sizes do not divide; TypeError if parameters
+    Raises InputError if `run_dir` holds another run or is in use, sizes do not divide, or the device does not compute in
+    the recipe's precision; TypeError if parameters
     outside the module are trainable; FloatingPointError on a loss that is not finite, with the update and its samples;
     KeyboardInterrupt on Ctrl-C, after saving.
     """

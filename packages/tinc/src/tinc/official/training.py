@@ -117,6 +117,7 @@ class _Run:
         device: Literal["auto", "cpu"],
         precision: Literal["no", "bf16"],
     ) -> None:
+        from visionkernels.profiling import warn_of_emulated_bf16
         from visionkernels.training.folder import RunFolder
         from visionkernels.training.process import create_accelerator
 
@@ -137,6 +138,8 @@ class _Run:
         self.data_range: DataRange = "dtype" if self.original.dtype.name in TYPE_RANGES else "values"
         self.accelerator = create_accelerator(FitRecipe(updates=1, batch_size=1, device=device), run_dir)
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        if precision == "bf16":
+            warn_of_emulated_bf16(self.device)
         self.target = self.target.to(self.device)
         self.module = self.accelerator.prepare_model(self.model)
         self.optimizer = create_optimizer(self.model.parameters(), recipe)
