@@ -43,10 +43,9 @@ def fit(
     weights, bit for bit on a CPU: all randomness is drawn from generators seeded by (seed, place in training), so the
     number of data workers does not matter. Global generators of random, numpy and torch are re-seeded on the way.
 
-    Raises InputError if `run_dir` holds another run or is in use, sizes do not divide, or the device does not compute in
-    the recipe's precision; TypeError if parameters
-    outside the module are trainable; FloatingPointError on a loss that is not finite, with the update and its samples;
-    KeyboardInterrupt on Ctrl-C, after saving.
+    Raises InputError if `run_dir` holds another run or is in use, sizes do not divide, or the device does not compute
+    in the recipe's precision; TypeError if parameters outside the module are trainable; FloatingPointError on a loss
+    that is not finite, with the update and its samples; KeyboardInterrupt on Ctrl-C, after saving.
     """
     for module in ("accelerate", "filelock", "timm"):
         require(module, "visionkernels[train]")
