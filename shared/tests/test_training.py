@@ -208,13 +208,15 @@ class TestResume:
         two = run(tmp_path / "2", replace(RECIPE, num_workers=2))
         assert_same(one.weights, two.weights)
 
-    def test_ctrl_c_saves_and_says_how_to_go_on(self, tmp_path):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+    def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(self, tmp_path, number):
+        """Slurm and Kubernetes send SIGTERM before they kill."""
         recipe = replace(RECIPE, num_workers=2, accumulation_steps=2)
         whole = run(tmp_path / "whole", recipe)
-        handler = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt, match=r"saved after update 8 of 18; rerun the same command to resume"):
-            run(tmp_path / "cut", recipe, batch_transform=At(2 * 7, interrupt))
-        assert signal.getsignal(signal.SIGINT) is handler
+            run(tmp_path / "cut", recipe, batch_transform=At(2 * 7, lambda *_: os.kill(os.getpid(), number)))
+        assert signal.getsignal(number) is handler
         assert_same(run(tmp_path / "cut", recipe).weights, whole.weights)
 
     def test_ctrl_c_reaches_data_workers_too(self, tmp_path, capfd):

@@ -1,8 +1,10 @@
 """The folder of a run: what defines it (run.json), its log, and checkpoints that a kill cannot damage."""
 
+import hashlib
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,9 @@ FREE_FIELDS = (
 INVOCATION_FIELDS = ("versions", "git", "command", "device", "processes")
 # Data workers that outlive a killed run can hold its lock: they look for their parent every 5 seconds.
 LOCK_SECONDS = 10.0
+# names of checkpoints, hidden while one is written; whatever else is in their folder is the user's
+_CHECKPOINT = re.compile(r"(?:epoch-(\d{5,})-update-)?(\d{9,})")
+_CHECKSUMS = "checksums.json"
 
 
 def describe_run(recipe: Mapping[str, Any], trained: Trained, **facts: Any) -> dict[str, Any]:
@@ -100,36 +105,88 @@ class RunFolder:
         if is_new:
             write_json(path, run)
         else:
-            old, new = map(_defining_fields, (json.loads(path.read_text(encoding="utf-8")), run))
+            old, new = map(_defining_fields, (self._described(), run))
             fields = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if fields:
                 changes = ", ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in fields)
                 raise InputError(f"{self.path} holds another run: {changes}; use another folder or the old values")
-        for leftover in self.checkpoints.glob(".*"):  # a kill in the middle of saving
-            shutil.rmtree(leftover)
+        self._remove_leftovers()
         return is_new
+
+    def _described(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        try:
+            described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _defining_fields(described)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is damaged or no description of a run ({type(error).__name__}: {error}); restore it, or use "
+                "another folder"
+            ) from error
+        return described
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a kill in the middle of writing has left."""
+        for leftover in self._named(hidden=True):
+            shutil.rmtree(leftover)
+        for name in ("run.json", "log.jsonl", "best.safetensors", "weights.safetensors", "ema.safetensors"):
+            stem, _, suffix = name.partition(".")
+            for leftover in self.path.glob(f".{stem}-????????.{suffix}"):
+                leftover.unlink()
+
+    def _named(self, *, hidden: bool = False) -> list[Path]:
+        """Return the folders with a checkpoint's name, the oldest first."""
+        mark = "." if hidden else ""
+        found: dict[tuple[int, int], Path] = {}
+        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            match = _CHECKPOINT.fullmatch(path.name.removeprefix(mark)) if path.name.startswith(mark) else None
+            if match is not None and path.is_dir():
+                found[int(match[2]), int(match[1] or 0)] = path
+        return [found[key] for key in sorted(found)]
 
     def note_resumption(self, run: Mapping[str, Any]) -> None:
         """Add to run.json, beside the first invocation, the one that takes the run up again."""
         path = self.path / "run.json"
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = self._described()
         invocation = {name: run[name] for name in INVOCATION_FIELDS}
         described["resumed"] = [*described.get("resumed", []), invocation]
         write_json(path, described, overwrite=True)
 
     def latest(self) -> Path | None:
         """Return the newest whole checkpoint."""
-        return max(self.checkpoints.glob("[!.]*"), default=None)
+        return next(reversed(self._named()), None)
+
+    def verify(self, checkpoint: Path) -> None:
+        """Raise InputError if a file of `checkpoint` is not as it was written; older ones have no checksums to tell."""
+        if not (checkpoint / _CHECKSUMS).exists():
+            return
+        try:
+            expected = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
+            damaged = [name for name, digest in expected.items() if _digest(checkpoint / name) != digest]
+        except (OSError, ValueError, AttributeError) as error:
+            damaged = [f"{_CHECKSUMS} ({type(error).__name__}: {error})"]
+        if not damaged:
+            return
+        own = self._named()
+        earlier = own[: own.index(checkpoint)]
+        way = f"from {earlier[-1].name}" if earlier else "from the beginning"
+        raise InputError(
+            f"{checkpoint} is damaged: {', '.join(damaged[:5])}; remove this folder, and the same command resumes {way}"
+        )
 
     def begin(self, name: str) -> Path:
         """Return a new folder for a checkpoint, which does not count before `publish`."""
+        self._check_exists()
         partial = self.checkpoints / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
     def publish(self, partial: Path, *, keep: int) -> None:
-        """Make the checkpoint count, in one step, and remove all but the newest `keep`."""
+        """Make the checkpoint count, in one step, and remove all but the newest `keep`, of each update the last."""
+        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        checksums = {file.relative_to(partial).as_posix(): _digest(file) for file in files}
+        (partial / _CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
         if self.log.exists():  # the run will not go back to before this checkpoint
             sync(self.log)
         for file in partial.rglob("*"):
@@ -137,7 +194,12 @@ class RunFolder:
         sync(partial)
         partial.rename(partial.with_name(partial.name.removeprefix(".")))
         sync(self.checkpoints)
-        for old in sorted(self.checkpoints.glob("[!.]*"))[:-keep]:
+        own = self._named()
+        of_update = {path.name.rpartition("-")[2]: path for path in own}
+        kept = list(of_update.values())[-keep:]
+        for old in own:
+            if old in kept:
+                continue
             # renamed first: a kill within the removal must not leave half a checkpoint that counts
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
@@ -150,9 +212,14 @@ class RunFolder:
 
     def append(self, entry: Mapping[str, float]) -> None:
         """Add the line of an epoch; JSON has no NaN and no infinity, which become null."""
+        self._check_exists()
         plain = {name: value if math.isfinite(value) else None for name, value in entry.items()}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(plain)}\n")
+
+    def _check_exists(self) -> None:
+        if not (self.path / "run.json").exists():
+            raise FileNotFoundError(f"{self.path} was removed while this run wrote to it; nothing more is saved there")
 
     def cut_history(self, epochs: int) -> None:
         """Drop the log's lines after this many epochs, and one that a kill left unfinished."""
@@ -161,6 +228,11 @@ class RunFolder:
         if kept != lines:
             with replace_file(self.log, overwrite=True) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def _defining_fields(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def fit(
 
     Raises InputError if `run_dir` holds another run or is in use, sizes do not divide, or the device does not compute
     in the recipe's precision; TypeError if parameters outside the module are trainable; FloatingPointError on a loss
-    that is not finite, with the update and its samples; KeyboardInterrupt on Ctrl-C, after saving.
+    that is not finite, with the update and its samples; KeyboardInterrupt on Ctrl-C and SIGTERM, after saving.
     """
     for module in ("accelerate", "filelock", "timm"):
         require(module, "visionkernels[train]")

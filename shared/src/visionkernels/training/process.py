@@ -1,4 +1,4 @@
-"""Accelerator setup and SIGINT handling."""
+"""Accelerator setup, and how Ctrl-C and SIGTERM stop a run."""
 
 import logging
 import os
@@ -51,18 +51,26 @@ def create_accelerator(recipe: FitRecipe, project: Path) -> Accelerator:
 
 @contextmanager
 def catch_interrupt(note: Callable[[], None]) -> Iterator[None]:
-    """Call `note` on the first Ctrl-C within the block, and let the second one stop at once."""
+    """Call `note` on the first Ctrl-C or SIGTERM within the block, and let the second one stop at once.
+
+    Schedulers as Slurm and Kubernetes send SIGTERM some time before they kill.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def handle(*signal_and_frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        restore()
         note()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

@@ -16,6 +16,7 @@ from accelerate import DistributedType  # type: ignore[import-untyped]
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from visionkernels.checks import InputError
@@ -303,7 +304,9 @@ class Run:
         if accelerator.is_main_process:
             if self.ema is not None:
                 save_weights(partial_folder / "ema.safetensors", self.ema.module.state_dict(), metadata={})
-            torch.save(progress, partial_folder / "progress.pt")
+            # a process's own name of a device, as cpu:0, means nothing to the one that resumes
+            on_cpu = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), progress)
+            torch.save(on_cpu, partial_folder / "progress.pt")
             self.folder.publish(partial_folder, keep=self.recipe.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -313,6 +316,8 @@ class Run:
         return {name: value for name, value in self.task.named_buffers() if id(value) not in of_module}
 
     def _load(self, checkpoint: Path) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.verify(checkpoint)
         try:
             self.accelerator.load_state(str(checkpoint))
         except RuntimeError as error:
@@ -323,7 +328,8 @@ class Run:
         if self.ema is not None:
             self.ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
         device = self.accelerator.device
-        progress = torch.load(checkpoint / "progress.pt", map_location=device, weights_only=True)
+        progress = torch.load(checkpoint / "progress.pt", map_location=_on_cpu, weights_only=True)
+        progress = tree_map_only(Tensor, lambda tensor: tensor.to(device), progress)
         self.epoch, self.update, self.entry = progress["epoch"], progress["update"], progress["entry"]
         if self.accelerator.is_main_process:  # the totals are of all processes
             self.means = RunningMeans(progress["totals"], device=device)
@@ -363,6 +369,10 @@ class Run:
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("ema_decay needs whole weights in every process; FSDP shards them, so set ema_decay=None")
         return ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    return storage
 
 
 def _update_of(weights: Path) -> int | None:

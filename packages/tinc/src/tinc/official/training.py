@@ -158,6 +158,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         checkpoint = self.folder.latest()
         if checkpoint is not None:
+            if self.is_main:
+                self.folder.verify(checkpoint)
             self._load(checkpoint)
 
     def _claim(self) -> None:
