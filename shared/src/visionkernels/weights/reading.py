@@ -22,6 +22,8 @@ Weights = Literal["auto", "model", "ema"]
 # Where training scripts keep their weights, in order of preference.
 MODEL_ENTRIES = ("model", "state_dict", "module", "student", "teacher")
 EMA_ENTRIES = ("model_ema", "state_dict_ema", "ema")
+# how often a file may name the same numbers: layers that share weights do, a few dozen times
+MAX_OVERLAP = 64
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -62,6 +64,7 @@ def read_checkpoint(
     content, metadata = _read_safetensors(path) if is_safetensors else read_torch(path)
     taken = _choose_entry(content, weights, path) if entry is None else entry
     state = _strip_wrappers(_state_in(content, taken, path))
+    _check_memory(state, path)
     return Checkpoint(path, state, taken, metadata, trained_of(metadata, state, path))
 
 
@@ -127,6 +130,13 @@ def _state_in(content: Mapping[str, Any], entry: str, path: Path) -> dict[str, T
         what = f"non-tensor entries (first: {first_names(_non_tensor_keys(state))})" if state else "nothing"
         raise CheckpointError(f"{path} holds {what} where weights were expected, in {entry or 'the file itself'}{hint}")
     return state
+
+
+def _check_memory(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError for tensors that overlap so much that a copy of them would fill the memory."""
+    total = sum(value.numel() * value.element_size() for value in state.values() if value.device.type != "meta")
+    if total > MAX_OVERLAP * path.stat().st_size + 2**24:
+        raise CheckpointError(f"{path} is damaged: its tensors have {total} bytes, in a file of {path.stat().st_size}")
 
 
 def _strip_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
