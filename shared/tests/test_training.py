@@ -806,9 +806,19 @@ class TestFitOptions:
         assert fit_recipe.schedule == replace(schedule, warmup_lr=0.005)
         assert FitOptions(batch_size=2, lr=0.1).apply(RECIPE).optimizer.lr == 0.1
 
-    def test_errors(self):
-        with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-            FitOptions(batch_size=0).apply(RECIPE)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+            ({"lr": -1.0}, r"lr=-1\.0 must be above 0"),
+            ({"lr": math.nan}, "lr=nan must be above 0"),
+            ({"lr": math.inf}, "lr=inf must be a number"),
+        ],
+    )
+    def test_errors(self, options, message):
+        """In the name of the option that is wrong."""
+        with pytest.raises(ValueError, match=f"^{message}"):
+            FitOptions(**options).apply(RECIPE)
 
 
 class TestRecipes:
@@ -825,6 +835,11 @@ class TestRecipes:
             (ScheduleRecipe, {"name": "loglinear"}, r"min_lr=0\.0 must be above 0 for name='loglinear'"),
             (OptimizerRecipe, {"lr": 0.0}, r"lr=0\.0 must be above 0"),
             (OptimizerRecipe, {"clip_norm": -1.0}, "clip_norm=-1"),
+            (OptimizerRecipe, {"weight_decay": math.inf}, "weight_decay=inf must be at least 0"),
+            (OptimizerRecipe, {"momentum": 1.0}, r"momentum=1\.0 must be in \[0, 1\)"),
+            (OptimizerRecipe, {"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\) must be two numbers in"),
+            (OptimizerRecipe, {"eps": -5.0}, r"eps=-5\.0 must be at least 0"),
+            (ScheduleRecipe, {"warmup_lr": -1.0}, r"warmup_lr=-1\.0 must be at least 0"),
             (ScheduleRecipe, {"name": "linear"}, "name='linear' must be one of 'cosine'"),
             (ScheduleRecipe, {"name": "multistep"}, r"milestones=\(\) must be given"),
             (ScheduleRecipe, {"milestones": (3,)}, "given for name='multistep' and for no other"),

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -169,8 +171,11 @@ class TestBiFormerBackbone:
         backbone = BiFormerBackbone(micro(), out_indices=(1, 2))
         assert [m.shape[1:] for m in backbone(torch.randn(1, 3, 64, 64))] == [(16, 8, 8), (32, 4, 4)]
         assert [info["reduction"] for info in backbone.feature_info] == [8, 16]
-        with pytest.raises(ValueError, match=r"out_indices=\(4,\) must name stages"):
-            BiFormerBackbone(micro(), out_indices=(4,))
+        for indices in ((4,), (3, 1), (1, 1), ()):
+            with pytest.raises(
+                ValueError, match=rf"out_indices={re.escape(str(indices))} must name stages .* in rising"
+            ):
+                BiFormerBackbone(micro(), out_indices=indices)
 
     def test_norm_eval(self):
         backbone = BiFormerBackbone(micro(), norm_eval=True).train()

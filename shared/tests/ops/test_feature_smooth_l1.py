@@ -74,6 +74,8 @@ class TestFeatureSmoothL1:
             ({"hidden": torch.ones(1, 4)}, ValueError, r"hidden has shape \[1, 4\]; expected \[2, 4\]"),
             ({"beta": 0.0}, ValueError, "beta=0.0 must be a positive number"),
             ({"beta": -2.0}, ValueError, "beta=-2.0"),
+            ({"eps": -5.0}, ValueError, "eps=-5.0 must be a number of at least 0"),
+            ({"eps": float("nan")}, ValueError, "eps=nan must be a number of at least 0"),
             ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend"),
             ({"backend": "triton", "hidden": torch.ones(2, 4).double()}, RuntimeError, "not float64"),
         ],

@@ -135,6 +135,7 @@ class TestNkdLoss:
             ({"labels": torch.ones(2, 4).long()}, ValueError, r"labels has shape \[2, 4\]; expected \[2\]"),
             ({"labels": torch.tensor([0, 4])}, ValueError, r"labels spans \[0, 4\]; allowed is \[0, 3\]"),
             ({"labels": torch.tensor([-1, 3])}, ValueError, r"labels spans \[-1, 3\]"),
+            ({"alpha": float("nan")}, ValueError, "alpha=nan must be a number of at least 0"),
             ({"temperature": -1.0}, ValueError, "temperature=-1.0 must be a positive number"),
             ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend"),
             ({"backend": "triton", "teacher_logits": torch.ones(2, 4).double()}, RuntimeError, "not float64"),

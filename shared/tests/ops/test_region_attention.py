@@ -194,6 +194,8 @@ class TestRegionAttention:
         ("change", "error", "message"),
         [
             ({"num_heads": 3}, ValueError, "num_heads=3 does not divide the 16 channels"),
+            ({"valid_size": (-1, 5)}, ValueError, r"valid_size=\(-1, 5\) must be rows in \[0, "),
+            ({"valid_size": (1, 99)}, ValueError, r"valid_size=\(1, 99\) must be rows in \[0, "),
             ({"query_grid": (4, 2), "key_grid": (3, 2)}, ValueError, "query height 6 does not divide into 4 regions"),
             ({"query_grid": (3, 0)}, ValueError, "query width 8 does not divide into 0 regions"),
             ({"backend": "cuda"}, ValueError, "backend='cuda' is not a backend; use one of auto, triton, eager"),

@@ -299,8 +299,9 @@ class BiFormerBackbone(nn.Module):
 
     def __init__(self, model: BiFormer, out_indices: Sequence[int] = (0, 1, 2, 3), *, norm_eval: bool = False) -> None:
         super().__init__()
-        if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
-            raise InputError(f"out_indices={tuple(out_indices)} must name stages among 0, 1, 2, 3")
+        stages = list(out_indices)
+        if not stages or stages != sorted(set(stages) & {0, 1, 2, 3}):
+            raise InputError(f"out_indices={tuple(out_indices)} must name stages among 0, 1, 2, 3 in rising order")
         model.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.model, self.out_indices, self.norm_eval = model, tuple(out_indices), norm_eval
         self.feature_info = [model.feature_info[stage] for stage in out_indices]

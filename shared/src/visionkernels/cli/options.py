@@ -62,9 +62,11 @@ class FitOptions:
             lr = recipe.optimizer.lr * self.batch_size / recipe.batch_size
         if lr is None:
             return fit
+        # first, so that a wrong rate is refused by its own name
+        optimizer = replace(fit.optimizer, lr=lr)
         low, start = (min(rate, lr) for rate in (fit.schedule.min_lr, fit.schedule.warmup_lr))
         schedule = replace(fit.schedule, min_lr=low, warmup_lr=start)
-        return replace(fit, optimizer=replace(fit.optimizer, lr=lr), schedule=schedule)
+        return replace(fit, optimizer=optimizer, schedule=schedule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,13 @@ def check_positive(**numbers: float) -> None:
             raise InputError(f"{name}={number} must be a positive number")
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError unless all numbers are finite and at least 0."""
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise InputError(f"{name}={number} must be a number of at least 0")
+
+
 def check_index(name: str, index: Tensor, *, hint: str = "") -> None:
     """Raise TypeError unless `index` is int64 or int32; `hint` ends the message."""
     if index.dtype not in (torch.int64, torch.int32):

@@ -1,5 +1,6 @@
 """The settings that define a training run, as frozen data that checks itself."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,7 +40,12 @@ class OptimizerRecipe:
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "lr", self.lr, "above 0")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0")
+        check(self.lr < math.inf, "lr", self.lr, "a number")
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        betas = self.betas
+        check(betas is None or all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1), or None")
+        check(self.eps is None or 0 <= self.eps < math.inf, "eps", self.eps, "at least 0, or None")
         check_choice("decay", self.decay, Literal["matrices", "all"])
         rate = self.layer_decay
         check(rate is None or 0 < rate <= 1, "layer_decay", rate, "in (0, 1] or None")
@@ -85,6 +91,7 @@ class ScheduleRecipe:
         counted = not self.after_warmup or self.name in ("cosine", "poly")
         check(counted, "after_warmup", self.after_warmup, f"False for name={self.name!r}")
         check(self.min_lr >= 0, "min_lr", self.min_lr, "at least 0")
+        check(self.warmup_lr >= 0, "warmup_lr", self.warmup_lr, "at least 0")
         check(self.min_lr > 0 or self.name != "loglinear", "min_lr", self.min_lr, "above 0 for name='loglinear'")
         check(self.lag_epochs >= 0, "lag_epochs", self.lag_epochs, "at least 0")
         rises = list(self.milestones) == sorted(set(self.milestones))

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visionkernels.checks import InputError
-from visionkernels.ops._checks import check_alike, check_floating, check_positive
+from visionkernels.ops._checks import check_alike, check_floating, check_not_negative, check_positive
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, without_autocast
 
 __all__ = ["feature_smooth_l1"]
@@ -31,14 +31,15 @@ def feature_smooth_l1(
     have another floating dtype than `prediction`, and gets no gradient. Triton keeps the inputs for backward, takes at
     most 8192 channels and has no second derivative.
 
-    Raises TypeError for dtypes and devices, ValueError for shapes that differ or are empty and a `beta` that is not
-    positive, RuntimeError for `backend="triton"` where it cannot run.
+    Raises TypeError for dtypes and devices, ValueError for shapes that differ or are empty, a `beta` that is not
+    positive and an `eps` below 0, RuntimeError for `backend="triton"` where it cannot run.
     """
     check_floating("feature_smooth_l1", "features", prediction=prediction, hidden=hidden)
     if not prediction.ndim or not prediction.numel():
         raise InputError(f"prediction has shape {list(prediction.shape)}; expected [*batch, channels], none of them 0")
     check_alike(prediction=prediction, hidden=hidden)
     check_positive(beta=beta)
+    check_not_negative(eps=eps)
     channels, unsupported = prediction.shape[-1], None
     if channels > _MAX_KERNEL_CHANNELS:
         unsupported = f"rows of {channels} channels exceed the kernels' {_MAX_KERNEL_CHANNELS}"

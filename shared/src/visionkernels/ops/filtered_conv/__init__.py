@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionkernels.checks import InputError
-from visionkernels.ops._checks import check_floating
+from visionkernels.ops._checks import check_devices, check_floating
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, is_autocast, without_autocast
 from visionkernels.ops.filtered_conv import eager
 from visionkernels.ops.filtered_conv.geometry import ConvGeometry, patch_axis
@@ -207,6 +207,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
             f"x has {x.shape[-3]} channels; weight {list(weight.shape)} with groups={groups} takes "
             f"{groups * weight.shape[1]}, and groups must divide the {len(weight)} outputs"
         )
+    if bias is not None:
+        check_floating("filtered_conv2d", "tensors", bias=bias)
+        check_devices(x=x, bias=bias)
+        if not is_autocast(x) and bias.dtype != x.dtype:
+            raise TypeError(f"bias is {bias.dtype} and x is {x.dtype}; they must be alike")
     if bias is not None and bias.shape != (len(weight),):
         raise InputError(f"bias has shape {list(bias.shape)}; expected [{len(weight)}], one for each output channel")
 

@@ -9,6 +9,7 @@ from visionkernels.ops._checks import (
     check_devices,
     check_floating,
     check_index,
+    check_not_negative,
     check_positive,
     check_range,
 )
@@ -40,14 +41,15 @@ def nkd_loss(
     `teacher_logits` may have another floating dtype, and gets no gradient. Triton has no second derivative.
 
     Raises TypeError for dtypes and devices, ValueError for shapes that differ, an empty batch, fewer than two classes,
-    a temperature that is not positive and a label outside [0, classes) (on a GPU: a device-side assertion),
-    RuntimeError for `backend="triton"` where it cannot run.
+    a temperature that is not positive, a negative `alpha` and a label outside [0, classes) (on a GPU: a device-side
+    assertion), RuntimeError for `backend="triton"` where it cannot run.
     """
     check_floating("nkd_loss", "logits", student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.ndim != 2 or student_logits.shape[0] < 1 or student_logits.shape[1] < 2:
         raise InputError(f"student_logits has shape {list(student_logits.shape)}; expected [batch >= 1, classes >= 2]")
     check_alike(student_logits=student_logits, teacher_logits=teacher_logits)
     check_positive(temperature=temperature)
+    check_not_negative(alpha=alpha)
     check_index("labels", labels, hint=" (the argmax of soft labels)")
     check_devices(student_logits=student_logits, labels=labels)
     if labels.shape != student_logits.shape[:1]:

@@ -138,6 +138,10 @@ def _checked_geometry(
     if num_heads < 1 or query.shape[-1] % num_heads:
         raise InputError(f"num_heads={num_heads} does not divide the {query.shape[-1]} channels of query")
     scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    if valid_size is not None and not all(
+        isinstance(valid, int) and 0 <= valid <= size for valid, size in zip(valid_size, key.shape[1:3], strict=True)
+    ):
+        raise InputError(f"valid_size={valid_size} must be rows in [0, {key.shape[1]}], columns in [0, {key.shape[2]}]")
     return RegionGeometry(num_heads, query_grid, key_grid, scale, valid_size)
 
 
