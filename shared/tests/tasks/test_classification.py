@@ -1,5 +1,8 @@
 """Measuring a classifier: accuracy, loss and the trivial answer."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +10,9 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from visionkernels.pictures.labelled import LabelledPictures
-from visionkernels.tasks.classification import Evaluation, evaluate
+from visionkernels.pictures.recipes import PictureRecipe
+from visionkernels.tasks.classification import ClassificationSets, Evaluation, evaluate
+from visionkernels.testing.pictures import write_colours
 
 
 class Constant(nn.Module):
@@ -40,6 +45,20 @@ class TestEvaluate:
         with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
             evaluate(Constant([0.0, 1.0, 2.0]), self.pictures([0, 1]), **wrong)
 
+    def test_one_class(self):
+        with pytest.raises(ValueError, match="num_classes=1 must be at least 2"):
+            evaluate(Constant([0.0]), self.pictures([0, 0]), num_classes=1)
+
     def test_unknown_class(self):
         with pytest.raises(ValueError, match="the data has class 3, the model 3 classes"):
             evaluate(Constant([0.0, 1.0, 2.0]), self.pictures([0, 3]))
+
+
+def test_data_of_one_class(tmp_path):
+    """Noticed before anything is trained, not at the end of the first epoch."""
+    write_colours(tmp_path, train=2, val=1)
+    for folder in ("train/red", "train/blue"):
+        shutil.rmtree(tmp_path / folder)
+    recipe = SimpleNamespace(pictures=PictureRecipe(size=8, resize=8), data=None)
+    with pytest.raises(ValueError, match="has one class, 'green'; a classifier needs two or more"):
+        ClassificationSets.open(recipe, tmp_path, install="demo", transform=pil_to_tensor)

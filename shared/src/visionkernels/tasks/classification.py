@@ -91,6 +91,8 @@ class ClassificationSets(LabelledSets):
             assert isinstance(recipe, ClassificationRecipe)
             transform = training_transform(recipe.pictures, recipe.augmentation)
         train = open_pictures(source, "train", transform)
+        if len(train.class_names) < 2:
+            raise InputError(f"--data {source} has one class, {train.class_names[0]!r}; a classifier needs two or more")
         evaluated = evaluation_transform(recipe.pictures)
         validation = open_pictures(source, "validation", evaluated, class_names=train.class_names)
         return cls(recipe, source, len(train.class_names), train, validation)
@@ -264,6 +266,7 @@ def evaluate(
     metrics = require("torchmetrics", "torchmetrics")
     device = next(model.parameters()).device
     num_classes = cast(int, model.num_classes) if num_classes is None else num_classes
+    check(num_classes >= 2, "num_classes", num_classes, "at least 2: one class cannot be told from others")
     if max(pictures.labels) >= num_classes:
         raise InputError(f"the data has class {max(pictures.labels)}, the model {num_classes} classes")
     accuracy = partial(metrics.classification.MulticlassAccuracy, num_classes, average="micro")
