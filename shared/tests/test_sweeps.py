@@ -17,6 +17,7 @@ pytest.importorskip("joblib", reason="joblib is not installed")
 
 # functions of the standard library, since workers cannot import test modules
 square = functools.partial(pow, exp=2)
+KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 invert = functools.partial(operator.truediv, 1)
 
 
@@ -52,6 +53,24 @@ class TestMap:
         first, failure, last = sweeps.map(invert, [2, 0, 4], jobs=jobs, errors="return")
         assert (first, last) == (0.5, 0.25)
         assert (failure.item, str(failure)) == (0, "item 0 failed: ZeroDivisionError: division by zero")
+
+    def test_killed_worker(self, tmp_path):
+        """The item is named, the others are kept, and those that were lost with it are computed again."""
+        items = ["1 + 1", "2 + 2", KILL, "3 + 3", "4 + 4"]
+        done = tmp_path / "done.jsonl"
+        results = sweeps.map(eval, items, jobs=2, errors="return", done=done)
+        assert [results[i] for i in (0, 1, 3, 4)] == [2, 4, 6, 8]
+        assert isinstance(results[2], SweepError) and results[2].item == KILL
+        assert "the system killed its worker, beside others and alone" in str(results[2])
+        assert len(done.read_text().splitlines()) == 4
+        with pytest.raises(SweepError, match="the system killed its worker"):
+            sweeps.map(eval, items, jobs=2)
+
+    def test_killed_once(self, tmp_path):
+        """As by a memory that was short for a moment."""
+        mark = str(tmp_path / "mark")
+        item = f"7 if __import__('os').path.exists({mark!r}) else (open({mark!r}, 'w').close(), {KILL})"
+        assert sweeps.map(eval, ["1", item, "2"], jobs=2) == [1, 7, 2]
 
     def test_message_is_short(self):
         with pytest.raises(SweepError) as caught:

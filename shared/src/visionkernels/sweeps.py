@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,7 +48,8 @@ def map(
     `jobs=-1` is one a core. `"ray"` and `"dask"` use the cluster that this process is connected to (`ray.init`,
     `dask.distributed.Client`), else start one on this machine; there the cluster says how many threads a worker has,
     with `"loky"` it is `threads`. Functions, items and results travel between processes, so they must pickle. The
-    first failure ends the sweep with SweepError; with `errors="return"` it stands in its item's place instead.
+    first failure ends the sweep with SweepError; with `errors="return"` it stands in its item's place instead. An item
+    whose worker the system kills (out of memory) is tried again, and fails like others if it is killed alone as well.
 
     `done` is a file that keeps every result as soon as it is there (with Ray, all at the end), a line of JSON each; a
     sweep that is run again takes them from there and computes the others. Results must be JSON then (a tuple comes
@@ -71,23 +72,62 @@ def map(
         raise InputError(f"backend={backend!r} must be 'loky', 'ray' or 'dask'")
     keys = [] if done is None else [key(item) for item in items]
     results = {} if done is None else _read(Path(done), keys)
-    missing = [(i, item) for i, item in enumerate(items) if i not in results]
     call = functools.partial(_call, function, returns_errors=errors == "return", as_json=done is not None)
     # not above: a worker whose function needs no torch starts much faster
     from visionkernels.profiling import torch_threads
 
     # joblib's Ray backend cannot hand out results one by one, so its progress bar jumps to the end
     return_as = "list" if backend == "ray" else "generator_unordered"
-    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), torch_threads(threads):
-        finished = joblib.Parallel(return_as=return_as)(joblib.delayed(call)(i, item) for i, item in missing)
-        progress = tqdm(
-            finished, total=len(items), initial=len(results), desc=description, disable=None if show_progress else True
-        )
-        for i, result in progress:
-            if done is not None and not isinstance(result, SweepError):
+
+    def run(calls: Iterator[Any]) -> Any:
+        return joblib.Parallel(return_as=return_as)(calls)
+
+    progress = tqdm(total=len(items), initial=len(results), desc=description, disable=None if show_progress else True)
+    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), torch_threads(threads), progress:
+        for i, result in _outlasting(run, joblib.delayed(call), items, set(range(len(items))) - results.keys()):
+            if isinstance(result, SweepError):
+                if errors == "raise":
+                    raise result
+            elif done is not None:
                 _append(Path(done), keys[i], result)
             results[i] = result
+            progress.update()
     return [results[i] for i in range(len(items))]
+
+
+def _outlasting(
+    run: Callable[..., Any], call: Callable[..., Any], items: Sequence[Any], missing: set[int]
+) -> Iterator[tuple[int, Any]]:
+    """Yield the results of the `missing` items, also if the system kills a worker: then the others of its pool go on.
+
+    joblib does not tell which item killed its worker. What is left is tried again; if a worker is killed once more, one
+    item after another runs alone until it is found. For Ray and Dask, their own schedulers try again.
+    """
+    from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]
+
+    kills = 0
+    while missing:
+        alone = kills >= 2
+        batch = [min(missing)] if alone else sorted(missing)
+        try:
+            for i, result in run(call(i, items[i]) for i in batch):
+                missing.remove(i)
+                yield i, result
+        except TerminatedWorkerError as error:
+            kills += 1
+            if alone:
+                missing.remove(batch[0])
+                # the next two kills are of another item
+                kills = 0
+                reason = str(error).splitlines()[0]
+                yield (
+                    batch[0],
+                    SweepError(
+                        items[batch[0]],
+                        f"item {_short(repr(items[batch[0]]))} failed: the system killed its worker, beside others and "
+                        f"alone (out of memory, or a crash); {reason}",
+                    ),
+                )
 
 
 _LINE_START = b'{"key": '
