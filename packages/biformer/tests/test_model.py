@@ -7,6 +7,7 @@ from torch import nn
 
 import biformer
 from biformer.model import BiFormerBackbone, BiFormerBlock
+from visionkernels.testing.tracing import check_traced
 
 NAMES = timm.list_models("biformer_*")
 MICRO = {"depth": (1, 1, 1, 1), "embed_dim": (16, 16, 32, 32), "topks": (1, 2, 4, -2), "head_dim": 16, "n_win": 2}
@@ -97,6 +98,11 @@ class TestEveryModel:
         groups = timm.models.group_parameters(model, model.group_matcher())
         grouped = [key for keys in groups.values() for key in keys]
         assert sorted(grouped) == sorted(key for key, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
+def test_traced(name):
+    check_traced(micro(name), torch.randn(1, 3, 64, 96))
 
 
 # small and base differ from tiny in their sizes alone

@@ -10,6 +10,7 @@ from g2sd.positions import interpolate_positions
 from g2sd.vit import DistilledViT
 from visionkernels.profiling import count_parameters
 from visionkernels.testing.golden import recipe_weights
+from visionkernels.testing.tracing import check_traced
 
 # parameters in millions with 1,000 classes, counted on the official code
 PARAMETERS = {
@@ -166,6 +167,9 @@ class TestDistilledViT:
         """Training and evaluation, which go different ways, compute one function."""
         model, images = lively(vit(**options)), torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(model.train()(images), model.eval()(images))
+
+    def test_traced(self, vit):
+        check_traced(lively(vit(depth=1)), torch.randn(2, 3, 32, 32))
 
     def test_compile_export(self, vit):
         model, images = lively(vit(depth=1)).eval(), torch.randn(2, 3, 32, 32)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,7 @@ PadMode = Literal["official", "masked"]
 KeyValueDownsampling = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 
 
+@register_notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Bi-level routing attention: each region attends to the tokens of the `topk` regions that are most similar to it.
 

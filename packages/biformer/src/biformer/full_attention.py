@@ -1,6 +1,7 @@
 """Alternatives to routed attention in a block: attention among all tokens (the last stage), and convolutions."""
 
 from jaxtyping import Float
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,6 +11,7 @@ from visionkernels.checks import InputError, check_choice
 __all__ = ["ConvolutionalMixer", "FullAttention"]
 
 
+@register_notrace_module
 class FullAttention(nn.Module):
     """Attention among all tokens of the map, always with 8 heads: the last stage of every released model.
 
@@ -42,6 +44,7 @@ class FullAttention(nn.Module):
         return self.proj(attended.permute(0, 3, 1, 2) if is_nchw else attended)
 
 
+@register_notrace_module
 class ConvolutionalMixer(nn.Module):
     """What a block holds at `topk=0`: 1x1, 5x5 depth-wise and 1x1 convolutions of [B, H, W, dim]."""
 

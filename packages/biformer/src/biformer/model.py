@@ -8,10 +8,16 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.fx
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -210,8 +216,7 @@ class BiFormer(nn.Module):
     def forward_stage(self, x: Tensor, stage: int) -> Tensor:
         """Down-sample and transform the output of the previous stage, or the images, to [B, C, H', W']."""
         if stage == 0:
-            if x.ndim != 4:
-                raise InputError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
+            _check_images(x)
             # channels last throughout: token maps are then views, and depth-wise convolutions fastest
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.downsample_layers[stage](x)
@@ -322,6 +327,13 @@ class BiFormerBackbone(nn.Module):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+
+# a leaf of traces by fx, which cannot follow the condition
+@torch.fx.wrap
+def _check_images(x: Tensor) -> None:
+    if x.ndim != 4:
+        raise InputError(f"input has shape {list(x.shape)}; expected images [batch, channels, height, width]")
 
 
 def _stride2(channels_in: int, channels_out: int) -> nn.Conv2d:

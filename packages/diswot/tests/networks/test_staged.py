@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from diswot.networks import variant_names
+from visionkernels.testing.tracing import check_traced
 
 CELL = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|nor_conv_1x1~0|avg_pool_3x3~1|nor_conv_3x3~2|"
 STRUCTURE = "SuperConvK3BNRELU(3,8,1,1)SuperResK3K3(8,16,2,8,2)SuperResK1K5K1(16,24,2,8,1)SuperConvK1BNRELU(24,32,1,1)"
@@ -33,6 +34,9 @@ def images(*shape):
 
 @pytest.mark.parametrize("name", SMALL)
 class TestEveryFamily:
+    def test_traced(self, name):
+        check_traced(small(name), images(2, 3, 32, 32))
+
     def test_forward_backward(self, name):
         model = small(name)
         logits = model(images(2, 3, 32, 32))

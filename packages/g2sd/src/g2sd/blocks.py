@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from timm.layers import Attention, LayerNorm, Mlp
+from timm.models import register_notrace_module
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +36,7 @@ def attend(block: Any, x: Tensor, projections: Tensor) -> Tensor:
     return output
 
 
+@register_notrace_module
 class LeanAttention(Attention):
     """Attention without dropout, norms and gate, in the way that is faster where it runs.
 
@@ -69,6 +71,7 @@ class LeanAttention(Attention):
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
 
 
+@register_notrace_module
 class LeanMlp(Mlp):
     """fc2(GELU(fc1(x))), where the backward pass recomputes GELU instead of storing its output.
 

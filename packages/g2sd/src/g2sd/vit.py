@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.fx
 from timm.layers import PatchDropout, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
@@ -68,18 +69,13 @@ class DistilledViT(VisionTransformerDistilled):
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Return normed tokens: class, distillation, patches. ValueError for images of another size."""
-        height, width = self.patch_embed.img_size
-        if x.ndim != 4 or x.shape[2:] != (height, width):
-            raise InputError(
-                f"images have shape {list(x.shape)}; the model takes [batch, channels, {height}, {width}]: resize "
-                "them, or interpolate its positions with set_input_size"
-            )
+        _check_images(x, self.patch_embed.img_size)
         tokens: Tensor = super().forward_features(x, *args, **options)
         return tokens
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        return self.pos_drop(torch.cat([x[:, :1], self.dist_token.expand(len(x), -1, -1), x[:, 1:]], 1))
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        return self.pos_drop(torch.cat([x[:, :1], self.dist_token.expand(x.shape[0], -1, -1), x[:, 1:]], 1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Return logits of normed tokens, or the features before the heads."""
@@ -94,6 +90,17 @@ _FIXED: dict[str, Any] = {
     "no_embed_class": False, "dynamic_img_size": False, "dynamic_img_pad": False, "reg_tokens": 0, "class_token": True,
     "pos_embed": "learn", "global_pool": "token",
 }  # fmt: skip
+
+
+# a leaf of traces by fx, which cannot follow the condition
+@torch.fx.wrap
+def _check_images(x: Tensor, size: tuple[int, int]) -> None:
+    height, width = size
+    if x.ndim != 4 or x.shape[2:] != (height, width):
+        raise InputError(
+            f"images have shape {list(x.shape)}; the model takes [batch, channels, {height}, {width}]: resize "
+            "them, or interpolate its positions with set_input_size"
+        )
 
 
 def _check_divisible(img_size: Any, patch_size: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
+import torch.fx
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,11 +51,15 @@ class CifarVGG(StagedClassifier):
         return self.forward_stage_preact(x, stage)[1]
 
     def forward_stage_preact(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        # before the last stage, 64 pixels have become 8, and only they are pooled
-        if stage in (1, 2, 3) or (stage == 4 and x.shape[-2] == 8):
-            x = F.max_pool2d(x, 2)
-        before = getattr(self, f"block{stage}")(x)
+        before = getattr(self, f"block{stage}")(_pool_before(stage, x))
         return before, getattr(self, f"relu{stage}")(before)
+
+
+# fx cannot trace the condition
+@torch.fx.wrap
+def _pool_before(stage: int, x: Tensor) -> Tensor:
+    # before the last stage, 64 pixels have become 8, and only they are pooled
+    return F.max_pool2d(x, 2) if stage in (1, 2, 3) or (stage == 4 and x.shape[-2] == 8) else x
 
 
 _DEPTHS = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypedDict
 
+import torch.fx
 from jaxtyping import Float
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -218,6 +219,8 @@ def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
     return indices if indices is None or isinstance(indices, int) else list(indices)
 
 
+# a leaf of traces by fx, which cannot follow the condition
+@torch.fx.wrap
 def check_images(x: Tensor) -> None:
     """Raise ValueError unless `x` has four dimensions."""
     if x.ndim != 4:
