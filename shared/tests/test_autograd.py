@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from visionkernels.autograd import anchor_to, first_order_only
 from visionkernels.ops.channel_wise_distillation import channel_wise_distillation
@@ -117,13 +118,14 @@ class _Cube(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, anchor):
-        ctx.save_for_backward(3 * x**2, anchor)
+        ctx.save_for_backward(3 * x**2)
+        ctx.anchor = anchor
         return x**3
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        slope, _ = ctx.saved_tensors
+        (slope,) = ctx.saved_tensors
         return grad * slope, None
 
 
@@ -156,6 +158,12 @@ class TestFirstOrderOnly:
                 torch.autograd.grad(loss + grad.square().sum(), x)
             else:
                 (loss + grad.square().sum()).backward()
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpointed(self, use_reentrant):
+        x = torch.tensor([2.0, 3.0], requires_grad=True)
+        checkpoint(cube, x, use_reentrant=use_reentrant).sum().backward()
+        assert x.grad.tolist() == [12, 27]
 
     def test_nothing_to_train(self):
         assert anchor_to("cube", torch.ones(1), None) is None

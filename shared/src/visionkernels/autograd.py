@@ -31,17 +31,16 @@ def anchor_to(name: str, *inputs: Tensor | None, advice: str = "") -> Tensor | N
 def first_order_only(backward: Backward) -> Backward:
     """Run the `backward` of an autograd function without a graph; a derivative of its results raises RuntimeError.
 
-    The function saves the result of `anchor_to` as its last tensor.
+    The forward keeps the result of `anchor_to` as `ctx.anchor`: saved tensors may be read but once under a checkpoint.
     """
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        anchor = ctx.saved_tensors[-1]
-        if anchor is None or not torch.is_grad_enabled():
-            with torch.no_grad():
-                return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
+        anchor: Tensor | None = ctx.anchor
+        if anchor is None or not torch.is_grad_enabled():
+            return results
         return tuple(value if value is None else _Anchored.apply(value, anchor) for value in results)
 
     return run

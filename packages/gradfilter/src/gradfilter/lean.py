@@ -77,14 +77,14 @@ class _Coded(torch.autograd.Function):
     ) -> Tensor:
         # a code beyond 0 or 255 would wrap around
         code = (slope - low) * (255 / (high - low))
-        ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8), anchor)
-        ctx.low, ctx.step = low, (high - low) / 255
+        ctx.save_for_backward(code.round_().clamp_(0, 255).to(torch.uint8))
+        ctx.anchor, ctx.low, ctx.step = anchor, low, (high - low) / 255
         return value
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        code, _ = ctx.saved_tensors
+        (code,) = ctx.saved_tensors
         return grad * (code.to(grad.dtype) * ctx.step + ctx.low), None, None, None, None, None
 
 

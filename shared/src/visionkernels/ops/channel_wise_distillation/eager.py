@@ -56,12 +56,13 @@ class _Loss(torch.autograd.Function):
             crosses.append(torch.dot(p_t.view(-1), x.view(-1)))
             p_s -= p_t
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(difference, anchor)
+            ctx.save_for_backward(difference)
         ctx.shape, ctx.dtype, ctx.factor = student.shape, student.dtype, temperature / rows
+        ctx.anchor = anchor
         return (torch.stack(crosses).sum() + peaks.log().sum()) * (-(temperature**2) / rows)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        difference, _ = ctx.saved_tensors
+        (difference,) = ctx.saved_tensors
         return (difference * (grad * ctx.factor)).view(ctx.shape).to(ctx.dtype), None, None, None, None

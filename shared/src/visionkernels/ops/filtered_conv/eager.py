@@ -47,15 +47,15 @@ class _FilteredConv(torch.autograd.Function):
         # means and not sums: a sum of 49 values overflows float16, and loses the last bits of bfloat16
         means = mean_over_cells(x, geometry.axes).to(x.dtype) if needs_weight else None
         ctx.save_for_backward(weight if needs_x and kernel is None else None, kernel if needs_x else None, means,
-                              tap_weight, anchor)  # fmt: skip
+                              tap_weight)  # fmt: skip
         ctx.geometry, ctx.weight_shape, ctx.dtype = geometry, weight.shape, x.dtype
-        ctx.repeats_taps = kernel is None
+        ctx.repeats_taps, ctx.anchor = kernel is None, anchor
         return geometry.convolve(x, weight, bias)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, kernel, input_means, tap_weight, _ = ctx.saved_tensors
+        weight, kernel, input_means, tap_weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         axes, groups, dtype = ctx.geometry.axes, ctx.geometry.groups, ctx.dtype
         grad_means = mean_over_cells(grad, ctx.geometry.patches)

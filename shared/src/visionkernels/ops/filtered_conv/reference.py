@@ -25,14 +25,14 @@ def filtered_conv2d(
 class _FilteredConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry, tap_weight, anchor):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight, tap_weight, anchor)
-        ctx.geometry, ctx.has_bias = geometry, bias is not None
+        ctx.save_for_backward(x, weight, tap_weight)
+        ctx.geometry, ctx.has_bias, ctx.anchor = geometry, bias is not None, anchor
         return geometry.convolve(x, weight, bias)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, tap_weight, _ = ctx.saved_tensors
+        x, weight, tap_weight = ctx.saved_tensors
         axes, groups = ctx.geometry.axes, ctx.geometry.groups
         cells = [cell_matrix(axis).to(grad) for axis in axes]  # C
         samples = [sampling_matrix(axis).to(grad) for axis in axes]  # S

@@ -325,8 +325,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, taps, ctx.numbers, _, anchor = inputs
-    ctx.save_for_backward(weight, output[1], taps, anchor)
+    x, weight, _, taps, ctx.numbers, _, ctx.anchor = inputs
+    ctx.save_for_backward(weight, output[1], taps)
     ctx.mark_non_differentiable(output[1])
     # the gradient is laid out as the input is: channels first or last
     is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -336,7 +336,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 @first_order_only
 def _backward(ctx: Any, grad: Tensor, _grad_means: Tensor) -> tuple[Any, ...]:
-    weight, means, taps, _ = ctx.saved_tensors
+    weight, means, taps = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = _backward_op(grad, weight, means, taps, ctx.size, ctx.layout, ctx.numbers, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None

@@ -108,15 +108,15 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, geometry: RegionGeometry, query_size: int, region_index: Tensor, anchor: Tensor | None, *maps: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(region_index, *maps, anchor)
-        ctx.geometry, ctx.query_size = geometry, query_size
+        ctx.save_for_backward(region_index, *maps)
+        ctx.geometry, ctx.query_size, ctx.anchor = geometry, query_size, anchor
         query, key_value = _split(maps, query_size)
         return _forward(query, key_value, region_index, geometry)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        region_index, *maps, _ = ctx.saved_tensors
+        region_index, *maps = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
         (query, key_value), (grad_query, grad_key_value) = (_split(x, ctx.query_size) for x in (maps, grads))
         _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry)
