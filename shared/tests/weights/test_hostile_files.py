@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
@@ -135,6 +136,26 @@ def test_tar(tmp_path):
             archive.addfile(tarfile.TarInfo(member), io.BytesIO(b""))
     with pytest.raises(CheckpointError, match=r"is a tar file, as torch\.save wrote before 2017"):
         read_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n <!DOCTYPE html><html>", "is a page of HTML and not the file that it tells of"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a pointer of Git LFS"),
+        (
+            b"hello world",
+            "is damaged or no checkpoint of torch.save: an instruction of its pickle has nothing to act on",
+        ),
+        (b"eeee", "is damaged or no checkpoint of torch.save: an instruction of its pickle has nothing to act on"),
+        (b"PK\3\4junk", "is damaged or no checkpoint of torch.save: File is not a zip file"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, content, message):
+    (tmp_path / "junk.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"junk\.pth {re.escape(message)}"):
+        read_checkpoint(tmp_path / "junk.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")

@@ -69,7 +69,7 @@ class _Scan:
         self.memo: dict[int, _Object] = {}
 
     def pop_mark(self) -> list[_Object]:
-        place = max(index for index, item in enumerate(self.stack) if item is _MARK)
+        place = next(index for index in reversed(range(len(self.stack))) if self.stack[index] is _MARK)
         items = self.stack[place + 1 :]
         del self.stack[place:]
         return items
@@ -181,5 +181,5 @@ def scan_pickle(stream: IO[bytes], path: object, file_size: int) -> tuple[int, A
             if opcode.name != "STOP":
                 scan.step(opcode.name, argument)
         return protocol, scan.stack[-1].value
-    except (IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"the pickle ends before its objects are whole: {type(error).__name__}") from error
+    except (IndexError, KeyError, AttributeError, StopIteration) as error:
+        raise ValueError("an instruction of its pickle has nothing to act on") from error

@@ -50,13 +50,24 @@ def read_torch(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     raise CheckpointError(f"{path} holds a {type(content).__name__}; a checkpoint is a dict of tensors")
 
 
+# what is often saved in the place of weights
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS and not the file itself; run git lfs pull, or download the file",
+    b"<": "a page of HTML and not the file that it tells of; download the file itself",
+}
+
+
 def _scan(path: Path) -> None:
     """Raise CheckpointError for a file that would take too much to read, before any of it is unpickled."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        beginning = file.read(4)
+        beginning = file.read(40)
         file.seek(0)
-        if beginning == b"PK\3\4":
+        if what := next((what for mark, what in _NO_WEIGHTS.items() if beginning.lstrip().startswith(mark)), None):
+            raise CheckpointError(f"{path} is {what}")
+        if not size:
+            raise CheckpointError(f"{path} is empty")
+        if beginning.startswith(b"PK\3\4"):
             _scan_archive(path, size)
         elif beginning[:1] != b"\x80" and tarfile.is_tarfile(path):
             raise CheckpointError(
