@@ -141,7 +141,7 @@ def test_tar(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
+        (b"", "is damaged: it is empty"),
         (b"\n <!DOCTYPE html><html>", "is a page of HTML and not the file that it tells of"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a pointer of Git LFS"),
         (

@@ -66,7 +66,7 @@ def _scan(path: Path) -> None:
         if what := next((what for mark, what in _NO_WEIGHTS.items() if beginning.lstrip().startswith(mark)), None):
             raise CheckpointError(f"{path} is {what}")
         if not size:
-            raise CheckpointError(f"{path} is empty")
+            raise CheckpointError(f"{path} is damaged: it is empty")
         if beginning.startswith(b"PK\3\4"):
             _scan_archive(path, size)
         elif beginning[:1] != b"\x80" and tarfile.is_tarfile(path):
