@@ -242,6 +242,8 @@ class TestAttend:
     def test_errors(self, capsys, weights, picture, tmp_path):
         common = [picture, "--query", 20, 10, "--out", tmp_path / "a.png"]
         assert "--random-weights to draw an untrained model" in fails(capsys, "attend", *common)
+        odd = [picture, "--query", 20, 10, "--checkpoint", weights, "--out", tmp_path / "a.xyz"]
+        assert "a.xyz' must be a name that ends in .png or .svg or .pdf" in fails(capsys, "attend", *odd)
         both = ["--checkpoint", weights, "--random-weights"]
         assert "exclude each other" in fails(capsys, "attend", *common, *both)
         unknown = ["--random-weights", "--model", "biformer_tin"]

@@ -134,6 +134,7 @@ class TestRank:
     def test_a_plot_without_accuracies_scores_nothing(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         options = ["--truth", "none", "--keys", "111,113", "--teacher", "no_such_teacher"]
         assert "--plot needs accuracies" in fails(capsys, "rank", *options, "--plot", tmp_path / "x.png")
+        assert "must be a name that ends in .png" in fails(capsys, "rank", *options, "--plot", tmp_path / "x.jpg2")
 
     def test_no_accuracies(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         report = tmp_path / "rank.json"

@@ -7,8 +7,9 @@
 import difflib
 import typing
 from collections.abc import Collection
+from pathlib import PurePath
 
-__all__ = ["InputError", "check", "check_choice", "check_known", "check_loading", "check_size"]
+__all__ = ["InputError", "check", "check_choice", "check_known", "check_loading", "check_size", "check_suffix"]
 
 
 class InputError(ValueError):
@@ -25,6 +26,12 @@ def check_choice(argument: str, value: object, choices: object) -> None:
     """Raise InputError unless `value` is one of `choices`, a `typing.Literal` or a sequence of values."""
     allowed = typing.get_args(choices) or tuple(typing.cast(Collection[object], choices))
     check(value in allowed, argument, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+def check_suffix(argument: str, path: str | PurePath, *suffixes: str) -> None:
+    """Raise InputError unless an output's name ends as its format does; capitals are alike."""
+    allowed = f"a name that ends in {' or '.join(suffixes)}"
+    check(PurePath(path).suffix.lower() in suffixes, argument, str(path), allowed)
 
 
 def check_known(kind: str, name: str, known: Collection[str], *, listing: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.checks import InputError, check, check_known, check_size
+from visionkernels.checks import InputError, check, check_known, check_size, check_suffix
 from visionkernels.cli import RecipeDefault, run_package, write_result
 from visionkernels.files import refuse_existing
 from visionkernels.package import Package
@@ -88,7 +88,7 @@ def attend(
     Args:
         image: the image file
         query: row and column of the place, in pixels of the image
-        out: the drawing to write, .png or .svg
+        out: the drawing to write, .png, .svg or .pdf
         layer: a block, e.g. stages.2.7; default: the last routed block of every stage
         model: model of --random-weights
         checkpoint: weights of `biformer train`, or an official .pth
@@ -101,6 +101,7 @@ def attend(
     from visionkernels.tasks.classification import untrained
     from visionkernels.weights import open_trained
 
+    check_suffix("out", out, ".png", ".svg", ".pdf")
     if checkpoint is None and not random_weights:
         raise InputError(
             "--checkpoint is missing: no weights are published any more; give a file of `biformer train`, or "

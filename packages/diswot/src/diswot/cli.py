@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from visionkernels.checks import InputError, check
+from visionkernels.checks import InputError, check, check_suffix
 from visionkernels.cli import RecipeDefault, run_package, write_result
 from visionkernels.files import refuse_existing
 from visionkernels.package import Package
@@ -157,7 +157,7 @@ def rank(
         jobs: processes; -1: one per core
         json: write scores and correlations here as well
         csv: write the scores here as well
-        plot: write a .png that plots each order against the accuracies
+        plot: write a .png, .svg or .pdf that plots each order against the accuracies
         overwrite: replace existing outputs
     """
     from diswot import spaces
@@ -173,6 +173,8 @@ def rank(
     wanted = _keys(keys, chosen) or list(known) or list(chosen.enumerate())
     wanted = _within(Budget.parse(budget), {key: _Build(chosen, key, num_classes) for key in wanted}, chosen.input_size)
     has_truth = bool(known) and all(key in known for key in wanted)
+    if plot is not None:
+        check_suffix("plot", plot, ".png", ".svg", ".pdf")
     if plot is not None and not has_truth:
         raise InputError("--plot needs accuracies of all networks; give --truth FILE")
     batches = _batches(data, seeds, batch_size, chosen.input_size[1], num_classes)

@@ -83,7 +83,7 @@ def write_csv(path: Path, ranking: Ranking, truth: Mapping[str, float], *, overw
 
 
 def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, overwrite: bool = False) -> None:
-    """Draw each order's scores against the true accuracies into a PNG."""
+    """Draw each order's scores against the true accuracies, in the format of the path's suffix."""
     pyplot = require("matplotlib.pyplot", "diswot[plots]")
     columns = min(4, len(ranking.scores))
     rows = -(-len(ranking.scores) // columns)
@@ -101,7 +101,7 @@ def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, o
     for axis in list(axes.flat)[len(ranking.scores) :]:
         axis.set_visible(False)
     with replace_file(path, overwrite=overwrite) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, dpi=150)
     pyplot.close(figure)
 
 
