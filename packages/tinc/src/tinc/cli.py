@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -119,12 +120,18 @@ def decompress(
 
     refuse_existing(out, overwrite)
     file = open_file(source, partial=partial)
+    parts = (slice(None),) * file.ndim if region is None else _parse_region(region, file.ndim)
     try:
-        array = file.decode(None if region is None else _parse_region(region, file.ndim), level=level)
+        array = file.decode(parts, level=level)
     except IndexError as error:
         raise InputError(f"--region {region}: {error}") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metadata = file.metadata_of(parts, level=level)
+    for warning in caught:
+        print(warning.message, file=sys.stderr)
     axis = file.info()["channel_axis"]
-    write_volume(out, array, metadata=file.metadata, channel_axis=axis, overwrite=overwrite)
+    write_volume(out, array, metadata=metadata, channel_axis=axis, overwrite=overwrite)
     print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
 
 

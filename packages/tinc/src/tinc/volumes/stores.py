@@ -54,17 +54,23 @@ def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, A
     letters = "".join(str(axis["name"])[0].upper() for axis in axes)
     if len(letters) != array.ndim:
         letters = "TCZYX"[-array.ndim :]
-    scale = [1.0] * array.ndim
+    scale, origin = [1.0] * array.ndim, [0.0] * array.ndim
     transforms = [*multiscale["datasets"][0].get("coordinateTransformations", ())]
     for transform in [*transforms, *multiscale.get("coordinateTransformations", ())]:
         if transform.get("type") == "scale":
             scale = [a * b for a, b in zip(scale, transform["scale"], strict=True)]
+            origin = [a * b for a, b in zip(origin, transform["scale"], strict=True)]
+        elif transform.get("type") == "translation":
+            origin = [a + b for a, b in zip(origin, transform["translation"], strict=True)]
     has_scale = any(transform.get("type") == "scale" for transform in transforms)
     spacing = dict(zip(letters, scale, strict=True)) if has_scale else {}
     spacing.pop("C", None)
     units = {str(axis["name"])[0].upper(): axis.get("unit") for axis in axes}
     channel_axis = letters.find("C")
-    return Volume(array, None if channel_axis < 0 else channel_axis, described("zarr", letters, spacing, units))
+    metadata = described("zarr", letters, spacing, units)
+    if has_scale and any(origin):
+        metadata["origin"] = [a if letter in spacing else None for a, letter in zip(origin, letters, strict=True)]
+    return Volume(array, None if channel_axis < 0 else channel_axis, metadata)
 
 
 def zarr_attributes(metadata: dict[str, Any], channel_axis: int | None) -> dict[str, Any]:
