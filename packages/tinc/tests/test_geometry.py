@@ -21,6 +21,8 @@ AFFINE = nibabel.affines.from_matvec(TURN @ np.diag([-2, 2, 3]), [10, -20, 33])
 SHAPE = (16, 24, 12)
 CROPS = [np.s_[4:12, 8:20, 2:10], np.s_[::2, 1::3], np.s_[15::-1, 20:3:-2, 5:6:2], np.s_[..., 1:7]]
 """nibabel's own crops are right for these: it takes the first voxel for a start of None, and counts from it for -5."""
+FIELDS = {"descrip": b"FSL5.0", "aux_file": "a" * 20, "intent_name": b"z", "intent_code": 5, "intent_p1": 2.5,
+          "cal_max": 0.3, "cal_min": -7, "toffset": 1.25}  # fmt: skip
 HEADERS = {"sform": (1, 0), "qform": (0, 1), "both": (2, 3), "none": (0, 0)}
 
 
@@ -288,6 +290,98 @@ class TestMetadataOf:
             file.metadata_of(np.s_[:, :, :, 1:])
         with pytest.raises(ValueError, match=r"level=9 must be in \[0, "):
             file.metadata_of(level=9)
+
+
+class TestSmallFiles:
+    """Targets below 64 KiB, whose bytes metadata share."""
+
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize("kind", HEADERS)
+    @pytest.mark.parametrize("target", [["--bytes", "1500"], ["--ratio", "9"], ["--bpv", "2.5"], ["--lossless"]])
+    def test_nifti(self, tmp_path: Path, wavy: Any, target: list[str], kind: str, order: str) -> None:
+        values = wavy(SHAPE, "int16")
+        save_nifti(tmp_path / "in.nii", values, HEADERS[kind], order=order, **FIELDS)
+        content = bytearray((tmp_path / "in.nii").read_bytes())
+        content[112:120] = np.array([0.7, -1400.5], dtype=f"{order}f4").tobytes()
+        (tmp_path / "in.nii").write_bytes(content)
+        small, out = tmp_path / "in.tinc", tmp_path / "out.nii"
+        assert main(["compress", str(tmp_path / "in.nii"), str(small), "--preset", "fast", *target]) == 0
+        assert target[0] == "--lossless" or small.stat().st_size <= 1500
+        assert main(["decompress", str(small), str(out)]) == 0
+        original, copy = nibabel.load(tmp_path / "in.nii"), nibabel.load(out)
+        assert np.allclose(copy.affine, original.affine, atol=1e-5)
+        assert kind == "none" or np.array_equal(copy.header["srow_x"], original.header["srow_x"])
+        assert np.allclose(copy.get_qform(), original.get_qform(), atol=1e-4)
+        assert np.array_equal(copy.header.get_zooms(), original.header.get_zooms())
+        assert abs(copy.get_fdata().mean() - original.get_fdata().mean()) < 2
+        dropped = () if target[0] == "--lossless" else ("descrip", "aux_file")
+        kept = {"sform_code", "qform_code", "xyzt_units", *FIELDS} - set(dropped)
+        for name in kept:
+            assert copy.header[name] == original.header[name], name
+        slopes = {(image.dataobj.slope, image.dataobj.inter) for image in (copy, original)}
+        assert slopes == {(np.float32(0.7), -1400.5)}
+
+    def test_cheap_texts(self, tmp_path: Path, wavy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        """A description stays in a file of a hundred times its bytes; what is left out is named."""
+        save_nifti(tmp_path / "in.nii", wavy((40, 40, 40), "int16", 9), (1, 1), descrip=b"FSL5.0", aux_file="a" * 20)
+        source, small = str(tmp_path / "in.nii"), str(tmp_path / "in.tinc")
+        assert main(["compress", source, small, "--bytes", "1900", "--preset", "fast"]) == 0
+        assert "metadata left out of a small file: nifti: aux_file (--metadata keep)" in capsys.readouterr().err
+        metadata = tinc.open(small).metadata
+        assert metadata["nifti"]["descrip"] == "FSL5.0" and len(json.dumps(metadata)) < 500
+        assert main(["compress", source, small, "--bytes", "1900", "--preset", "fast", "--metadata", "drop",
+                     "--overwrite"]) == 0  # fmt: skip
+        assert tinc.open(small).metadata == {} and "left out" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("value", [0, 7])
+    def test_out_of_reach(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: int) -> None:
+        """A target that has no room for the metadata is refused with their size, also of a constant volume."""
+        values = np.random.default_rng(0).integers(0, 900, SHAPE) if value else np.zeros(SHAPE)
+        save_nifti(tmp_path / "in.nii", values.astype(np.int16), (1, 1))
+        command = ["compress", str(tmp_path / "in.nii"), str(tmp_path / "o.tinc"), "--bytes", "250", "--preset", "fast"]
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "out of reach" in line and "its metadata take 3" in line and "give a larger target, or leave" in line
+        assert not (tmp_path / "o.tinc").exists()
+        assert main([*command, "--metadata", "drop"]) == 0
+
+    @pytest.mark.parametrize("layers", ["tree", "residual", "both"])
+    @pytest.mark.usefixtures("few_steps")
+    def test_layers(self, tmp_path: Path, wavy: Any, layers: str) -> None:
+        save_nifti(tmp_path / "in.nii", wavy((8, 12, 9), "int16"), (1, 0))
+        small = tmp_path / "o.tinc"
+        assert main(["compress", str(tmp_path / "in.nii"), str(small), "--bytes", "900", "--layers", layers]) == 0
+        assert small.stat().st_size <= 900 and tinc.open(small).metadata["nifti"]["sform_code"] == 1
+
+    @pytest.mark.parametrize("suffix", [".tif", ".ome.tif", ".zarr"])
+    def test_other_formats(self, tmp_path: Path, wavy: Any, suffix: str) -> None:
+        """Spacing stays, and what a reader assumes without metadata takes no bytes."""
+        metadata = {"axes": "ZYX", "spacing": [2.0, 0.5, 0.25], "units": ["micrometer"] * 3}
+        source, small, out = (tmp_path / name for name in (f"in{suffix}", "o.tinc", f"out{suffix}"))
+        write_volume(source, wavy(SHAPE, "uint16"), metadata=metadata)
+        assert main(["compress", str(source), str(small), "--ratio", "9", "--preset", "fast"]) == 0
+        assert tinc.open(small).metadata == {"spacing": [2.0, 0.5, 0.25], "units": ["micrometer"] * 3}
+        assert main(["decompress", str(small), str(out)]) == 0
+        assert {name: read_volume(out).metadata.get(name) for name in metadata} == metadata | (
+            {"axes": None} if suffix == ".zarr" else {}
+        )
+        write_volume(tmp_path / f"plain{suffix}", wavy(SHAPE, "uint16"), metadata={"axes": "ZYX"})
+        command = ["compress", str(tmp_path / f"plain{suffix}"), str(small), "--ratio", "9", "--preset", "fast"]
+        assert main([*command, "--overwrite"]) == 0
+        assert tinc.open(small).metadata == {}
+
+
+@pytest.mark.parametrize("text", [b"plain", "µm é".encode(), b"\xe9 latin", b"cut\0garbage", b"x" * 80])
+def test_texts_of_headers(tmp_path: Path, text: bytes) -> None:
+    save_nifti(tmp_path / "in.nii", np.zeros(SHAPE, dtype=np.uint8), (1, 1))
+    content = bytearray((tmp_path / "in.nii").read_bytes())
+    content[148 : 148 + len(text)] = text
+    (tmp_path / "in.nii").write_bytes(content)
+    volume = read_volume(tmp_path / "in.nii")
+    write_volume(tmp_path / "out.nii", volume.array, metadata=json.loads(json.dumps(volume.metadata)))
+    again = read_volume(tmp_path / "out.nii").metadata["nifti"]["descrip"]
+    assert again == volume.metadata["nifti"]["descrip"]
+    assert again == text.split(b"\0")[0].decode("latin-1" if b"\xe9" in text else "utf-8")
 
 
 def test_origin_of_others(tmp_path: Path) -> None:

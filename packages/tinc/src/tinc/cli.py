@@ -63,7 +63,8 @@ def compress(
         channel_axis: axis of the channels; by default that of the source
         max_seconds: time limit for the training of a tree
         seed: seed of the training
-        metadata: keep axes, spacing and units of the source; auto drops them from files below 64 KiB
+        metadata: keep or drop those of the source; auto keeps all, and for targets below 64 KiB what gives places and
+            numbers their meaning: spacing, affines, slope and the like; their bytes count
         overwrite: replace an existing output
     """
     import numpy as np
@@ -71,7 +72,7 @@ def compress(
     from tinc.compression import compress as to_file
     from tinc.encoding.targets import one_request
     from tinc.metrics import compare
-    from tinc.volumes import read_volume
+    from tinc.volumes import essential_metadata, read_volume
 
     refuse_existing(out, overwrite)
     target = one_request(ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless)
@@ -80,16 +81,19 @@ def compress(
         print(volume.note, file=sys.stderr)
     axis = volume.channel_axis if channel_axis is None else channel_axis
     limit = target.size_limit(volume.array.size, volume.array.nbytes)
-    keeps = metadata == "keep" or (metadata == "auto" and (limit is None or limit >= 1 << 16))
+    kept: dict[str, Any] = {} if metadata == "drop" else volume.metadata
+    left_out: list[str] = []
+    if metadata == "auto" and limit is not None and limit < 1 << 16:
+        kept, left_out = essential_metadata(volume.metadata, volume.array.ndim, axis, limit)
     with _progress() as callback:
         file = to_file(
             volume.array, ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless,
             preset=preset, layers=layers, nan=nan, channel_axis=axis, max_seconds=max_seconds, seed=seed,
-            metadata=volume.metadata if keeps else None, callback=callback,
+            metadata=kept, callback=callback,
         )  # fmt: skip
     file.save(out, overwrite=overwrite)
-    if volume.metadata and not keeps:
-        print(f"metadata left out of a small file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
+    if left_out:
+        print(f"metadata left out of a small file: {', '.join(left_out)} (--metadata keep)", file=sys.stderr)
     quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
     bits = 8 * file.nbytes_stored / file.size
     print(f"{out}: {file.nbytes_stored} bytes, ratio {file.ratio:.2f}, {bits:.3f} bits a sample")

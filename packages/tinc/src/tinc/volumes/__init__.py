@@ -2,12 +2,14 @@
 
 from tinc.volumes.description import Volume, as_metadata
 from tinc.volumes.files import SUFFIXES, read_volume, write_volume
+from tinc.volumes.geometry import essential_metadata
 from tinc.volumes.stores import move_folder, refuse_folder, zarr_attributes
 
 __all__ = [
     "SUFFIXES",
     "Volume",
     "as_metadata",
+    "essential_metadata",
     "move_folder",
     "read_volume",
     "refuse_folder",

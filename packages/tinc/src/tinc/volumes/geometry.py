@@ -148,30 +148,39 @@ def essential_metadata(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the metadata that give places and numbers their meaning, in few bytes, and the names of the others.
 
-    Axes are left out where they are those of an array without metadata. Of NIfTI, texts are kept if they take at most a
-    hundredth of `limit` bytes; numbers have the digits that float32 needs.
+    Axes are left out where they are those of an array without metadata. Of NIfTI, texts are kept if each takes at most
+    a hundredth of `limit` bytes, numbers have the digits that float32 needs, and a qform is left out, but for its code,
+    where it is the sform.
     """
     kept: dict[str, Any] = {}
     if metadata.get("axes") not in (None, layout_of(ndim, {}, channel_axis).axes):
         kept["axes"] = metadata["axes"]
     kept |= {name: metadata[name] for name in ("spacing", "units", "origin") if metadata.get(name) is not None}
     left_out = [name for name in metadata if name not in (*kept, "axes", "format", "nifti")]
-    if "nifti" in metadata:
-        kept["nifti"] = nifti = dict(metadata["nifti"])
+    if isinstance(metadata.get("nifti"), dict):
+        nifti = dict(metadata["nifti"])
         for name in ("descrip", "aux_file"):
-            if len(nifti.get(name, "").encode()) * 100 > limit:
+            if len(str(nifti.get(name, "")).encode()) * 100 > limit:
                 del nifti[name]
                 left_out.append(f"nifti: {name}")
-        kept = _short(kept)
         if {"sform", "qform"} <= nifti.keys() and np.allclose(nifti["qform"], nifti["sform"], rtol=1e-5, atol=1e-5):
-            del kept["nifti"]["qform"]
+            del nifti["qform"]
+        elif "qform" in nifti:
+            # a header has its quaternion in float32
+            nifti["qform"] = np.array(nifti["qform"], dtype=np.float32).tolist()
+        kept = _short(kept | {"nifti": nifti})
     return kept, left_out
 
 
 def _short(value: Any) -> Any:
-    """Return JSON values with the fewest digits that give the same float32."""
+    """Return JSON values with the fewest digits that give the same float32, where a number is one."""
     if isinstance(value, dict):
         return {name: _short(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_short(part) for part in value]
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    if value.is_integer() and abs(value) < 1e6:
+        return int(value)
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if np.float32(value) == value else value
