@@ -77,8 +77,7 @@ def compress(
     refuse_existing(out, overwrite)
     target = one_request(ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless)
     volume = read_volume(source, as_type=as_type)
-    if volume.note is not None:
-        print(volume.note, file=sys.stderr)
+    _print_note(volume.note)
     axis = volume.channel_axis if channel_axis is None else channel_axis
     limit = target.size_limit(volume.array.size, volume.array.nbytes)
     kept: dict[str, Any] = {} if metadata == "drop" else volume.metadata
@@ -186,6 +185,7 @@ def chunk(
     from tinc.volumes import read_volume
 
     volume = read_volume(source)
+    _print_note(volume.note)
     report = compress_chunks(
         volume.array, out, chunk=size, jobs=jobs, backend=backend, metadata=volume.metadata, overwrite=overwrite,
         preset=preset, channel_axis=volume.channel_axis, **target.options(),
@@ -224,6 +224,7 @@ def batch(
     )  # fmt: skip
     for entry in report.files:
         quality = "exact" if entry["psnr"] is None else f"PSNR {entry['psnr']:.2f} dB"
+        _print_note(None if entry["note"] is None else f"{entry['path']}: {entry['note']}")
         print(f"{entry['out']}: {entry['bytes']} bytes, ratio {entry['ratio']:.2f}, {quality}")
     for path, reason in report.failures.items():
         print(f"{path}: {reason}", file=sys.stderr)
@@ -294,6 +295,7 @@ def evaluate(
         raise InputError("give either the .tinc file or --checkpoint FOLDER")
     refuse_existing(json, overwrite)
     volume = read_volume(original)
+    _print_note(volume.note)
     if compressed is not None:
         file = open_file(compressed)
         decoded, size = file.decode(), file.nbytes_stored
@@ -478,6 +480,11 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
+
+
+def _print_note(note: str | None) -> None:
+    if note is not None:
+        print(note, file=sys.stderr)
 
 
 def _numbers(flag: str, text: str) -> list[float]:

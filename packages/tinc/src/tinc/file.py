@@ -122,7 +122,7 @@ class TincFile:
         return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Index as NumPy does, with integers, slices and an ellipsis, but without lists, masks or None."""
+        """Index as NumPy does, with integers, slices and an ellipsis. Raises IndexError for others."""
         region, inner = index_region(key, self.shape)
         return self.decode(region)[inner]
 

@@ -90,7 +90,7 @@ def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
     """Return the layout of an array, by its metadata or with default axes. Raises ValueError if they do not fit."""
     if channel_axis is not None:
-        if not -ndim <= channel_axis < ndim:
+        if isinstance(channel_axis, bool) or not -ndim <= channel_axis < ndim:
             raise InputError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
         channel_axis %= ndim
     spatial = ndim - (channel_axis is not None)
