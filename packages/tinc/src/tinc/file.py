@@ -159,15 +159,10 @@ class TincFile:
         of its cell. What cannot be recomputed is left out, with a warning. Raises ValueError for an index with an
         integer, and the errors of `file[key]` and `decode`.
         """
-        from tinc.volumes.geometry import AxisPart, metadata_of_part
+        # imports the readers of all formats
+        from tinc.volumes.geometry import axis_parts, metadata_of_part
 
-        steps = self._with_channels(self._steps(level)[1:], channels=1)
-        sizes = tuple(-(-size // step) for size, step in zip(self.shape, steps, strict=True))
-        region, inner = index_region(key, sizes)
-        if not all(isinstance(part, slice) for part in inner):
-            raise InputError(f"the index {key} drops an axis, and its metadata with it; use a range such as 5:6")
-        places = [range(size)[a][b] for size, a, b in zip(sizes, region, inner, strict=True)]
-        parts = [AxisPart(*part) for part in zip(places, sizes, steps, strict=True)]
+        parts = axis_parts(key, self.shape, self._with_channels(self._steps(level)[1:], channels=1))
         metadata, left_out = metadata_of_part(self.metadata, parts, self._contents.channel_axis)
         if left_out:
             warnings.warn(

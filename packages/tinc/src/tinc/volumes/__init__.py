@@ -2,7 +2,7 @@
 
 from tinc.volumes.description import Volume, as_metadata
 from tinc.volumes.files import SUFFIXES, read_volume, write_volume
-from tinc.volumes.geometry import essential_metadata
+from tinc.volumes.geometry import essential_metadata, part_of
 from tinc.volumes.stores import move_folder, refuse_folder, zarr_attributes
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "as_metadata",
     "essential_metadata",
     "move_folder",
+    "part_of",
     "read_volume",
     "refuse_folder",
     "write_volume",

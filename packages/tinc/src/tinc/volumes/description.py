@@ -23,7 +23,7 @@ from PIL import Image
 from visionkernels.checks import InputError
 from visionkernels.files import CorruptFileError
 
-__all__ = ["SYMBOLS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
+__all__ = ["SYMBOLS", "UNITS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Volume:
     """A message for the user, about a conversion or a part that was not read."""
 
 
-_UNITS = {
+UNITS = {
     "m": "meter", "cm": "centimeter", "mm": "millimeter", "µm": "micrometer", "μm": "micrometer", "um": "micrometer",
     "\\u00B5m": "micrometer", "micron": "micrometer", "nm": "nanometer", "pm": "picometer", "Å": "angstrom",
     "s": "second", "sec": "second", "ms": "millisecond", "msec": "millisecond", "µs": "microsecond",
     "usec": "microsecond", "inch": "inch",
 }  # fmt: skip
 SYMBOLS = {"micrometer": "µm", "second": "s", "millisecond": "ms", "microsecond": "µs"} | {
-    name: symbol for symbol, name in _UNITS.items() if symbol in ("m", "cm", "mm", "nm", "pm", "Å")
+    name: symbol for symbol, name in UNITS.items() if symbol in ("m", "cm", "mm", "nm", "pm", "Å")
 }
 
 
@@ -126,7 +126,7 @@ def described(
     metadata: dict[str, Any] = {"format": format, "axes": axes}
     if any(known):
         names = [units.get(letter) if step else None for letter, step in zip(axes, known, strict=True)]
-        metadata |= {"spacing": known, "units": [None if name is None else _UNITS.get(name, name) for name in names]}
+        metadata |= {"spacing": known, "units": [None if name is None else UNITS.get(name, name) for name in names]}
     return metadata
 
 

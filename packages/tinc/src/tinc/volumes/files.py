@@ -65,7 +65,7 @@ def write_volume(
     Args:
         path: the file
         array: the samples
-        metadata: those of `read_volume`; .npy and .png cannot store them
+        metadata: those of `read_volume`, `part_of` and `TincFile.metadata_of`; .npy and .png cannot store them
         channel_axis: axis of the channels; None without channels
         overwrite: replace an existing file
 

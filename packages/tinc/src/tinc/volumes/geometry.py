@@ -1,14 +1,16 @@
 """Metadata of a part of a volume: of a crop, of every n-th voxel, of a mirrored axis, or of a coarser level."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tinc.volumes.description import layout_of
+from tinc.regions import index_region
+from tinc.volumes.description import Volume, layout_of
+from visionkernels.checks import InputError
 
-__all__ = ["AxisPart", "essential_metadata", "metadata_of_part"]
+__all__ = ["AxisPart", "axis_parts", "essential_metadata", "metadata_of_part", "part_of"]
 
 _SLICE_TIMES = ("slice_code", "slice_duration", "slice_start", "slice_end")
 """Fields of a NIfTI header that number its slices."""
@@ -39,6 +41,36 @@ class AxisPart:
     def offset(self) -> float:
         """Place of the first voxel, or of the centre of the first cell, in voxels of the volume."""
         return self.places.start * self.cell + (self.cell - 1) / 2
+
+
+def axis_parts(key: Any, shape: Sequence[int], cells: Sequence[int]) -> list[AxisPart]:
+    """Return the part of each axis of an array of `shape` that an index selects, in cells of so many voxels.
+
+    Raises ValueError for an index with an integer, and IndexError as NumPy does.
+    """
+    sizes = tuple(-(-size // cell) for size, cell in zip(shape, cells, strict=True))
+    region, inner = index_region(key, sizes)
+    if not all(isinstance(part, slice) for part in inner):
+        raise InputError(f"the index {key} drops an axis, and its metadata with it; use a range such as 5:6")
+    places = [range(size)[a][b] for size, a, b in zip(sizes, region, inner, strict=True)]
+    return [AxisPart(*part) for part in zip(places, sizes, cells, strict=True)]
+
+
+def part_of(volume: Volume, key: Any) -> Volume:
+    """Return the part `volume.array[key]` with its own metadata; what cannot be recomputed is left out, with a note.
+
+    Raises ValueError for an index with an integer, and IndexError as NumPy does.
+    """
+    shape = volume.array.shape
+    parts = axis_parts(key, shape, (1,) * len(shape))
+    metadata, left_out = metadata_of_part(volume.metadata, parts, volume.channel_axis)
+    notes = [] if volume.note is None else [volume.note]
+    if left_out:
+        notes.append(f"metadata that cannot be recomputed for a part is left out: {', '.join(left_out)}")
+    region = tuple(slice(min(part.places, default=0), max(part.places, default=-1) + 1) for part in parts)
+    # Zarr arrays take no negative steps
+    array = volume.array[region][tuple(slice(None, None, part.places.step) for part in parts)]
+    return replace(volume, array=array, metadata=metadata, note="; ".join(notes) or None)
 
 
 def metadata_of_part(
