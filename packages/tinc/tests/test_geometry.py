@@ -1,6 +1,8 @@
 """The places of voxels in the world after crops, strides and coarser levels, in all formats."""
 
+import contextlib
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tinc
 from tinc.cli import main
 from tinc.parallel import compress_chunks, compress_many
-from tinc.volumes import part_of, read_volume, write_volume
+from tinc.volumes import Volume, essential_metadata, part_of, read_volume, unstored_metadata, write_volume
+from visionkernels.checks import InputError
 
 TURN = nibabel.eulerangles.euler2mat(0.3, -0.2, 0.5)
 AFFINE = nibabel.affines.from_matvec(TURN @ np.diag([-2, 2, 3]), [10, -20, 33])
@@ -307,6 +312,46 @@ class TestMetadataOf:
         file = tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata={"spacing": 3, "origin": [1, 2]})
         with pytest.warns(UserWarning, match="left out: spacing, origin"):
             assert file.metadata_of(np.s_[1:]) == {}
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.data())
+    def test_foreign_metadata(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+        """Any JSON values give a part, or an error in one line."""
+        names = st.sampled_from([
+            "axes", "spacing", "units", "origin", "channels", "nifti", "sform", "qform", "affine", "sform_code",
+            "qform_code", "xyzt_units", "slope", "descrip", "toffset", "dim_info", "slice_end", "intent_code",
+        ])  # fmt: skip
+        plain = st.sampled_from(
+            [None, True, 0, 3, -1, 0.5, 1e300, math.inf, "", "ZYX", "mm", [1, 2, 3], AFFINE[:3].tolist()]
+        )
+        values = st.recursive(
+            plain, lambda part: st.lists(part, max_size=4) | st.dictionaries(names, part), max_leaves=9
+        )
+        metadata = data.draw(st.dictionaries(names, values))
+        array, path = np.zeros((4, 4, 6), dtype=np.uint8), tmp_path_factory.mktemp("o")
+        key = data.draw(st.sampled_from([np.s_[1:3], np.s_[::-1, 1:], np.s_[..., ::2]]))
+        part = part_of(Volume(array, None, metadata), key)
+        short, _ = essential_metadata(metadata, 3, None, 1000)
+        for number, (values, kept) in enumerate([(array, metadata), (part.array, part.metadata), (array, short)]):
+            for suffix in (".nii", ".tif", ".ome.tif"):
+                with contextlib.suppress(InputError):
+                    write_volume(path / f"{number}{suffix}", values, metadata=kept)
+                unstored_metadata(f"o{suffix}", kept)
+
+    def test_unstored(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A format that cannot store what gives places and numbers their meaning is named."""
+        save_nifti(tmp_path / "in.nii", np.zeros(SHAPE, dtype=np.int16), (1, 0))
+        metadata = read_volume(tmp_path / "in.nii").metadata
+        metadata["nifti"] |= {"slope": 2.0, "inter": -3.0}
+        tinc.compress(np.zeros(SHAPE, dtype=np.int16), lossless=True, metadata=metadata).save(tmp_path / "in.tinc")
+        for suffix, lost in [
+            (".npy", "spacing, sform, slope, inter"),
+            (".ome.tif", "sform, slope, inter"),
+            (".nii", None),
+        ]:
+            assert main(["decompress", str(tmp_path / "in.tinc"), str(tmp_path / f"o{suffix}")]) == 0
+            error = capsys.readouterr().err
+            assert f"cannot store {lost}; .nii and .zarr can" in error if lost else error == ""
 
     def test_in_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file = tinc.compress(np.zeros((4, 4), dtype=np.uint8), lossless=True, metadata={"matrix": [1]})

@@ -119,7 +119,7 @@ def decompress(
         overwrite: replace an existing output
     """
     from tinc.file import open_file
-    from tinc.volumes import write_volume
+    from tinc.volumes import unstored_metadata, write_volume
 
     refuse_existing(out, overwrite)
     file = open_file(source, partial=partial)
@@ -135,6 +135,8 @@ def decompress(
         print(warning.message, file=sys.stderr)
     axis = file.info()["channel_axis"]
     write_volume(out, array, metadata=metadata, channel_axis=axis, overwrite=overwrite)
+    lost = unstored_metadata(out, metadata)
+    _print_note(f"{out} cannot store {', '.join(lost)}; .nii and .zarr can" if lost else None)
     print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
 
 

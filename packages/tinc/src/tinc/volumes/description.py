@@ -100,6 +100,8 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
     given: dict[str, Any] = {"axes": default, **dict.fromkeys(("spacing", "units", "origin"), [None] * ndim)}
     given |= {name: metadata[name] for name in given if metadata.get(name) is not None}
     for name, values in given.items():
+        if not isinstance(values, str if name == "axes" else list | tuple):
+            raise InputError(f"metadata: {name}={values!r} must be a {'text' if name == 'axes' else 'list'}")
         if len(values) != ndim:
             raise InputError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
     for step in given["spacing"]:
@@ -107,6 +109,8 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
             raise InputError(
                 f"metadata: spacing={given['spacing']!r} must hold positive numbers, or None where it is unknown"
             )
+    if not all(unit is None or isinstance(unit, str) for unit in given["units"]):
+        raise InputError(f"metadata: units={given['units']!r} must hold texts, or None where they are unknown")
     if not all(place is None or _is_number(place) for place in given["origin"]):
         raise InputError(f"metadata: origin={given['origin']!r} must hold numbers, or None where it is unknown")
     spacing, units, origin = (list(given[name]) for name in ("spacing", "units", "origin"))

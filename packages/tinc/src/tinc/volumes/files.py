@@ -16,7 +16,7 @@ from tinc.volumes.tiff import read_tiff, write_tiff
 from visionkernels.checks import InputError
 from visionkernels.files import replace_file
 
-__all__ = ["SUFFIXES", "read_volume", "write_volume"]
+__all__ = ["SUFFIXES", "read_volume", "unstored_metadata", "write_volume"]
 
 SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".zarr", ".png")
 
@@ -92,6 +92,19 @@ def write_volume(
             write_nifti(temporary, array, layout)
         else:
             write_tiff(temporary, array, layout, is_ome=format == "ome")
+
+
+def unstored_metadata(path: str | Path, metadata: dict[str, Any]) -> list[str]:
+    """Return the names of metadata about places and numbers that the format of the path cannot store."""
+    format = _format_of(Path(path))
+    if format in ("nifti", "zarr"):
+        return []
+    kinds = {"npy": ("spacing", "origin"), "png": ("spacing", "origin"), "ome": ("origin",), "tiff": ()}
+    names = [name for name in kinds[format] if metadata.get(name) is not None]
+    nifti = metadata.get("nifti")
+    if not isinstance(nifti, dict):
+        return names
+    return names + [name for name in ("sform", "qform", "affine", "slope", "inter") if name in nifti]
 
 
 def _format_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Metadata of a part of a volume: of a crop, of every n-th voxel, of a mirrored axis, or of a coarser level."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,11 +91,11 @@ def metadata_of_part(
     known: dict[str, Callable[[Any], Any]] = {
         "spacing": lambda value: _scaled(value, parts),
         "channels": lambda value: _channel_names(value, axes, parts),
-        "nifti": lambda value: dict(value),
+        "nifti": dict,
     }
     kept, left_out = {}, []
     for name, value in metadata.items():
-        if name in ("origin", "units", "axes") or value is None or isinstance(value, str | bool):
+        if name in ("origin", "units", "axes") or value is None or (name != "nifti" and isinstance(value, str | bool)):
             kept[name] = value
             continue
         try:
@@ -195,11 +196,14 @@ def essential_metadata(
             if len(str(nifti.get(name, "")).encode()) * 100 > limit:
                 del nifti[name]
                 left_out.append(f"nifti: {name}")
-        if {"sform", "qform"} <= nifti.keys() and np.allclose(nifti["qform"], nifti["sform"], rtol=1e-5, atol=1e-5):
-            del nifti["qform"]
-        elif "qform" in nifti:
-            # a header has its quaternion in float32
-            nifti["qform"] = np.array(nifti["qform"], dtype=np.float32).tolist()
+        # others are refused by a writer
+        with suppress(TypeError, ValueError):
+            sform, qform = (np.array(nifti.get(name, []), dtype=np.float32) for name in ("sform", "qform"))
+            if sform.shape == qform.shape == (3, 4) and np.allclose(sform, qform, rtol=1e-5, atol=1e-5):
+                del nifti["qform"]
+            elif qform.shape == (3, 4):
+                # a header has its quaternion in float32
+                nifti["qform"] = qform.tolist()
         kept = _short(kept | {"nifti": nifti})
     return kept, left_out
 
