@@ -230,6 +230,15 @@ class TestOtherFormats:
         mirrors = "::-2" in repr(key) or "None, -2" in repr(key)
         assert (part.note is not None) == (mirrors and suffix in (".zarr", ".tif", ".npy"))
 
+    def test_only_cell(self) -> None:
+        """An axis that becomes one cell has its centre, whether or not its size is that of a cell."""
+        values = np.broadcast_to(np.arange(3, dtype=np.float32)[:, None], (3, 16))
+        file = tinc.compress(values, lossless=True, metadata={"spacing": [2.0, 1.0], "origin": [5.0, 0.0]})
+        for level, (start, step) in enumerate([(5.0, 2.0), (6.0, 4.0), (7.0, 6.0), (7.0, 6.0)]):
+            part = file.metadata_of(level=level)
+            assert part["spacing"] == [step, 2.0**level] and part["origin"][0] == start
+        assert file.decode(level=2)[0, 0] == 1
+
     def test_ome_tiff(self, tmp_path: Path) -> None:
         """Channels that are left out lose their names; spacing is that of the level."""
         array = np.random.default_rng(0).integers(0, 900, (3, 6, 16, 20)).astype(np.uint16)

@@ -156,8 +156,8 @@ class TincFile:
         """Return the metadata of `file[key]`, or of `decode(region, level=level)` for a region `key`.
 
         Spacing, origin, affines and names of channels are those of the part; a voxel of a coarser level is the centre
-        of its cell. What cannot be recomputed is left out, with a warning. Raises ValueError for an index with an
-        integer, and the errors of `file[key]` and `decode`.
+        of its cell, where a smaller cell at the end counts as a whole one. What cannot be recomputed is left out, with
+        a warning. Raises ValueError for an index with an integer, and the errors of `file[key]` and `decode`.
         """
         # imports the readers of all formats
         from tinc.volumes.geometry import axis_parts, metadata_of_part

@@ -49,6 +49,8 @@ def axis_parts(key: Any, shape: Sequence[int], cells: Sequence[int]) -> list[Axi
 
     Raises ValueError for an index with an integer, and IndexError as NumPy does.
     """
+    # the only cell of an axis has the voxels of the axis
+    cells = [max(min(size, cell), 1) for size, cell in zip(shape, cells, strict=True)]
     sizes = tuple(-(-size // cell) for size, cell in zip(shape, cells, strict=True))
     region, inner = index_region(key, sizes)
     if not all(isinstance(part, slice) for part in inner):
