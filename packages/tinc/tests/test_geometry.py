@@ -170,7 +170,8 @@ class TestNifti:
         "nifti",
         [{"sform": [[1, 2]], "sform_code": 1}, {"qform": "x", "qform_code": 1}, {"sform": 3}, {"intent_code": "x"}, [],
          {"descrip": 5}, {"slope": [1, 2]}, {"qform": np.eye(4)[:3].tolist()}, {"cal_max": {}}, {"dim_info": "a"},
-         {"sform": np.full((3, 4), np.inf).tolist(), "sform_code": 1}],
+         {"sform": np.full((3, 4), np.inf).tolist(), "sform_code": 1}, {"sform": 1e300}, {"cal_max": 1e300},
+         {"sform": np.full((3, 4), 1e300).tolist(), "sform_code": 1}],
     )  # fmt: skip
     def test_foreign_fields(self, tmp_path: Path, nifti: Any) -> None:
         """Fields that do not fit a header are named; of a part they are left out with a warning, or named as well."""
@@ -331,7 +332,7 @@ class TestMetadataOf:
             "qform_code", "xyzt_units", "slope", "descrip", "toffset", "dim_info", "slice_end", "intent_code",
         ])  # fmt: skip
         plain = st.sampled_from(
-            [None, True, 0, 3, -1, 0.5, 1e300, math.inf, "", "ZYX", "mm", [1, 2, 3], AFFINE[:3].tolist()]
+            [None, True, 0, 3, -1, 0.5, 1e300, math.inf, 10**400, "", "ZYX", "mm", [1, 2, 3], AFFINE[:3].tolist()]
         )
         values = st.recursive(
             plain, lambda part: st.lists(part, max_size=4) | st.dictionaries(names, part), max_leaves=9

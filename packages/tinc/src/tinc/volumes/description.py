@@ -118,7 +118,10 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def described(

@@ -102,12 +102,12 @@ def metadata_of_part(
             continue
         try:
             kept[name] = known[name](value)
-        except (LookupError, TypeError, ValueError):
+        except (ArithmeticError, LookupError, TypeError, ValueError):
             left_out.append(name)
     if "nifti" in kept:
         try:
             kept["nifti"], missing = _nifti_part(kept["nifti"], metadata.get("spacing"), axes, parts)
-        except (TypeError, ValueError):
+        except (ArithmeticError, TypeError, ValueError):
             missing = ["its fields"]
             del kept["nifti"]
         left_out += [f"nifti: {name}" for name in missing]
@@ -116,7 +116,7 @@ def metadata_of_part(
     if "spacing" in kept and not has_affine:
         try:
             origin = _moved(origin, metadata["spacing"], parts)
-        except (LookupError, TypeError, ValueError):
+        except (ArithmeticError, LookupError, TypeError, ValueError):
             left_out.append("origin")
         else:
             kept |= {"origin": origin} if any(origin) else {}
@@ -170,7 +170,7 @@ def _nifti_part(
         try:
             start = kept.pop("toffset", 0) + times.offset * spacing[axes.index("T")]
             kept |= {"toffset": start} if start else {}
-        except (LookupError, TypeError):
+        except (ArithmeticError, LookupError, TypeError):
             left_out += ["toffset"] * ("toffset" in nifti)
     slices = by_letter.get({1: "X", 2: "Y"}.get(nifti.get("dim_info", 0) >> 4 & 3, "Z"))
     if slices is not None and not slices.is_whole:
@@ -199,7 +199,7 @@ def essential_metadata(
                 del nifti[name]
                 left_out.append(f"nifti: {name}")
         # others are refused by a writer
-        with suppress(TypeError, ValueError):
+        with suppress(ArithmeticError, TypeError, ValueError), np.errstate(over="raise"):
             sform, qform = (np.array(nifti.get(name, []), dtype=np.float32) for name in ("sform", "qform"))
             if sform.shape == qform.shape == (3, 4) and np.allclose(sform, qform, rtol=1e-5, atol=1e-5):
                 del nifti["qform"]

@@ -114,8 +114,9 @@ def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
         raise InputError(f"NIfTI cannot hold {array.dtype} {array.shape}: {error}") from error
     kept = layout.metadata.get("nifti", {})
     try:
-        _set_geometry(header, array, layout)
-        _set_details(header, {"toffset": layout.origin_of("T") or 0} | kept)
+        with np.errstate(over="raise"):
+            _set_geometry(header, array, layout)
+            _set_details(header, {"toffset": layout.origin_of("T") or 0} | kept)
     except (
         ArithmeticError, AttributeError, LookupError, TypeError, ValueError, nibabel.spatialimages.HeaderDataError,
     ) as error:  # fmt: skip
