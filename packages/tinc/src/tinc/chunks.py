@@ -25,7 +25,7 @@ from tinc.encoding.job import Layers, Preset
 from tinc.encoding.targets import OutOfReachError
 from tinc.errors import TincFormatError
 from tinc.file import TincFile
-from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS
+from tinc.signal import DTYPES, MAX_AXES, MAX_CHANNELS, refuse_mask
 from visionkernels.checks import InputError
 
 __all__ = ["MAX_RATIO", "MIN_CHUNK_BYTES", "ChunkOptions", "TincChunks"]
@@ -119,6 +119,7 @@ class ChunkOptions:
         A target of size refers to `counted` samples, by default all of the chunk. Raises TypeError and ValueError as
         `check` does, and ValueError for an empty chunk.
         """
+        refuse_mask(chunk, "chunk")
         self.check(chunk.shape, chunk.dtype)
         arrangement = self.arrange(chunk.shape)
         samples, is_finite = self._finite(chunk.reshape(arrangement.shape))
@@ -201,6 +202,7 @@ class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
 
     def encode(self, buf: Any) -> bytes:
         """Return the chunk's `.tinc` file. Raises TypeError and ValueError for chunks that cannot be encoded."""
+        refuse_mask(buf, "buf")
         chunk = ensure_ndarray(buf)
         if not isinstance(buf, np.ndarray) and not self.lossless and chunk.dtype == np.uint8 and chunk.ndim == 1:
             raise TypeError(f"buf is of type {type(buf).__name__}; a lossy codec needs an array with a sample type")

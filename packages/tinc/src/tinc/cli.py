@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -62,7 +63,8 @@ def compress(
         channel_axis: axis of the channels; by default that of the source
         max_seconds: time limit for the training of a tree
         seed: seed of the training
-        metadata: keep axes, spacing and units of the source; auto drops them from files below 64 KiB
+        metadata: keep or drop those of the source; auto keeps all, and for targets below 64 KiB what gives places and
+            numbers their meaning: spacing, affines, slope and the like; their bytes count
         overwrite: replace an existing output
     """
     import numpy as np
@@ -70,25 +72,27 @@ def compress(
     from tinc.compression import compress as to_file
     from tinc.encoding.targets import one_request
     from tinc.metrics import compare
-    from tinc.volumes import read_volume
+    from tinc.volumes import essential_metadata, read_volume
 
     refuse_existing(out, overwrite)
     target = one_request(ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless)
     volume = read_volume(source, as_type=as_type)
-    if volume.note is not None:
-        print(volume.note, file=sys.stderr)
+    _print_note(volume.note)
     axis = volume.channel_axis if channel_axis is None else channel_axis
     limit = target.size_limit(volume.array.size, volume.array.nbytes)
-    keeps = metadata == "keep" or (metadata == "auto" and (limit is None or limit >= 1 << 16))
+    kept: dict[str, Any] = {} if metadata == "drop" else volume.metadata
+    left_out: list[str] = []
+    if metadata == "auto" and limit is not None and limit < 1 << 16:
+        kept, left_out = essential_metadata(volume.metadata, volume.array.ndim, axis, limit)
     with _progress() as callback:
         file = to_file(
             volume.array, ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless,
             preset=preset, layers=layers, nan=nan, channel_axis=axis, max_seconds=max_seconds, seed=seed,
-            metadata=volume.metadata if keeps else None, callback=callback,
+            metadata=kept, callback=callback,
         )  # fmt: skip
     file.save(out, overwrite=overwrite)
-    if volume.metadata and not keeps:
-        print(f"metadata left out of a small file: {', '.join(volume.metadata)} (--metadata keep)", file=sys.stderr)
+    if left_out:
+        print(f"metadata left out of a small file: {', '.join(left_out)} (--metadata keep)", file=sys.stderr)
     quality = compare(np.asarray(volume.array), file.decode(), channel_axis=axis)
     bits = 8 * file.nbytes_stored / file.size
     print(f"{out}: {file.nbytes_stored} bytes, ratio {file.ratio:.2f}, {bits:.3f} bits a sample")
@@ -115,16 +119,24 @@ def decompress(
         overwrite: replace an existing output
     """
     from tinc.file import open_file
-    from tinc.volumes import write_volume
+    from tinc.volumes import unstored_metadata, write_volume
 
     refuse_existing(out, overwrite)
     file = open_file(source, partial=partial)
+    parts = (slice(None),) * file.ndim if region is None else _parse_region(region, file.ndim)
     try:
-        array = file.decode(None if region is None else _parse_region(region, file.ndim), level=level)
+        array = file.decode(parts, level=level)
     except IndexError as error:
         raise InputError(f"--region {region}: {error}") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metadata = file.metadata_of(parts, level=level)
+    for warning in caught:
+        print(warning.message, file=sys.stderr)
     axis = file.info()["channel_axis"]
-    write_volume(out, array, metadata=file.metadata, channel_axis=axis, overwrite=overwrite)
+    write_volume(out, array, metadata=metadata, channel_axis=axis, overwrite=overwrite)
+    lost = unstored_metadata(out, metadata)
+    _print_note(f"{out} cannot store {', '.join(lost)}; .nii and .zarr can" if lost else None)
     print(f"{out}: {array.dtype} {' x '.join(map(str, array.shape))}")
 
 
@@ -175,6 +187,7 @@ def chunk(
     from tinc.volumes import read_volume
 
     volume = read_volume(source)
+    _print_note(volume.note)
     report = compress_chunks(
         volume.array, out, chunk=size, jobs=jobs, backend=backend, metadata=volume.metadata, overwrite=overwrite,
         preset=preset, channel_axis=volume.channel_axis, **target.options(),
@@ -213,6 +226,7 @@ def batch(
     )  # fmt: skip
     for entry in report.files:
         quality = "exact" if entry["psnr"] is None else f"PSNR {entry['psnr']:.2f} dB"
+        _print_note(None if entry["note"] is None else f"{entry['path']}: {entry['note']}")
         print(f"{entry['out']}: {entry['bytes']} bytes, ratio {entry['ratio']:.2f}, {quality}")
     for path, reason in report.failures.items():
         print(f"{path}: {reason}", file=sys.stderr)
@@ -283,6 +297,7 @@ def evaluate(
         raise InputError("give either the .tinc file or --checkpoint FOLDER")
     refuse_existing(json, overwrite)
     volume = read_volume(original)
+    _print_note(volume.note)
     if compressed is not None:
         file = open_file(compressed)
         decoded, size = file.decode(), file.nbytes_stored
@@ -467,6 +482,11 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
+
+
+def _print_note(note: str | None) -> None:
+    if note is not None:
+        print(note, file=sys.stderr)
 
 
 def _numbers(flag: str, text: str) -> list[float]:

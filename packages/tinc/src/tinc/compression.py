@@ -84,7 +84,16 @@ def compress(
         signal, request.target(signal), preset, seed, None if max_seconds is None else monotonic() + max_seconds,
         Report(callback), _as_json(metadata),
     )  # fmt: skip
-    return TincFile(pack(_best_contents(job, layers)))
+    try:
+        content = pack(_best_contents(job, layers))
+        if len(content) > job.target.size_limit:
+            raise OutOfReachError(f"the target is out of reach: a file of this array has {len(content)} bytes")
+    except OutOfReachError as error:
+        if not job.metadata:
+            raise
+        what = f"its metadata take {len(job.metadata)} bytes; give a larger target, or leave metadata out"
+        raise OutOfReachError(f"{error}; {what}") from error
+    return TincFile(content)
 
 
 def _best_contents(job: Job, layers: Layers) -> Contents:

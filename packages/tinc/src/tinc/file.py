@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import warnings
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +122,7 @@ class TincFile:
         return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Index as NumPy does, with integers, slices and an ellipsis, but without lists, masks or None."""
+        """Index as NumPy does, with integers, slices and an ellipsis. Raises IndexError for others."""
         region, inner = index_region(key, self.shape)
         return self.decode(region)[inner]
 
@@ -133,9 +134,7 @@ class TincFile:
         written to `out`, if given. Raises IndexError for a region that is not inside, ValueError for a level that the
         file does not have, and TincFormatError for damaged streams.
         """
-        if not 0 <= level <= self.levels:
-            raise InputError(f"level={level} must be in [0, {self.levels}]")
-        steps = (1, *(1 << level if size > 1 else 1 for size in self._contents.shape))
+        steps = self._steps(level)
         sizes = self._with_channels(tuple(-(-n // s) for n, s in zip(self._contents.shape, steps[1:], strict=True)))
         inner = self._channels_first(check_region(region, sizes))
         if any(part.stop == part.start for part in inner):
@@ -152,6 +151,25 @@ class TincFile:
             raise InputError(f"out is {out.dtype} {out.shape}; the region is {samples.dtype} {samples.shape}")
         out[...] = samples
         return out
+
+    def metadata_of(self, key: Any = ..., *, level: int = 0) -> dict[str, Any]:
+        """Return the metadata of `file[key]`, or of `decode(region, level=level)` for a region `key`.
+
+        Spacing, origin, affines and names of channels are those of the part; a voxel of a coarser level is the centre
+        of its cell, where a smaller cell at the end counts as a whole one. What cannot be recomputed is left out, with
+        a warning. Raises ValueError for an index with an integer, and the errors of `file[key]` and `decode`.
+        """
+        # imports the readers of all formats
+        from tinc.volumes.geometry import axis_parts, metadata_of_part
+
+        parts = axis_parts(key, self.shape, self._with_channels(self._steps(level)[1:], channels=1))
+        metadata, left_out = metadata_of_part(self.metadata, parts, self._contents.channel_axis)
+        if left_out:
+            warnings.warn(
+                f"{self.name}: metadata that cannot be recomputed for a part is left out: {', '.join(left_out)}",
+                stacklevel=2,
+            )
+        return metadata
 
     def resample(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return the volume with `shape` voxels along its axes, channels excluded, as float32.
@@ -349,9 +367,15 @@ class TincFile:
             means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
             return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
 
-    def _with_channels(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        axis = self._contents.channel_axis
-        return sizes if axis is None else (*sizes[:axis], self._contents.channels, *sizes[axis:])
+    def _steps(self, level: int) -> tuple[int, ...]:
+        """Return the voxels of a cell of a level by axis, channels first."""
+        if isinstance(level, bool) or not 0 <= level <= self.levels:
+            raise InputError(f"level={level} must be in [0, {self.levels}]")
+        return (1, *(1 << level if size > 1 else 1 for size in self._contents.shape))
+
+    def _with_channels(self, sizes: tuple[int, ...], channels: int | None = None) -> tuple[int, ...]:
+        axis, channels = self._contents.channel_axis, self._contents.channels if channels is None else channels
+        return sizes if axis is None else (*sizes[:axis], channels, *sizes[axis:])
 
     def _channels_first(self, region: Region) -> Region:
         axis = self._contents.channel_axis

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinc.signal import refuse_mask
 from visionkernels.checks import InputError
 
 __all__ = ["TYPE_RANGES", "DataRange", "accuracy", "compare", "iou", "ms_ssim", "precision", "psnr", "ssim"]
@@ -34,8 +35,8 @@ _PIXELS_AT_ONCE = 1 << 20
 def psnr(original: np.ndarray, decoded: np.ndarray, *, data_range: DataRange = "dtype") -> float:
     """Return the peak signal-to-noise ratio in decibels: -10 log10(mean(((x - y) / R)^2)) with the range R.
 
-    Identical volumes have an infinite ratio. Raises ValueError for shapes that differ, and for a range that is zero or
-    unknown.
+    Identical volumes have an infinite ratio. Raises ValueError for shapes that differ, masked arrays, and a range
+    that is zero or unknown.
     """
     _check(original, decoded)
     total = sum(float(np.square(x - y).sum()) for x, y in _slices(original, decoded))
@@ -147,6 +148,8 @@ def _counts(original: np.ndarray, decoded: np.ndarray, threshold: float) -> tupl
 
 
 def _check(original: np.ndarray, decoded: np.ndarray) -> None:
+    refuse_mask(original, "original")
+    refuse_mask(decoded, "decoded")
     if original.shape != decoded.shape:
         raise InputError(f"decoded has shape {decoded.shape}, the original {original.shape}; they must be the same")
     if not 2 <= original.ndim <= 5 or original.size == 0:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tinc.compression import compress
+from tinc.signal import refuse_mask
 from tinc.volumes import as_metadata, move_folder, read_volume, refuse_folder, zarr_attributes
 from visionkernels import sweeps
 from visionkernels.checks import InputError
@@ -94,6 +95,7 @@ def compress_chunks(
     # importable with the extra alone
     from tinc.zarr_codec import TincCodec
 
+    refuse_mask(source, "source")
     out, codec = Path(out), TincCodec(**options)
     dtype, shape = np.dtype(source.dtype), tuple(map(int, source.shape))
     if len(chunk) != len(shape) or min(chunk, default=0) < 1 or min(shape, default=0) < 1:
@@ -198,7 +200,9 @@ class _ChunkWriter:
         box = tuple(
             slice(i * part, min((i + 1) * part, size)) for i, part, size in zip(place, self.chunk, shape, strict=True)
         )
-        samples = np.asarray(self.source[box])
+        samples = self.source[box]
+        refuse_mask(samples, "source")
+        samples = np.asarray(samples)
         samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
         missing = [(0, part - size) for part, size in zip(self.chunk, samples.shape, strict=True)]
         # a chunk with a negative zero is written, since its bits are not all zero

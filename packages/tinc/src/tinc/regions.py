@@ -3,9 +3,15 @@
 import operator
 from typing import Any
 
-__all__ = ["Region", "check_region", "index_region", "slice_region", "voxels_of"]
+from visionkernels.checks import InputError
+
+__all__ = ["IndexTypeError", "Region", "check_region", "index_region", "slice_region", "voxels_of"]
 
 Region = tuple[slice, ...]
+
+
+class IndexTypeError(InputError, IndexError):
+    """An index is of a kind that a compressed array does not take; NumPy's own error for others is IndexError."""
 
 
 def check_region(region: Region | None, sizes: tuple[int, ...]) -> Region:
@@ -25,7 +31,10 @@ def check_region(region: Region | None, sizes: tuple[int, ...]) -> Region:
 
 
 def index_region(key: Any, shape: tuple[int, ...]) -> tuple[Region, tuple[Any, ...]]:
-    """Return the region that an index touches, and the index within it. Raises IndexError as NumPy does."""
+    """Return the region that an index touches, and the index within it.
+
+    Raises IndexError as NumPy does, and for booleans, lists, masks and None, which is then a ValueError as well.
+    """
     keys = list(key) if isinstance(key, tuple) else [key]
     ellipses = [place for place, part in enumerate(keys) if part is Ellipsis]
     if len(ellipses) > 1:
@@ -43,7 +52,15 @@ def _axis_region(key: Any, size: int, axis: int) -> tuple[slice, slice | int]:
     if isinstance(key, slice):
         return slice_region(key, size)
     try:
-        place = range(size)[operator.index(key)]
+        number = None if isinstance(key, bool) else operator.index(key)
+    except TypeError:
+        number = None
+    if number is None:
+        raise IndexTypeError(
+            f"index {key!r} must be an integer, a slice or an ellipsis; masks, lists and None apply to file.decode()"
+        )
+    try:
+        place = range(size)[number]
     except IndexError:
         raise IndexError(f"index {key} is not inside axis {axis} of size {size}") from None
     return slice(place, place + 1), 0

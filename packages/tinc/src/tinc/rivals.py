@@ -19,6 +19,7 @@ from tinc.compression import compress
 from tinc.encoding.job import Layers, Preset
 from tinc.encoding.targets import OutOfReachError
 from tinc.metrics import psnr, ssim
+from tinc.signal import refuse_mask
 from visionkernels.checks import InputError
 from visionkernels.extras import require
 
@@ -51,6 +52,7 @@ def compare(
         from tinc.volumes import read_volume
 
         source = np.asarray(read_volume(source).array)
+    refuse_mask(source, "source")
     source = np.squeeze(source)
     if source.dtype not in (np.uint8, np.uint16) or source.ndim not in (2, 3):
         raise InputError(

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ __all__ = [
     "Signal",
     "as_float32",
     "read_signal",
+    "refuse_mask",
     "value_range",
 ]
 
@@ -106,15 +107,22 @@ class Signal:
         return float(np.square(errors).sum()) / 4.0**self.format.exponent
 
 
+def refuse_mask(array: Any, name: str) -> None:
+    """Raise ValueError for a masked array, also one of Dask, since its mask would be lost."""
+    if any(isinstance(part, np.ma.MaskedArray) for part in (array, getattr(array, "_meta", None))):
+        raise InputError(f"{name} is a masked array, and its mask would be lost: fill it first, e.g. {name}.filled(0)")
+
+
 def read_signal(
     array: np.ndarray, channel_axis: int | None, *, nan: Literal["raise", "fill"], keeps_nan: bool
 ) -> Signal:
     """Check an array and return it as a signal.
 
     float32 values that are not finite raise ValueError or become the mean of the others, as `nan` says, unless
-    `keeps_nan`. Raises TypeError for other types than `DTYPES`, ValueError for an empty array and for other numbers of
-    axes or channels than a file takes.
+    `keeps_nan`. Raises TypeError for other types than `DTYPES`, ValueError for a masked array, an empty array and other
+    numbers of axes or channels than a file takes.
     """
+    refuse_mask(array, "array")
     samples, axis = _channels_first(np.asarray(array), channel_axis)
     if not keeps_nan:
         samples = _finite(samples, nan)
@@ -136,7 +144,7 @@ def _channels_first(array: np.ndarray, channel_axis: int | None) -> tuple[np.nda
         raise InputError(f"array has {axes} axes besides channels; it must have 2 to {MAX_AXES}")
     if channel_axis is None:
         return array.astype(native, copy=False)[None], None
-    if not -array.ndim <= channel_axis < array.ndim:
+    if isinstance(channel_axis, bool) or not -array.ndim <= channel_axis < array.ndim:
         raise InputError(f"channel_axis={channel_axis} must be in [{-array.ndim}, {array.ndim})")
     channel_axis %= array.ndim
     if array.shape[channel_axis] > MAX_CHANNELS:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tinc.signal import refuse_mask
 from tinc.volumes.plain import read_npy
 from tinc.volumes.tiff import read_tiff
 from visionkernels.checks import InputError, check, check_choice
@@ -65,9 +66,10 @@ def read_volume(path: str | Path) -> np.ndarray:
 def with_channels(volume: np.ndarray) -> np.ndarray:
     """Return `volume` with four axes: depth, height, width, channels.
 
-    Raises TypeError for a type that is neither integer nor floating, ValueError for another number of axes or no
-    elements.
+    Raises TypeError for a type that is neither integer nor floating, ValueError for another number of axes, no
+    elements, or a masked array.
     """
+    refuse_mask(volume, "volume")
     if volume.dtype.kind not in "iuf":
         raise TypeError(f"volume has dtype {volume.dtype}; it must hold integers or real floating-point numbers")
     if volume.ndim not in (3, 4):

@@ -1,7 +1,8 @@
 """Volumes and their metadata: axes, spacing and units, in one form for all formats.
 
-Metadata are JSON values: `axes` (a letter for each axis), `spacing` and `units` (lists with an entry for each axis,
-None where unknown; units as OME-Zarr spells them), and details of a single format under the name of the format.
+Metadata are JSON values: `axes` (a letter for each axis), `spacing`, `units` and `origin` (lists with an entry for each
+axis, None where unknown; units as OME-Zarr spells them; the origin is the place of the first voxel), and details of a
+single format under the name of the format.
 """
 
 import math
@@ -22,7 +23,7 @@ from PIL import Image
 from visionkernels.checks import InputError
 from visionkernels.files import CorruptFileError
 
-__all__ = ["SYMBOLS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
+__all__ = ["SYMBOLS", "UNITS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,25 @@ class Volume:
     """A message for the user, about a conversion or a part that was not read."""
 
 
-_UNITS = {
+UNITS = {
     "m": "meter", "cm": "centimeter", "mm": "millimeter", "µm": "micrometer", "μm": "micrometer", "um": "micrometer",
     "\\u00B5m": "micrometer", "micron": "micrometer", "nm": "nanometer", "pm": "picometer", "Å": "angstrom",
     "s": "second", "sec": "second", "ms": "millisecond", "msec": "millisecond", "µs": "microsecond",
     "usec": "microsecond", "inch": "inch",
 }  # fmt: skip
 SYMBOLS = {"micrometer": "µm", "second": "s", "millisecond": "ms", "microsecond": "µs"} | {
-    name: symbol for symbol, name in _UNITS.items() if symbol in ("m", "cm", "mm", "nm", "pm", "Å")
+    name: symbol for symbol, name in UNITS.items() if symbol in ("m", "cm", "mm", "nm", "pm", "Å")
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Axes, spacing and units of an array, for a writer."""
+    """Axes, spacing, units and origin of an array, for a writer."""
 
     axes: str
     spacing: list[float | None]
     units: list[str | None]
+    origin: list[float | None]
     channel_axis: int | None
     metadata: dict[str, Any]
 
@@ -65,12 +67,17 @@ class Layout:
         channel_axis = None if self.channel_axis is None else places.index(self.channel_axis)
         axes = "".join(self.axes[axis] for axis in places)
         spacing, units = [self.spacing[axis] for axis in places], [self.units[axis] for axis in places]
-        return array.transpose(places), Layout(axes, spacing, units, channel_axis, self.metadata)
+        origin = [self.origin[axis] for axis in places]
+        return array.transpose(places), Layout(axes, spacing, units, origin, channel_axis, self.metadata)
 
     def spacing_of(self, letter: str) -> tuple[float | None, str | None]:
         """Return spacing and unit of an axis, None where unknown."""
         axis = self.axes.find(letter)
         return (None, None) if axis < 0 else (self.spacing[axis], self.units[axis])
+
+    def origin_of(self, letter: str) -> float | None:
+        """Return the place of the first voxel along an axis, None where unknown."""
+        return self.origin[self.axes.index(letter)] if letter in self.axes else None
 
 
 def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
@@ -83,24 +90,38 @@ def as_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
 def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> Layout:
     """Return the layout of an array, by its metadata or with default axes. Raises ValueError if they do not fit."""
     if channel_axis is not None:
-        if not -ndim <= channel_axis < ndim:
+        if isinstance(channel_axis, bool) or not -ndim <= channel_axis < ndim:
             raise InputError(f"channel_axis={channel_axis} must be in [{-ndim}, {ndim})")
         channel_axis %= ndim
     spatial = ndim - (channel_axis is not None)
     default = "QTZYX"[max(5 - spatial, 0) :].rjust(spatial, "Q")
     if channel_axis is not None:
         default = default[:channel_axis] + ("S" if channel_axis == ndim - 1 else "C") + default[channel_axis:]
-    unknown: dict[str, Any] = {"axes": default, "spacing": [None] * ndim, "units": [None] * ndim}
-    axes, spacing, units = (
-        unknown[name] if metadata.get(name) is None else metadata[name] for name in ("axes", "spacing", "units")
-    )
-    for name, values in (("axes", axes), ("spacing", spacing), ("units", units)):
+    given: dict[str, Any] = {"axes": default, **dict.fromkeys(("spacing", "units", "origin"), [None] * ndim)}
+    given |= {name: metadata[name] for name in given if metadata.get(name) is not None}
+    for name, values in given.items():
+        if not isinstance(values, str if name == "axes" else list | tuple):
+            raise InputError(f"metadata: {name}={values!r} must be a {'text' if name == 'axes' else 'list'}")
         if len(values) != ndim:
             raise InputError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
-    for step in spacing:
-        if step is not None and not (isinstance(step, Real) and math.isfinite(step) and float(step) > 0):
-            raise InputError(f"metadata: spacing={spacing!r} must hold positive numbers, or None where it is unknown")
-    return Layout(str(axes), list(spacing), list(units), channel_axis, metadata)
+    for step in given["spacing"]:
+        if step is not None and not (_is_number(step) and float(step) > 0):
+            raise InputError(
+                f"metadata: spacing={given['spacing']!r} must hold positive numbers, or None where it is unknown"
+            )
+    if not all(unit is None or isinstance(unit, str) for unit in given["units"]):
+        raise InputError(f"metadata: units={given['units']!r} must hold texts, or None where they are unknown")
+    if not all(place is None or _is_number(place) for place in given["origin"]):
+        raise InputError(f"metadata: origin={given['origin']!r} must hold numbers, or None where it is unknown")
+    spacing, units, origin = (list(given[name]) for name in ("spacing", "units", "origin"))
+    return Layout(str(given["axes"]), spacing, units, origin, channel_axis, metadata)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def described(
@@ -112,7 +133,7 @@ def described(
     metadata: dict[str, Any] = {"format": format, "axes": axes}
     if any(known):
         names = [units.get(letter) if step else None for letter, step in zip(axes, known, strict=True)]
-        metadata |= {"spacing": known, "units": [None if name is None else _UNITS.get(name, name) for name in names]}
+        metadata |= {"spacing": known, "units": [None if name is None else UNITS.get(name, name) for name in names]}
     return metadata
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tinc.signal import DTYPES
+from tinc.signal import DTYPES, refuse_mask
 from tinc.volumes.conversion import with_type
 from tinc.volumes.description import Volume, as_metadata, layout_of
 from tinc.volumes.nifti import read_nifti, write_nifti
@@ -16,7 +16,7 @@ from tinc.volumes.tiff import read_tiff, write_tiff
 from visionkernels.checks import InputError
 from visionkernels.files import replace_file
 
-__all__ = ["SUFFIXES", "read_volume", "write_volume"]
+__all__ = ["SUFFIXES", "read_volume", "unstored_metadata", "write_volume"]
 
 SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".zarr", ".png")
 
@@ -25,19 +25,21 @@ def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
     """Read a volume by the suffix of its path.
 
     Uncompressed TIFF, .npy and .nii files are memory-mapped, and Zarr arrays are read when they are indexed. The first
-    series of a TIFF is read, and of a Zarr group the finest level of its first image, or else its first array. Samples
-    of NIfTI are the integers of the file, not scaled; slope and intercept are in `metadata["nifti"]`.
+    series of a TIFF is read, and the finest level of an OME-Zarr image; another Zarr group must hold one array, and a
+    path within a .zarr folder selects one of several. Samples of NIfTI are the integers of the file, not scaled; slope
+    and intercept are in `metadata["nifti"]`.
 
     Arrays of other types than those of `tinc.compress` are converted if one of these holds every value exactly (bool
     and integers to the smallest, float16 and float64 to float32), with a `note`. `as_type` ("uint8", "uint16", "int16",
     "float32") converts any numbers: values are rounded, and must be in the type's range.
 
     Raises FileNotFoundError, ImportError for a missing extra, CorruptFileError (a ValueError) for a damaged file,
-    ValueError for another suffix, another kind of image and values beyond `as_type`, and TypeError for types without a
-    conversion.
+    ValueError for another suffix, another kind of image, several arrays in a Zarr group and values beyond `as_type`,
+    and TypeError for types without a conversion.
     """
     path = Path(path)
-    format = _format_of(path)
+    is_inside = path.is_dir() and any(parent.suffix.lower() == ".zarr" for parent in path.parents)
+    format = "zarr" if is_inside else _format_of(path)
     if as_type is not None and as_type not in DTYPES:
         raise InputError(f"as_type={as_type!r} must be one of {', '.join(DTYPES)}")
     if not path.exists():
@@ -63,15 +65,17 @@ def write_volume(
     Args:
         path: the file
         array: the samples
-        metadata: those of `read_volume`; .npy and .png cannot store them
+        metadata: those of `read_volume`, `part_of` and `TincFile.metadata_of`; .npy and .png cannot store them
         channel_axis: axis of the channels; None without channels
         overwrite: replace an existing file
 
     Raises FileExistsError, ImportError for a missing extra, TypeError for metadata that are not a dict, and ValueError
-    for another suffix, for metadata that do not fit the array, and for arrays that the format cannot hold.
+    for another suffix, for metadata that do not fit the array, for masked arrays, and for arrays that the format cannot
+    hold.
     """
     path = Path(path)
     format = _format_of(path)
+    refuse_mask(array, "array")
     array = np.asarray(array)
     layout = layout_of(array.ndim, as_metadata(metadata), channel_axis)
     if format == "zarr":
@@ -88,6 +92,19 @@ def write_volume(
             write_nifti(temporary, array, layout)
         else:
             write_tiff(temporary, array, layout, is_ome=format == "ome")
+
+
+def unstored_metadata(path: str | Path, metadata: dict[str, Any]) -> list[str]:
+    """Return the names of metadata about places and numbers that the format of the path cannot store."""
+    format = _format_of(Path(path))
+    if format in ("nifti", "zarr"):
+        return []
+    kinds = {"npy": ("spacing", "origin"), "png": ("spacing", "origin"), "ome": ("origin",), "tiff": ()}
+    names = [name for name in kinds[format] if metadata.get(name) is not None]
+    nifti = metadata.get("nifti")
+    if not isinstance(nifti, dict):
+        return names
+    return names + [name for name in ("sform", "qform", "affine", "slope", "inter") if name in nifti]
 
 
 def _format_of(path: Path) -> str:

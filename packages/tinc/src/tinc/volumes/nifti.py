@@ -1,16 +1,39 @@
 """NIfTI, with its orientation."""
 
 import gzip
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinc.volumes.description import Layout, Volume, damage_named, described
+from tinc.volumes.description import UNITS, Layout, Volume, damage_named, described
 from visionkernels.checks import InputError
 from visionkernels.extras import require
 
 __all__ = ["read_nifti", "write_nifti"]
+
+_TEXTS = {"descrip": 80, "aux_file": 24, "intent_name": 16}
+"""Texts of a header, and their bytes."""
+_NUMBERS = (
+    "intent_code", "intent_p1", "intent_p2", "intent_p3", "cal_max", "cal_min", "toffset", "dim_info", "slice_code",
+    "slice_duration", "slice_start", "slice_end",
+)  # fmt: skip
+
+
+_LENGTHS: dict[str | None, float] = {
+    "picometer": 1e-6, "angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4,
+    "inch": 25400.0, "meter": 1e6,
+}  # fmt: skip
+_TIMES: dict[str | None, float] = {
+    "microsecond": 1.0, "millisecond": 1e3, "second": 1e6, "minute": 6e7, "min": 6e7, "hour": 3.6e9, "h": 3.6e9,
+}  # fmt: skip
+_CODES: dict[str | None, str] = {
+    "meter": "meter", "millimeter": "mm", "micrometer": "micron", "second": "sec", "millisecond": "msec",
+    "microsecond": "usec", None: "unknown",
+}  # fmt: skip
+"""Units of NIfTI, as nibabel names them."""
 
 
 def read_nifti(path: Path) -> Volume:
@@ -32,38 +55,73 @@ def read_nifti(path: Path) -> Volume:
         units["T"] = None if time == "unknown" else time
         zooms = dict(zip(axes, map(float, header.get_zooms()), strict=False))
         metadata = described("nifti", axes, {letter: zooms.get(letter) for letter in "XYZT"}, units)
-        metadata["nifti"] = _orientation(header) | {"xyzt_units": int(header["xyzt_units"])}
+        affines = _orientation(header)
+        metadata["nifti"] = affines | {"xyzt_units": int(header["xyzt_units"])}
         if (image.dataobj.slope, image.dataobj.inter) != (1, 0):
             metadata["nifti"] |= {"slope": float(image.dataobj.slope), "inter": float(image.dataobj.inter)}
-    return Volume(array, 4 if array.ndim == 5 else None, metadata)
+        metadata["nifti"] |= _details(header)
+    has_lost = any(header[f"{form}_code"] > 0 and form not in affines for form in ("sform", "qform"))
+    note = "an affine that is not finite is left out" if has_lost else None
+    return Volume(array, 4 if array.ndim == 5 else None, metadata, note)
 
 
 def _orientation(header: Any) -> dict[str, Any]:
     """Return the affines [3, 4] that have a code, or else the default affine."""
     affines: dict[str, Any] = {}
     for name, (affine, code) in (("sform", header.get_sform(coded=True)), ("qform", header.get_qform(coded=True))):
-        if affine is not None and code > 0:
+        if affine is not None and code > 0 and np.isfinite(affine).all():
             affines |= {name: affine[:3].tolist(), f"{name}_code": int(code)}
-    return affines or {"affine": header.get_best_affine()[:3].tolist()}
+    return affines or {"affine": header.get_base_affine()[:3].tolist()}
+
+
+def _details(header: Any) -> dict[str, Any]:
+    """Return the fields about intent, display, times and slices that are set."""
+    texts = {name: bytes(header[name][()]).split(b"\0")[0] for name in _TEXTS}
+    details: dict[str, Any] = {name: _decoded(text) for name, text in texts.items() if text}
+    for name in _NUMBERS:
+        value = header[name][()]
+        if np.isfinite(value) and value != 0:
+            # the shortest text of a float32
+            details[name] = float(str(value)) if value.dtype.kind == "f" else int(value)
+    return details
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
 
 
 def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
     """Write a NIfTI file, with the orientation of the file that the metadata come from."""
     nibabel = require("nibabel", "tinc-vision[nifti]")
+    if layout.channel_axis is not None and layout.axes[layout.channel_axis] not in "CS":
+        axes = layout.axes[: layout.channel_axis] + "C" + layout.axes[layout.channel_axis + 1 :]
+        layout = replace(layout, axes=axes)
     if not set(layout.axes) <= set("XYZTCS") or len(set(layout.axes)) < len(layout.axes):
         raise InputError(f"NIfTI has the axes X, Y, Z, T and channels; the array has {layout.axes}")
     array, layout = layout.moved(array, "XYZTCS")
-    if layout.channel_axis is not None:
-        array = array.reshape(*array.shape[:-1], *(1,) * (5 - array.ndim), array.shape[-1])
+    # axes before those of the array that it lacks have one voxel
+    order = "XYZT" + "".join(letter for letter in "CS" if letter in layout.axes)
+    sizes = dict(zip(layout.axes, array.shape, strict=True))
+    array = array.reshape([sizes.get(letter, 1) for letter in order[: order.index(layout.axes[-1]) + 1]])
     header = (nibabel.Nifti1Header if max(array.shape) < 1 << 15 else nibabel.Nifti2Header)(endianness="<")
     try:
         header.set_data_dtype(array.dtype)
         header.set_data_shape(array.shape)
     except nibabel.spatialimages.HeaderDataError as error:
         raise InputError(f"NIfTI cannot hold {array.dtype} {array.shape}: {error}") from error
-    _set_geometry(header, array, layout)
-    header["scl_slope"] = layout.metadata.get("nifti", {}).get("slope", 1)
-    header["scl_inter"] = layout.metadata.get("nifti", {}).get("inter", 0)
+    kept = layout.metadata.get("nifti", {})
+    try:
+        with np.errstate(over="raise"):
+            _set_geometry(header, array, layout)
+            _set_details(header, {"toffset": layout.origin_of("T") or 0} | kept)
+    except (
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError, nibabel.spatialimages.HeaderDataError,
+    ) as error:  # fmt: skip
+        values = f"nifti={kept!r}, spacing={layout.spacing!r}"
+        raise InputError(f"metadata: a NIfTI header cannot hold {values}: {error}") from error
     header.set_data_offset(header.single_vox_offset)
     header["magic"] = header.single_magic
     dtype = array.dtype.newbyteorder("<")
@@ -81,18 +139,46 @@ def write_nifti(path: Path, array: np.ndarray, layout: Layout) -> None:
 
 def _set_geometry(header: Any, array: np.ndarray, layout: Layout) -> None:
     kept = layout.metadata.get("nifti", {})
+    space, scales = _common_unit(layout, "XYZ", _LENGTHS)
+    time, time_scales = _common_unit(layout, "T", _TIMES)
+    scales += time_scales
     spacing = [layout.spacing_of(letter)[0] for letter in "XYZT"]
-    zooms = [*(1.0 if step is None else step for step in spacing), 1.0]
+    zooms = [*(1.0 if step is None else step * scale for step, scale in zip(spacing, scales, strict=True)), 1.0, 1.0]
     header.set_zooms(zooms[: array.ndim])
-    names = [layout.spacing_of(letter)[1] for letter in "XT"]
-    known = {"meter": "mm", "millimeter": "mm", "micrometer": "micron", "second": "sec", "millisecond": "msec"}
-    known |= {"meter": "meter", "microsecond": "usec"}
-    header.set_xyzt_units(*("unknown" if name is None else known.get(name, "unknown") for name in names))
+    header.set_xyzt_units(_CODES[space], _CODES[time])
     # the code of the original file may include the unit of an axis that the array lacks
     header["xyzt_units"] = kept.get("xyzt_units", header["xyzt_units"])
+    if "qform_code" in kept and "sform" in kept:
+        kept = {"qform": kept["sform"]} | kept
     whole = {name: np.array([*kept[name], [0, 0, 0, 1]]) for name in ("sform", "qform", "affine") if name in kept}
-    affine = whole.get("affine", np.diag([*zooms[:3], 1.0]))
+    affine = np.diag([*zooms[:3], 1.0])
+    affine[:3, 3] = [(layout.origin_of(letter) or 0) * scale for letter, scale in zip("XYZ", scales, strict=False)]
+    if not all(np.isfinite(matrix).all() for matrix in whole.values()):
+        raise ValueError("an affine is not finite")
+    affine = whole.get("affine", affine)
     if "sform" in whole or "qform" not in whole:
         header.set_sform(whole.get("sform", affine), kept.get("sform_code", 0 if "affine" in kept else 1))
     if "qform" in whole:
         header.set_qform(whole["qform"], kept["qform_code"])
+
+
+def _common_unit(layout: Layout, letters: str, sizes: dict[str | None, float]) -> tuple[str | None, list[float]]:
+    """Return a unit of NIfTI for axes, and the factors that convert their spacing; None and 1 for unknown units."""
+    units = [UNITS.get(unit or "", unit) for unit in (layout.spacing_of(letter)[1] for letter in letters)]
+    known = [unit for unit in units if unit in sizes]
+    if not known:
+        return None, [1.0] * len(letters)
+    unit = known[0]
+    if unit not in _CODES:
+        # the largest below it, or the smallest: nanometers become micrometers
+        smaller = [name for name in _CODES if sizes.get(name, math.inf) < sizes[unit]]
+        unit = max(smaller, key=lambda name: sizes[name], default="micrometer")
+    return unit, [sizes.get(name, sizes[unit]) / sizes[unit] for name in units]
+
+
+def _set_details(header: Any, kept: dict[str, Any]) -> None:
+    header["scl_slope"], header["scl_inter"] = kept.get("slope", 1), kept.get("inter", 0)
+    for name, size in _TEXTS.items():
+        header[name] = kept.get(name, "").encode()[:size]
+    for name in _NUMBERS:
+        header[name] = kept.get(name, 0)

@@ -1,9 +1,12 @@
 """Zarr arrays and OME-Zarr groups in folders."""
 
+import itertools
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,62 @@ __all__ = ["move_folder", "read_zarr", "refuse_folder", "write_zarr", "zarr_attr
 
 
 def read_zarr(path: Path) -> Volume:
-    """Open a Zarr array, or the finest level of the first image of a group."""
+    """Open a Zarr array, or the finest level of an OME-Zarr image, or the one array or image in a group.
+
+    Raises ValueError for a group of several; of the images of a bioformats2raw folder the first is opened.
+    """
     zarr = require("zarr", "tinc-vision[zarr]")
     with damage_named(path):
         node = zarr.open(str(path), mode="r")
-        attributes: dict[str, Any] = dict(node.attrs)
-        inside: dict[str, Any] = {}
-        while not hasattr(node, "shape"):
-            inside = _multiscale(attributes) or inside
-            with warnings.catch_warnings():
-                # some writers add other folders to a group
-                warnings.filterwarnings("ignore", message="Object at .* is not recognized")
-                names = sorted(name for name, _ in node.members())
-            if not names:
+        places, note = [""], None
+        if not _is_volume(node):
+            places = list(itertools.islice(_volumes_in(node), 6))
+            if not places:
                 raise InputError("it contains no array")
-            # the first level of an OME-Zarr is the finest
-            node = node[inside["datasets"][0]["path"] if _multiscale(attributes) else names[0]]
-            attributes = dict(node.attrs)
-        return _zarr_volume(node, attributes, inside)
+            if "bioformats2raw.layout" in _ome(node):
+                note = f"the first of several images is read, {places[0]}" if len(places) > 1 else None
+                del places[1:]
+            elif len(places) == 1:
+                note = f"the group's one volume is read, {places[0]}"
+        if len(places) == 1:
+            node = node[places[0]] if places[0] else node
+            multiscale = {} if hasattr(node, "shape") else _multiscale(node)
+            # the first level is the finest
+            array = node[multiscale["datasets"][0]["path"]] if multiscale else node
+            if not hasattr(array, "shape"):
+                raise InputError(f"its level {array.path} is no array")
+            return replace(_zarr_volume(array, dict(array.attrs), multiscale), note=note)
+    names = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
+    raise InputError(
+        f"volume {path} is a Zarr group without multiscales that holds {names}; give the path of one, such as "
+        f"{path / places[0]}"
+    )
 
 
-def _multiscale(attributes: dict[str, Any]) -> dict[str, Any]:
-    multiscales = attributes.get("ome", attributes).get("multiscales") or [{}]
-    return dict(multiscales[0])
+def _is_volume(node: Any) -> bool:
+    return hasattr(node, "shape") or bool(_multiscale(node))
+
+
+def _volumes_in(group: Any) -> Iterator[str]:
+    """Yield the paths of arrays and images in a group, by name; numbers come in their order."""
+    with warnings.catch_warnings():
+        # some writers add other folders to a group
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+        members = sorted(group.members(), key=lambda member: member[0].zfill(8) if member[0].isdigit() else member[0])
+    for name, node in members:
+        if _is_volume(node):
+            yield name
+        else:
+            yield from (f"{name}/{inner}" for inner in _volumes_in(node))
+
+
+def _ome(group: Any) -> dict[str, Any]:
+    attributes = dict(group.attrs)
+    return dict(attributes.get("ome", attributes))
+
+
+def _multiscale(group: Any) -> dict[str, Any]:
+    return dict((_ome(group).get("multiscales") or [{}])[0])
 
 
 def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, Any]) -> Volume:
@@ -54,17 +90,23 @@ def _zarr_volume(array: Any, attributes: dict[str, Any], multiscale: dict[str, A
     letters = "".join(str(axis["name"])[0].upper() for axis in axes)
     if len(letters) != array.ndim:
         letters = "TCZYX"[-array.ndim :]
-    scale = [1.0] * array.ndim
+    scale, origin = [1.0] * array.ndim, [0.0] * array.ndim
     transforms = [*multiscale["datasets"][0].get("coordinateTransformations", ())]
     for transform in [*transforms, *multiscale.get("coordinateTransformations", ())]:
         if transform.get("type") == "scale":
             scale = [a * b for a, b in zip(scale, transform["scale"], strict=True)]
+            origin = [a * b for a, b in zip(origin, transform["scale"], strict=True)]
+        elif transform.get("type") == "translation":
+            origin = [a + b for a, b in zip(origin, transform["translation"], strict=True)]
     has_scale = any(transform.get("type") == "scale" for transform in transforms)
     spacing = dict(zip(letters, scale, strict=True)) if has_scale else {}
     spacing.pop("C", None)
     units = {str(axis["name"])[0].upper(): axis.get("unit") for axis in axes}
     channel_axis = letters.find("C")
-    return Volume(array, None if channel_axis < 0 else channel_axis, described("zarr", letters, spacing, units))
+    metadata = described("zarr", letters, spacing, units)
+    if has_scale and any(origin):
+        metadata["origin"] = [a if letter in spacing else None for a, letter in zip(origin, letters, strict=True)]
+    return Volume(array, None if channel_axis < 0 else channel_axis, metadata)
 
 
 def zarr_attributes(metadata: dict[str, Any], channel_axis: int | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _tiff_metadata(tif: tifffile.TiffFile, axes: str) -> dict[str, Any]:
         return described("imagej", axes, spacing, {"X": unit, "Y": unit, "Z": unit, "T": "s"})
     kept = (tif.shaped_metadata or [{}])[0]
     metadata = described("tiff", axes, {}, {})
-    for name in ("spacing", "units"):
+    for name in ("spacing", "units", "origin"):
         if isinstance(kept.get(name), list | tuple) and len(kept[name]) == len(axes):
             metadata[name] = list(kept[name])
     return metadata
@@ -84,6 +84,7 @@ def write_tiff(path: Path, array: np.ndarray, layout: Layout, *, is_ome: bool) -
         options |= _imagej_options(layout, description)
     elif any(step is not None for step in layout.spacing):
         description |= {"spacing": layout.spacing, "units": layout.units}
+        description |= {"origin": layout.origin} if any(layout.origin) else {}
     try:
         tifffile.imwrite(path, array, ome=is_ome, metadata=description, **options)
     except (ValueError, TypeError, LookupError, tifffile.OmeXmlError) as error:
