@@ -1,11 +1,16 @@
 """Reports on weights files of every kind."""
 
 import argparse
+from functools import partial
 
 import pytest
+import timm
 import torch
 
+from g2sd.conversion import convert_file
 from g2sd.inspection import inspect_file
+from g2sd.official import load_classifier, load_official, load_teacher
+from visionkernels.checks import InputError
 from visionkernels.weights import CheckpointError
 
 HF = {
@@ -30,7 +35,7 @@ def states(official):
         "encoder": encoder,
         "distilled": official("vit_distilled/model"),
         "average": official("vit_teacher_gap/model"),
-        "class": encoder | {"head.weight": torch.zeros(10, 96)},
+        "class": encoder | {"head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)},
         "probe": encoder | {"head.1.weight": torch.zeros(10, 96)},
         "vitdet": official("vitdet_backbone/backbone", "backbone."),
         "mmseg": official("seg_model/model", "student."),
@@ -64,6 +69,18 @@ class TestInspectFile:
         count = sum(value.numel() for value in states[kind].values())
         assert f"{len(states[kind])} tensors, {count / 1e6:.3f} M values, in entry 'model'" in report
 
+    def test_bad_values(self, states, tmp_path):
+        """NaN and infinity, by the first tensor that has them; and the other sets of weights in the file."""
+        broken = dict(states["average"])
+        for key, value in {"norm1.weight": float("nan"), "norm1.bias": float("inf")}.items():
+            broken[f"blocks.1.{key}"] = torch.full_like(broken[f"blocks.1.{key}"], value)
+        torch.save({"model": broken, "model_ema": states["average"], "epoch": 3}, tmp_path / "file.pth")
+        report = "\n".join(inspect_file(tmp_path / "file.pth").lines())
+        assert "2 tensors have NaN or infinite values (first: blocks.1.norm1." in report
+        assert "other entries with weights: model_ema (--entry NAME)" in report
+        clean = "\n".join(inspect_file(tmp_path / "file.pth", entry="model_ema").lines())
+        assert "NaN" not in clean and "other entries with weights: model (" in clean
+
     def test_bare(self, states, tmp_path):
         torch.save(states["mae"], tmp_path / "file.pth")
         assert "in the file itself" in "\n".join(inspect_file(tmp_path / "file.pth").lines())
@@ -86,3 +103,57 @@ class TestInspectFile:
         torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
         with pytest.raises(CheckpointError, match=r"first keys are layer1\.0\.conv1\.weight"):
             inspect_file(tmp_path / "resnet.pth")
+
+
+FOREIGN = {
+    "deit_tiny_distilled_patch16_224": "has a position for its distillation token, as in timm's and DeiT's files",
+    "deit3_small_patch16_224": "has positions for 196 patches and none for the class token",
+    "vit_small_patch14_reg4_dinov2": r"not whole or something else: .*keys unexpected .*reg_token|has positions for",
+    "vit_small_patch14_dinov2": r"keys unexpected \(first: blocks\.0\.ls1\.gamma",
+    "vit_base_patch16_siglip_224": "has positions for 196 patches and none for the class token|damaged|holds no|keys",
+    "eva02_tiny_patch14_224": r"keys unexpected \(first: |holds no vision transformer",
+    "beit_base_patch16_224": "keys missing|holds no vision transformer",
+    "swin_tiny_patch4_window7_224": "holds no vision transformer of MAE's family",
+    "resnet18": "holds no vision transformer of MAE's family",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign(name, tmp_path):
+    """Of other transformers a key, or a row of the positions, tells; nothing is reported, and nothing written."""
+    options = {"depth": 1} if "patch" in name and "swin" not in name else {}
+    state = timm.create_model(name, **options).state_dict()
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=FOREIGN[name]):
+        inspect_file(tmp_path / "file.pth")
+    for to in ("mae", "timm", "hf", "vitdet", "mmseg"):
+        with pytest.raises(CheckpointError):
+            convert_file(tmp_path / "file.pth", tmp_path / ("out" if to == "hf" else "out.pth"), to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
+    for load in (load_official, load_teacher, load_classifier):
+        with pytest.raises((CheckpointError, InputError)):
+            load(tmp_path / "file.pth")
+
+
+def test_plain_transformer(tmp_path):
+    """timm's own, which are of the family."""
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=2).state_dict(), tmp_path / "file.pth")
+    assert inspect_file(tmp_path / "file.pth").contents.kind == "class"
+    assert "in the layout of vitdet" in convert_file(tmp_path / "file.pth", tmp_path / "out.pth", to="vitdet")
+    load_classifier(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("change", ["more", "less", "other"])
+def test_not_whole(states, tmp_path, change):
+    """A key more or less, or one of another shape, is named; nothing is written."""
+    state = dict(states["mae"])
+    key = "blocks.1.attn.proj.bias"
+    value = state.pop(key)
+    state |= {"more": {key: value, "blocks.1.attn.gate": value}, "less": {}, "other": {key: value[:-1]}}[change]
+    torch.save(state, tmp_path / "file.pth")
+    named = "blocks.1.attn.gate" if change == "more" else key
+    load = partial(load_official, num_heads=3, decoder_num_heads=4)
+    for call in (inspect_file, lambda file: convert_file(file, tmp_path / "out.pth", to="timm"), load):
+        with pytest.raises(CheckpointError, match=rf"first: {named}"):
+            call(tmp_path / "file.pth")
+    assert not (tmp_path / "out.pth").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from g2sd.layouts import Contents, Kind, contents_of, decoder_heads, encoder_heads
-from g2sd.official import options_of
+from g2sd.official import check_whole, options_of
 from visionkernels.checks import InputError, check_choice
 from visionkernels.files import replace_file, write_json
 from visionkernels.weights import Checkpoint, CheckpointError, KeyRules, Trained, read_checkpoint, save_weights
@@ -47,7 +47,9 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
             f"{source} holds {contents.kind!r}, whose relative positions or statistics have no place in {to!r}"
         )
     state = from_huggingface(checkpoint.state) if contents.kind == "hf" else dict(checkpoint.state)
-    kind = contents_of(state, source).kind
+    contents = contents_of(state, source)
+    check_whole(state, contents, source, is_recorded=checkpoint.trained is not None)
+    kind = contents.kind
     if to == "hf":
         options = options_of(checkpoint)
         _write_folder(

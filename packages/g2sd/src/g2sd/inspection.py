@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from g2sd.layouts import Contents, Kind, contents_of
-from g2sd.official import FULL_TEACHER
+from g2sd.official import FULL_TEACHER, check_whole
 from visionkernels.weights import read_checkpoint
+from visionkernels.weights.reading import first_names
 
 __all__ = ["Inspection", "inspect_file"]
 
@@ -68,6 +71,10 @@ class Inspection:
     """Entry of the file that holds the weights; "" for the file itself."""
     num_tensors: int
     num_values: int
+    bad_tensors: tuple[str, ...]
+    """Tensors with NaN or infinite values."""
+    other_entries: tuple[str, ...]
+    """Further sets of weights in the file, which `entry` takes."""
     what: str
     lacks: str
     """Weights that users often expect in it; "" if none are missing."""
@@ -90,6 +97,10 @@ class Inspection:
         where = f"entry {self.taken_from!r}" if self.taken_from else "the file itself"
         report.append(f"{self.num_tensors} tensors, {self.num_values / 1e6:.3f} M values, in {where}")
         report += [f"lacks {self.lacks}"] if self.lacks else []
+        if bad := self.bad_tensors:
+            report.append(f"{len(bad)} tensors have NaN or infinite values (first: {first_names(bad)})")
+        if self.other_entries:
+            report.append(f"other entries with weights: {first_names(self.other_entries)} (--entry NAME)")
         return report + [f"use: {use}" for use in self.uses]
 
 
@@ -105,12 +116,15 @@ def inspect_file(path: str | Path, *, entry: str | None = None) -> Inspection:
     """
     checkpoint = read_checkpoint(path, entry=entry)
     contents = contents_of(checkpoint.state, path)
+    check_whole(checkpoint.state, contents, path, is_recorded=checkpoint.trained is not None)
     is_backbone = contents.kind == "vitdet" and contents.num_classes is None
     return Inspection(
         contents,
         checkpoint.taken_from,
         len(checkpoint.state),
         sum(value.numel() for value in checkpoint.state.values()),
+        tuple(key for key, value in checkpoint.state.items() if not bool(torch.isfinite(value).all())),
+        tuple(name for name in checkpoint.entries if name != checkpoint.taken_from),
         _IS[contents.kind],
         "a detector's heads" if is_backbone else _LACKS.get(contents.kind, ""),
         _BACKBONE_USES if is_backbone else _USES[contents.kind],

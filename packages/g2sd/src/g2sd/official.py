@@ -3,11 +3,14 @@
 The models have the official names of parameters; loading is strict.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -17,9 +20,10 @@ from g2sd.positions import interpolate_positions
 from g2sd.vit import DistilledViT
 from visionkernels.checks import InputError
 from visionkernels.tasks.classification import describe_inputs
-from visionkernels.weights import Checkpoint, CheckpointError, load_strict, read_checkpoint
+from visionkernels.weights import Checkpoint, CheckpointError, load_strict, misfit, read_checkpoint
 
 __all__ = [
+    "check_whole",
     "create_model",
     "load_classifier",
     "load_encoder",
@@ -152,6 +156,40 @@ def load_encoder(model: VisionTransformer, source: str | Path | Checkpoint, *, e
     present = [name for name in own if hasattr(model, name) and any(k.startswith(name) for k in model.state_dict())]
     load_strict(model, resized(kept, model), source=path, keep=present)
     return f"encoder of {path} ({contents.kind}); fresh: {', '.join(present) or 'nothing'}"
+
+
+def check_whole(state: Mapping[str, Tensor], contents: Contents, source: object, *, is_recorded: bool) -> None:
+    """Raise CheckpointError unless a file has every tensor of the model that it seems to hold, and no other.
+
+    Files of detectors, segmentation models and transformers have loaders of their own, which check them.
+    `is_recorded` tells a file of `g2sd train`, whose images need not be squares.
+    """
+    if contents.kind not in (*_AUTOENCODERS, *_CLASSIFIERS, "encoder", "probe"):
+        return
+    count = contents.num_positions
+    if count is not None and not is_recorded and not _is_square(count):
+        if contents.kind == "distilled" and _is_square(count - 1):
+            raise CheckpointError(
+                f"{source} has a position for its distillation token, as in timm's and DeiT's files; here it has "
+                "none: add it to dist_token, and take it out of pos_embed"
+            )
+        if _is_square(count + 1):
+            raise CheckpointError(f"{source} has positions for {count + 1} patches and none for the class token")
+    if contents.kind == "probe":
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        contents = replace(contents, kind="encoder", num_classes=None)
+    rows, columns = contents.patch_size
+    with torch.device("meta"):
+        # neither the grid nor the heads show in the shapes
+        model = create_model(
+            contents, img_size=(rows, columns * (count or 1)), num_heads=1, decoder_num_heads=1, source=source
+        )
+    if fault := misfit(model, state):
+        raise CheckpointError(f"{source} seems to hold {contents.kind!r}, and is not whole or something else: {fault}")
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def refuse_other_layouts(contents: Contents, path: str | Path, *, allowed: Kind | None = None) -> None:

@@ -1,6 +1,6 @@
 """Weights files: read safely, renamed by tables, loaded strictly, and opened by the record that they keep."""
 
-from visionkernels.weights.loading import load_strict, without_prefixes
+from visionkernels.weights.loading import load_strict, misfit, without_prefixes
 from visionkernels.weights.opening import TrainedModel, open_trained
 from visionkernels.weights.reading import Checkpoint, CheckpointError, read_checkpoint
 from visionkernels.weights.rules import KeyRules
@@ -14,6 +14,7 @@ __all__ = [
     "Trained",
     "TrainedModel",
     "load_strict",
+    "misfit",
     "open_trained",
     "read_checkpoint",
     "read_torch",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from visionkernels.checks import InputError
 from visionkernels.weights.reading import CheckpointError, first_names
 
-__all__ = ["load_strict", "without_prefixes"]
+__all__ = ["load_strict", "misfit", "without_prefixes"]
 
 # what trainers put before the names of a model's parameters
 _PREFIXES = ("module.", "model.", "encoder.", "backbone.")
@@ -44,16 +44,25 @@ def load_strict(
     state = {key: value for key, value in state.items() if not is_kept(key)}
     if any(value.is_meta for value in ours.values()):
         raise InputError(f"{type(module).__name__} is on the meta device; build it on a real one to load weights")
-    wanted = {key: tuple(value.shape) for key, value in ours.items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    misfit = "" if given == wanted else _misfit(module, given, wanted) + _fit(given, candidates)
-    strange = [key for key in ours if not misfit and not _are_of_a_kind(state[key], ours[key])]
+    wanted, given = _shapes(ours), _shapes(state)
+    fault = "" if given == wanted else _misfit(module, given, wanted) + _fit(given, candidates)
+    strange = [key for key in ours if not fault and not _are_of_a_kind(state[key], ours[key])]
     if strange:
         kinds = [f"{key} {state[key].dtype} instead of {ours[key].dtype}" for key in strange]
-        misfit = f"{len(strange)} keys of another kind (first: {first_names(kinds)})"
-    if misfit:
-        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {misfit}")
+        fault = f"{len(strange)} keys of another kind (first: {first_names(kinds)})"
+    if fault:
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {fault}")
     module.load_state_dict(state, strict=False)  # the shapes agree; only what is kept is absent
+
+
+def misfit(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return what is missing, unexpected or misshapen in `state`, in words; "" if it fits. `module` may be on meta."""
+    wanted, given = _shapes(module.state_dict()), _shapes(state)
+    return "" if given == wanted else _misfit(module, given, wanted)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def _are_of_a_kind(theirs: Tensor, ours: Tensor) -> bool:

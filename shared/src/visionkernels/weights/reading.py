@@ -37,6 +37,8 @@ class Checkpoint:
     """The entry that `state` was taken from; "" for the file itself."""
     metadata: dict[str, str]
     """Plain entries (epoch, accuracy) as text."""
+    entries: tuple[str, ...]
+    """The sets of weights in the file; empty where it is one itself."""
     trained: Trained | None
     """The record of a file of this project; None for other files."""
 
@@ -65,7 +67,7 @@ def read_checkpoint(
     taken = _choose_entry(content, weights, path) if entry is None else entry
     state = _strip_wrappers(_state_in(content, taken, path))
     _check_memory(state, path)
-    return Checkpoint(path, state, taken, metadata, trained_of(metadata, state, path))
+    return Checkpoint(path, state, taken, metadata, tuple(_entries(content)), trained_of(metadata, state, path))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
