@@ -161,6 +161,8 @@ class ChunkOptions:
         expected, native = self.arrange(shape).shape, dtype.newbyteorder("=")
         if file.shape != expected or file.dtype != native:
             raise TincFormatError(f"the chunk is {file.dtype} {file.shape}; the array's chunks are {native} {expected}")
+        # the size is that of the array's own chunks
+        file.max_nbytes = file.nbytes
         return file
 
 
@@ -216,6 +218,8 @@ class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
     def decode(self, buf: Any, out: Any = None) -> Any:
         """Return the chunk, in `out` if given. Raises TincFormatError for damaged and truncated files."""
         file = TincFile(ensure_bytes(buf))
+        if out is not None:
+            file.max_nbytes = max(file.max_nbytes, ensure_ndarray(out).nbytes)
         is_big = file.metadata.get("byteorder") == "big"
         chunk = file.decode().astype(file.dtype.newbyteorder(">" if is_big else "<"), order="C", copy=False)
         return chunk if out is None else ndarray_copy(chunk, out)

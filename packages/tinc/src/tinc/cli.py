@@ -106,6 +106,7 @@ def decompress(
     region: str | None = None,
     level: int = 0,
     partial: bool = False,
+    max_bytes: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Decode a .tinc file, or a part of it.
@@ -116,13 +117,14 @@ def decompress(
         region: a range for each axis, such as 0:8,40:56,40:56; an empty end is that of the volume
         level: number of times to halve each axis
         partial: decode the available part of a file that was cut off
+        max_bytes: limit on the decoded bytes; by default 256 MiB, or 65,536 times the file where that is more
         overwrite: replace an existing output
     """
     from tinc.file import open_file
     from tinc.volumes import unstored_metadata, write_volume
 
     refuse_existing(out, overwrite)
-    file = open_file(source, partial=partial)
+    file = open_file(source, partial=partial, max_nbytes=max_bytes)
     parts = (slice(None),) * file.ndim if region is None else _parse_region(region, file.ndim)
     try:
         array = file.decode(parts, level=level)
@@ -299,7 +301,7 @@ def evaluate(
     volume = read_volume(original)
     _print_note(volume.note)
     if compressed is not None:
-        file = open_file(compressed)
+        file = open_file(compressed, max_nbytes=max(1 << 28, 2 * volume.array.nbytes))
         decoded, size = file.decode(), file.nbytes_stored
     else:
         from tinc.official.folder import decode_official

@@ -93,7 +93,8 @@ def compress(
             raise
         what = f"its metadata take {len(job.metadata)} bytes; give a larger target, or leave metadata out"
         raise OutOfReachError(f"{error}; {what}") from error
-    return TincFile(content)
+    # what was just compressed is in memory already
+    return TincFile(content, max_nbytes=max(signal.samples.nbytes, 1 << 28))
 
 
 def _best_contents(job: Job, layers: Layers) -> Contents:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinc.container import unpack
 from tinc.entropy import BitReader
-from tinc.errors import TincFormatError
+from tinc.errors import MemoryLimitError, TincFormatError
 from tinc.exact import BitsGrid, Grid, PaletteGrid, StepGrid, decode_box, decode_palette
 from tinc.regions import Region, check_region, index_region, voxels_of
 from tinc.residual.blocks import Blocks
@@ -26,6 +26,8 @@ from visionkernels.files import replace_file
 __all__ = ["TincFile", "decompress", "open_file"]
 
 _CACHED_TILES = 64
+_SLAB_SAMPLES = 1 << 22
+"""Samples that are decoded at once, in working integers of eight bytes."""
 
 
 class _Tile(NamedTuple):
@@ -38,12 +40,22 @@ class _Tile(NamedTuple):
 class TincFile:
     """A compressed array. `file[z0:z1, y0:y1, x0:x1]` decodes this part alone, to the values of the whole there."""
 
-    def __init__(self, content: bytes | mmap.mmap, *, name: str = "the file", partial: bool = False) -> None:
+    def __init__(
+        self,
+        content: bytes | mmap.mmap,
+        *,
+        name: str = "the file",
+        partial: bool = False,
+        max_nbytes: int | None = None,
+    ) -> None:
         """Read the header. Raises TincFormatError for anything but a whole `.tinc` file.
 
         `partial` also accepts the beginning of a file: parts whose streams are missing have the values of the tree.
+        `max_nbytes` bounds the bytes that a call may decode to, since a file of a few bytes may hold a constant array
+        of any size; by default 256 MiB, or 65,536 times the file where that is more.
         """
         self._content, self.name, self.partial = memoryview(content), name, partial
+        self.max_nbytes = max(1 << 28, len(content) << 16) if max_nbytes is None else max_nbytes
         self._contents, self._directory = unpack(self._content, partial=partial)
         self._tiles: OrderedDict[int, _Tile] = OrderedDict()
         self._keeps_all = False
@@ -132,18 +144,17 @@ class TincFile:
         `region` has a slice for each axis, with steps of 1. A `level` above 0 halves each axis but that of the channels
         as many times: values are then means of the voxels of a cell, and the region counts cells. The values are
         written to `out`, if given. Raises IndexError for a region that is not inside, ValueError for a level that the
-        file does not have, and TincFormatError for damaged streams.
+        file does not have, TincFormatError for damaged streams, and MemoryLimitError for more than `max_nbytes`.
         """
         steps = self._steps(level)
         sizes = self._with_channels(tuple(-(-n // s) for n, s in zip(self._contents.shape, steps[1:], strict=True)))
         inner = self._channels_first(check_region(region, sizes))
+        self._check_memory(inner, steps)
         if any(part.stop == part.start for part in inner):
             shape = [part.stop - part.start for part in inner]
             samples = np.zeros(shape, dtype=self.dtype)
-        elif self._contents.exact is not None:
-            samples = self._decode_exact(inner, steps)
         else:
-            samples = self._contents.format.to_samples(self._decode_working(inner, steps))
+            samples = self._decode_slabs(inner, steps)
         samples = self._channels_last(samples)
         if out is None:
             return samples
@@ -303,6 +314,31 @@ class TincFile:
             self._tiles.popitem(last=False)
         return decoded
 
+    def _decode_slabs(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
+        """Decode a region slab by slab, since the working integers of all of it take eight bytes a sample."""
+        sizes = [part.stop - part.start for part in region]
+        axis = max(range(1, len(sizes)), key=lambda axis: sizes[axis])
+        blocks = self._blocks
+        tile = 1 if blocks is None else max(1, blocks.block[axis] * blocks.tile[axis] // steps[axis])
+        rows = max(1, _SLAB_SAMPLES * sizes[axis] // math.prod(sizes) // tile) * tile
+        if rows >= sizes[axis]:
+            return self._decode_samples(region, steps)
+        samples = np.empty(sizes, dtype=self.dtype)
+        start = region[axis].start
+        # slabs end between tiles, so that none is decoded twice
+        for first in range(start - start % tile, region[axis].stop, rows):
+            slab = list(region)
+            slab[axis] = slice(max(first, start), min(first + rows, region[axis].stop))
+            place = [slice(None)] * len(sizes)
+            place[axis] = slice(slab[axis].start - start, slab[axis].stop - start)
+            samples[tuple(place)] = self._decode_samples(tuple(slab), steps)
+        return samples
+
+    def _decode_samples(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
+        if self._contents.exact is not None:
+            return self._decode_exact(region, steps)
+        return self._contents.format.to_samples(self._decode_working(region, steps))
+
     def _decode_working(self, region: Region, steps: tuple[int, ...]) -> np.ndarray:
         sizes = [part.stop - part.start for part in region]
         tree = self._tree
@@ -367,6 +403,17 @@ class TincFile:
             means = _sum_cells(values, steps) / _sum_cells(np.ones(values.shape), steps)
             return (means if self._contents.format.is_float else np.rint(means)).astype(self.dtype)
 
+    def _check_memory(self, region: Region, steps: tuple[int, ...]) -> None:
+        """Raise MemoryLimitError for a region that decodes to more than `max_nbytes`."""
+        # the exact layer has no coarser volumes, and averages its voxels
+        cell = math.prod(steps) if self._contents.exact is not None else 1
+        needed = math.prod(part.stop - part.start for part in region) * cell * self.dtype.itemsize
+        if needed > self.max_nbytes:
+            raise MemoryLimitError(
+                f"{self.name} of {self.nbytes_stored} bytes decodes to {needed} bytes here, above the limit of "
+                f"{self.max_nbytes}; give max_nbytes={needed} (--max-bytes {needed}) if you trust it, or a region"
+            )
+
     def _steps(self, level: int) -> tuple[int, ...]:
         """Return the voxels of a cell of a level by axis, channels first."""
         if isinstance(level, bool) or not 0 <= level <= self.levels:
@@ -393,27 +440,29 @@ class TincFile:
         return samples[None] if axis is None else np.moveaxis(samples, axis, 0)
 
 
-def open_file(source: str | Path | bytes, *, partial: bool = False) -> TincFile:
+def open_file(source: str | Path | bytes, *, partial: bool = False, max_nbytes: int | None = None) -> TincFile:
     """Open a `.tinc` file by its path or its bytes; the streams of a path are read when they are decoded.
+
+    `max_nbytes` bounds the bytes that a call may decode to, as for `TincFile`.
 
     Raises FileNotFoundError, and TincFormatError for anything but a whole `.tinc` file, or with `partial` a beginning.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return TincFile(bytes(source), partial=partial)
+        return TincFile(bytes(source), partial=partial, max_nbytes=max_nbytes)
     path = Path(source)
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             raise TincFormatError(f"{path} is empty")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return TincFile(content, name=str(path), partial=partial)
+        return TincFile(content, name=str(path), partial=partial, max_nbytes=max_nbytes)
     except TincFormatError as error:
         raise TincFormatError(f"{path}: {error}") from error
 
 
-def decompress(source: str | Path | bytes) -> np.ndarray:
+def decompress(source: str | Path | bytes, *, max_nbytes: int | None = None) -> np.ndarray:
     """Return the whole array of a `.tinc` file; see `open_file`."""
-    return open_file(source).decode()
+    return open_file(source, max_nbytes=max_nbytes).decode()
 
 
 def _sum_cells(values: np.ndarray, steps: tuple[int, ...]) -> np.ndarray:
