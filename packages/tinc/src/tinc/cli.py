@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -18,6 +18,9 @@ from visionkernels.files import finite_or_none, refuse_existing, write_json
 from visionkernels.package import Package
 
 __all__ = ["PACKAGE", "main"]
+
+if TYPE_CHECKING:
+    from tinc.volumes.description import Volume
 
 As = Annotated[Literal["uint8", "uint16", "int16", "float32"] | None, arg(name="as")]
 Sizes = Annotated[tuple[int, ...], arg(metavar="N [N ...]")]
@@ -37,7 +40,7 @@ def compress(
     layers: Literal["auto", "tree", "residual", "both"] = "auto",
     nan: Literal["raise", "fill"] = "raise",
     as_type: As = None,
-    channel_axis: int | None = None,
+    channel_axis: int | Literal["none"] | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
     metadata: Literal["auto", "keep", "drop"] = "auto",
@@ -60,7 +63,7 @@ def compress(
         layers: force a tree alone, a residual layer alone, or both; auto takes the best
         nan: raise an error for samples that are not finite, or fill them with the mean
         as_type: convert the samples first; values are rounded, and must be in the type's range
-        channel_axis: axis of the channels; by default that of the source
+        channel_axis: axis of the channels, or none where the source is wrong to name one; by default that of the source
         max_seconds: time limit for the training of a tree
         seed: seed of the training
         metadata: keep or drop those of the source; auto keeps all, and for targets below 64 KiB what gives places and
@@ -75,10 +78,11 @@ def compress(
     from tinc.volumes import essential_metadata, read_volume
 
     refuse_existing(out, overwrite)
+    _refuse_source(source, out)
     target = one_request(ratio=ratio, bytes=bytes, bpv=bpv, psnr=psnr, max_error=max_error, lossless=lossless)
     volume = read_volume(source, as_type=as_type)
     _print_note(volume.note)
-    axis = volume.channel_axis if channel_axis is None else channel_axis
+    axis = _channel_axis(volume, channel_axis)
     limit = target.size_limit(volume.array.size, volume.array.nbytes)
     kept: dict[str, Any] = {} if metadata == "drop" else volume.metadata
     left_out: list[str] = []
@@ -124,6 +128,7 @@ def decompress(
     from tinc.volumes import unstored_metadata, write_volume
 
     refuse_existing(out, overwrite)
+    _refuse_source(source, out)
     file = open_file(source, partial=partial, max_nbytes=max_bytes)
     parts = (slice(None),) * file.ndim if region is None else _parse_region(region, file.ndim)
     try:
@@ -168,6 +173,8 @@ def chunk(
     size: Sizes,
     target: Target = Target(),
     preset: Literal["fast", "balanced", "best"] = "fast",
+    as_type: As = None,
+    channel_axis: int | Literal["none"] | None = None,
     jobs: int = 1,
     backend: Literal["loky", "ray", "dask"] = "loky",
     overwrite: bool = False,
@@ -181,6 +188,8 @@ def chunk(
         out: the .zarr folder to write
         size: sizes of a chunk by axis
         preset: fast trains no trees
+        as_type: convert the samples first, all in memory; values are rounded, and must be in the type's range
+        channel_axis: axis of the channels, or none; by default that of the source
         jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
         overwrite: replace an existing output
@@ -188,11 +197,12 @@ def chunk(
     from tinc.parallel import compress_chunks
     from tinc.volumes import read_volume
 
-    volume = read_volume(source)
+    _refuse_source(source, out)
+    volume = read_volume(source, as_type=as_type)
     _print_note(volume.note)
     report = compress_chunks(
         volume.array, out, chunk=size, jobs=jobs, backend=backend, metadata=volume.metadata, overwrite=overwrite,
-        preset=preset, channel_axis=volume.channel_axis, **target.options(),
+        preset=preset, channel_axis=_channel_axis(volume, channel_axis), **target.options(),
     )  # fmt: skip
     print(f"{out}: {report.num_chunks} chunks, {report.bytes} bytes, ratio {report.ratio:.2f}")
     print_metrics({"psnr": report.psnr})
@@ -204,6 +214,7 @@ def batch(
     out: Path,
     target: Target = Target(),
     preset: Literal["fast", "balanced", "best"] = "balanced",
+    as_type: As = None,
     jobs: int = 1,
     backend: Literal["loky", "ray", "dask"] = "loky",
     overwrite: bool = False,
@@ -214,6 +225,7 @@ def batch(
         sources: the volumes
         out: folder of the files, and of done.jsonl
         preset: fast trains no trees
+        as_type: convert the samples first; values are rounded, and must be in the type's range
         jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
         overwrite: replace existing outputs
@@ -223,8 +235,8 @@ def batch(
     if not sources:
         raise InputError("SOURCE is missing; give one or more volumes")
     report = compress_many(
-        sources, out, jobs=jobs, backend=backend, done=out / "done.jsonl", overwrite=overwrite, preset=preset,
-        **target.options(),
+        sources, out, jobs=jobs, backend=backend, as_type=as_type, done=out / "done.jsonl", overwrite=overwrite,
+        preset=preset, **target.options(),
     )  # fmt: skip
     for entry in report.files:
         quality = "exact" if entry["psnr"] is None else f"PSNR {entry['psnr']:.2f} dB"
@@ -484,6 +496,15 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
         bar.close()
+
+
+def _refuse_source(source: Path, out: Path) -> None:
+    if out.exists() and out.samefile(source):
+        raise InputError(f"{out} is the source itself, which would be lost; give another name")
+
+
+def _channel_axis(volume: "Volume", chosen: int | Literal["none"] | None) -> int | None:
+    return volume.channel_axis if chosen is None else None if chosen == "none" else chosen
 
 
 def _print_note(note: str | None) -> None:
