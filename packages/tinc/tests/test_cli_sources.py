@@ -1,5 +1,7 @@
 """Commands that lose no source, and take axes and types as they are told."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -52,3 +54,15 @@ def test_as_type(tmp_path):
     assert run("chunk", tmp_path / "x.npy", tmp_path / "x.zarr", "--size", 4, 8, 8, "--as", "uint8") == 0
     assert run("batch", tmp_path / "x.npy", "--out", tmp_path / "all", "--as", "uint8") == 0
     assert (tinc.open(tmp_path / "all/x.tinc").decode() == np.rint(array)).all()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent / "files/damaged").iterdir()), ids=lambda path: path.name
+)
+def test_damage_that_libraries_do_not_report(path, tmp_path, capsys):
+    """Assertions of tifffile and sizes beyond the memory: one line, exit code 2, and no output."""
+    pytest.importorskip("imagecodecs", reason="imagecodecs is not installed")
+    assert run("compress", path, tmp_path / "x.tinc", "--lossless") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"volume {path} is damaged" in error
+    assert not (tmp_path / "x.tinc").exists()

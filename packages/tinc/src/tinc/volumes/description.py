@@ -146,10 +146,13 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except (
         ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, OSError, SyntaxError,
-        RuntimeError, struct.error, tokenize.TokenError, zlib.error, tifffile.TiffFileError,
+        RuntimeError, AssertionError, struct.error, tokenize.TokenError, zlib.error, tifffile.TiffFileError,
         Image.DecompressionBombError,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or type(error).__name__
         if "imagecodecs" in reason:
             raise ImportError(f"{path}: {reason}; run: pip install imagecodecs") from error
         raise CorruptFileError(f"volume {path} is damaged or of another format: {reason[:200]}") from error
+    except MemoryError as error:
+        # of a size that damage has made large, or of a volume that is
+        raise CorruptFileError(f"volume {path} is damaged, or larger than the memory") from error
