@@ -67,7 +67,7 @@ def test_damage_that_libraries_do_not_report(tmp_path, capsys, monkeypatch):
         raise MemoryError
 
     whole = tmp_path / "whole.tif"
-    tifffile.imwrite(whole, np.zeros((4, 8, 8), np.uint8), compression="zlib")
+    tifffile.imwrite(whole, np.zeros((4, 8, 8), np.uint8), compression="zlib", photometric="minisblack")
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", allocate)
     assert run("compress", whole, tmp_path / "x.tinc", "--lossless") == 2
     assert capsys.readouterr().err == f"tinc: error: volume {whole} is damaged, or larger than the memory\n"
