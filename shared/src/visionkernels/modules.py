@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["copy_module", "is_plain", "is_untouched"]
+__all__ = ["copy_module", "is_exporting", "is_plain", "is_untouched"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -32,8 +32,14 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and is_untouched(module)
         and parameters[0] is not None
         # while a model is exported, its parameters are stand-ins
-        and (torch.compiler.is_exporting() or all(_is_stock(value) for value in parameters if value is not None))
+        and (is_exporting() or all(_is_stock(value) for value in parameters if value is not None))
     )
+
+
+def is_exporting() -> bool:
+    """Tell whether `torch.export` runs this code; torch before 2.7 does not say."""
+    asks = getattr(torch.compiler, "is_exporting", None)
+    return asks is not None and bool(asks())
 
 
 def _is_stock(value: Tensor) -> bool:

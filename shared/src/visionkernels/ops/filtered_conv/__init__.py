@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionkernels.checks import InputError
+from visionkernels.modules import is_exporting
 from visionkernels.ops._checks import check_devices, check_floating
 from visionkernels.ops._dispatch import Backend, choose_backend, implementation, is_autocast, without_autocast
 from visionkernels.ops.filtered_conv import eager
@@ -92,7 +93,7 @@ def filtered_conv2d(
     tap_weight = _tap_weight(geometry, weight) if border == "covered" else None
     arguments = (x if x.ndim == 4 else x[None], weight, bias, geometry, tap_weight)
     with without_autocast(x):
-        if straight_through or _is_exporting():
+        if straight_through or is_exporting():
             out = eager.straight_through(*arguments)
         elif (chosen := choose_backend("filtered_conv", backend, x)) == "eager":
             out = eager.filtered_conv2d(*arguments, kernel=kernel)
@@ -181,12 +182,6 @@ def pad_unevenly(
     if rows % 2 == columns % 2 == 0:
         return x, (rows // 2, columns // 2)
     return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), (0, 0)
-
-
-def _is_exporting() -> bool:
-    # new in torch 2.7
-    is_exporting = getattr(torch.compiler, "is_exporting", None)
-    return is_exporting is not None and is_exporting()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
