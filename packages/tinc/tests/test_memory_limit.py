@@ -1,5 +1,6 @@
 """Files of a few bytes that decode to gigabytes: refused before memory is taken, unless the caller allows it."""
 
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -72,3 +73,18 @@ def test_command(tmp_path, capsys):
     assert "--max-bytes 1073741824" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
     assert main([*command, "--region", "0:2,0:2", "--max-bytes", "4"]) == 0
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_pickled(tmp_path, monkeypatch, is_mapped):
+    """As Dask sends it to its workers, which may run in another folder."""
+    array = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    content = compress(array, lossless=True)
+    content.save(tmp_path / "x.tinc")
+    monkeypatch.chdir(tmp_path)
+    opened = open_tinc("x.tinc", max_nbytes=9000) if is_mapped else content
+    message = pickle.dumps(opened)
+    monkeypatch.chdir("/")
+    copied = pickle.loads(message)
+    assert (copied.decode() == array).all() and copied.max_nbytes == opened.max_nbytes
+    assert len(message) < (500 if is_mapped else 2 * content.nbytes_stored)

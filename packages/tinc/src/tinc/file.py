@@ -125,6 +125,12 @@ class TincFile:
     def __repr__(self) -> str:
         return f"TincFile({self.shape}, {self.dtype}, {self.nbytes_stored} bytes, ratio {self.ratio:.1f})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a mapped file is opened anew, by its whole path: workers may be in another folder
+        is_mapped = isinstance(self._content.obj, mmap.mmap)
+        source = Path(self.name).absolute() if is_mapped else bytes(self._content)
+        return _reopen, (source, self.partial, self.max_nbytes)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -458,6 +464,10 @@ def open_file(source: str | Path | bytes, *, partial: bool = False, max_nbytes: 
         return TincFile(content, name=str(path), partial=partial, max_nbytes=max_nbytes)
     except TincFormatError as error:
         raise TincFormatError(f"{path}: {error}") from error
+
+
+def _reopen(source: Path | bytes, partial: bool, max_nbytes: int) -> TincFile:
+    return open_file(source, partial=partial, max_nbytes=max_nbytes)
 
 
 def decompress(source: str | Path | bytes, *, max_nbytes: int | None = None) -> np.ndarray:
