@@ -85,6 +85,24 @@ class TestFeatureSmoothL1:
         with pytest.raises(error, match=message):
             feature_smooth_l1(**arguments)
 
+    @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+    @pytest.mark.parametrize("scale", [1e-30, 1e12, 1e19, 1e30])
+    def test_scale_of_the_teacher(self, backend, scale):
+        """Squares of hidden states overflow from 1e19 on; their norm does not."""
+        prediction, hidden = torch.randn(3, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+        hidden[1:] *= scale
+        (ours,) = gradients(lambda x: feature_smooth_l1(x, hidden, backend=backend), [prediction])
+        exact = hidden.double()
+        (expected,) = gradients(lambda x: feature_smooth_l1(x, exact, backend="reference"), [prediction.double()])
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+
+    def test_batched(self):
+        """vmap over both inputs."""
+        prediction, hidden = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        ours = torch.vmap(feature_smooth_l1)(prediction, hidden)
+        expected = [feature_smooth_l1(*pair) for pair in zip(prediction, hidden, strict=True)]
+        torch.testing.assert_close(ours, torch.stack(expected))
+
     def test_limits_of_the_kernels(self):
         wide = torch.ones(1, 8193, device=DEVICE)
         with pytest.raises(RuntimeError, match="rows of 8193 channels exceed the kernels' 8192"):

@@ -36,6 +36,9 @@ def _clipped_error(
     c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     offset, mask = m[:, None] * C + c, (m < M)[:, None] & (c < C)
     hidden = tl.load(hidden_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    # squares of larger numbers overflow; the norm does not change with their scale
+    peak = tl.max(tl.abs(hidden), 1)
+    hidden *= tl.where(peak > 1099511627776.0, 1048576.0 / peak, 1.0)[:, None]
     centred = tl.where(mask, hidden - (tl.sum(hidden, 1) / C)[:, None], 0.0)
     deviation = tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
     prediction = tl.load(prediction_ptr + offset, mask=mask, other=0.0).to(tl.float32)
