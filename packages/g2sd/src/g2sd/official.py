@@ -166,17 +166,9 @@ def check_whole(state: Mapping[str, Tensor], contents: Contents, source: object,
     """
     if contents.kind not in (*_AUTOENCODERS, *_CLASSIFIERS, "encoder", "probe"):
         return
-    count = contents.num_positions
-    if count is not None and not is_recorded and not _is_square(count):
-        if contents.kind == "distilled" and _is_square(count - 1):
-            raise CheckpointError(
-                f"{source} has a position for its distillation token, as in timm's and DeiT's files; here it has "
-                "none: add it to dist_token, and take it out of pos_embed"
-            )
-        if _is_square(count + 1):
-            raise CheckpointError(f"{source} has positions for {count + 1} patches and none for the class token")
-    if contents.kind == "probe":
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    kind, count = contents.kind, contents.num_positions
+    if kind == "probe":
+        state = {key: value for key, value in state.items() if key not in _PROBE}
         contents = replace(contents, kind="encoder", num_classes=None)
     rows, columns = contents.patch_size
     with torch.device("meta"):
@@ -185,11 +177,21 @@ def check_whole(state: Mapping[str, Tensor], contents: Contents, source: object,
             contents, img_size=(rows, columns * (count or 1)), num_heads=1, decoder_num_heads=1, source=source
         )
     if fault := misfit(model, state):
-        raise CheckpointError(f"{source} seems to hold {contents.kind!r}, and is not whole or something else: {fault}")
+        raise CheckpointError(f"{source} seems to hold {kind!r}, and is not whole or something else: {fault}")
+    if kind == "distilled" and not is_recorded and count is not None and not _is_grid(count) and _is_grid(count - 1):
+        raise CheckpointError(
+            f"{source} has a position for its distillation token, as in timm's and DeiT's files; here it has "
+            "none: add it to dist_token, and take it out of pos_embed"
+        )
 
 
-def _is_square(count: int) -> bool:
-    return count > 0 and math.isqrt(count) ** 2 == count
+_PROBE = {"head.1.weight", "head.1.bias", *(f"head.0.{name}" for name in ("running_mean", "running_var"))}
+_PROBE |= {"head.0.num_batches_tracked"}
+
+
+def _is_grid(count: int) -> bool:
+    """Whether so many patches are of an image whose sides are at most as one to four."""
+    return any(count % rows == 0 and count <= 4 * rows**2 for rows in range(1, math.isqrt(count) + 1))
 
 
 def refuse_other_layouts(contents: Contents, path: str | Path, *, allowed: Kind | None = None) -> None:
