@@ -1,5 +1,6 @@
 """A second derivative is right or raises, also where the gradient that comes in is a constant."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -61,7 +62,7 @@ def second_derivatives(function: Callable[..., Tensor], inputs: list[Tensor], wr
 @pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives(name, backend, monkeypatch):
-    """Of the gradient of each input, by every other: as those of the reference in float64, or an error."""
+    """Derivatives of every input's gradient by all inputs equal those of the reference in float64, or raise."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     op, shapes, num_trained = CASES[name]
     for wrt in range(num_trained):
@@ -107,8 +108,10 @@ def test_transforms(name, backend):
     ):
         try:
             ours = transform()
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
             assert name not in ("restore_tokens", "siren_mlp", "feature_smooth_l1")
+            # torch's words for a refusal, and its own fault of a forward derivative in two precisions
+            assert re.search("functorch transforms|forward mode AD|forward AD|Double did not match Float", str(error))
             continue
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 

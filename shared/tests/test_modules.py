@@ -71,7 +71,7 @@ def test_is_untouched(change: str) -> None:
 class TestCopyModule:
     @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
     def test_computed_weights(self) -> None:
-        """Of pruned and normed layers, also inside a list that the module keeps; the copy trains by itself."""
+        """Pruned and normed layers are copied, also inside a list that the module keeps; the copy trains by itself."""
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
         ADAPTERS["pruning"](model, "1")
         x = torch.randn(2, 3)

@@ -120,7 +120,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign(name, tmp_path):
-    """Of other transformers a key, or a row of the positions, tells; nothing is reported, and nothing written."""
+    """A key, or a row of the positions, gives other transformers away; no report is made, and no file written."""
     options = {"depth": 1} if "patch" in name and "swin" not in name else {}
     state = timm.create_model(name, **options).state_dict()
     torch.save(state, tmp_path / "file.pth")

@@ -12,7 +12,15 @@ from typing import Any
 
 from visionkernels.checks import InputError
 
-__all__ = ["CorruptFileError", "finite_or_none", "refuse_existing", "replace_file", "sync", "write_json"]
+__all__ = [
+    "CorruptFileError",
+    "finite_or_none",
+    "refuse_existing",
+    "remove_leftovers",
+    "replace_file",
+    "sync",
+    "write_json",
+]
 
 
 class CorruptFileError(InputError):
@@ -54,6 +62,13 @@ def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that a kill within `replace_file(path)` has left."""
+    # mkstemp draws eight characters
+    for leftover in path.parent.glob(f".{path.stem}-????????{path.suffix}"):
+        leftover.unlink()
 
 
 def refuse_existing(path: str | Path | None, overwrite: bool) -> None:

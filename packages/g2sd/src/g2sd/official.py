@@ -185,8 +185,9 @@ def check_whole(state: Mapping[str, Tensor], contents: Contents, source: object,
         )
 
 
-_PROBE = {"head.1.weight", "head.1.bias", *(f"head.0.{name}" for name in ("running_mean", "running_var"))}
-_PROBE |= {"head.0.num_batches_tracked"}
+_PROBE = {
+    "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
+}  # fmt: skip
 
 
 def _is_grid(count: int) -> bool:

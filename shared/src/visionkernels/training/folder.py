@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from visionkernels.checks import InputError
-from visionkernels.files import replace_file, sync, write_json
+from visionkernels.files import remove_leftovers, replace_file, sync, write_json
 from visionkernels.package import installed_packages
 from visionkernels.weights.trained import Trained
 
@@ -130,9 +130,7 @@ class RunFolder:
         for leftover in self._named(hidden=True):
             shutil.rmtree(leftover)
         for name in ("run.json", "log.jsonl", "best.safetensors", "weights.safetensors", "ema.safetensors"):
-            stem, _, suffix = name.partition(".")
-            for leftover in self.path.glob(f".{stem}-????????.{suffix}"):
-                leftover.unlink()
+            remove_leftovers(self.path / name)
 
     def _named(self, *, hidden: bool = False) -> list[Path]:
         """Return the folders with a checkpoint's name, the oldest first."""

@@ -90,7 +90,7 @@ class _Scan:
         if name not in _CALLS:
             # in the words of torch, from which the reader of the error takes the name
             raise ValueError(f"GLOBAL {name}")
-        self.spend(sum(item.size + item.inner for item in arguments))
+        self.spend(sum(8 + item.size + item.inner for item in arguments))
         result = _Object(items=arguments)
         result.size += result.inner
         self.push(result)
