@@ -111,7 +111,8 @@ def test_transforms(name, backend):
         except (RuntimeError, NotImplementedError) as error:
             assert name not in ("restore_tokens", "siren_mlp", "feature_smooth_l1")
             # torch's words for a refusal, and its own fault of a forward derivative in two precisions
-            assert re.search("functorch transforms|forward mode AD|forward AD|Double did not match Float", str(error))
+            refusals = "functorch transforms|data-dependent control flow|forward (mode )?AD|Double did not match"
+            assert re.search(refusals, str(error))
             continue
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 

@@ -71,6 +71,30 @@ class TestRegionAttention:
 
         check_backend(partial(run, backend="eager"), partial(run, backend="reference"), [*inputs, weight])
 
+    @pytest.mark.parametrize("case", ["plain", "sparse"])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("poisoned", range(3))
+    def test_nonfinite(self, poisoned, bad, case):
+        """A value that is not finite reaches the outputs and gradients that it reaches by the definition."""
+        inputs, index, options = make(**CASES[case])
+        inputs[poisoned][0, 0, 0, 0] = bad
+        run = partial(region_attention, region_index=index, **options)
+        runs = [partial(run, backend=backend) for backend in ("eager", "reference")]
+        results = [[run(*inputs), *gradients(run, inputs)] for run in runs]
+        assert any(not x.isfinite().all() for x in results[1])
+        for ours, reference in zip(*results, strict=True):
+            assert torch.equal(ours.isfinite(), reference.isfinite())
+
+    @pytest.mark.parametrize("case", ["plain", "other-key-map", "sparse"])
+    def test_kept_weights(self, monkeypatch, case):
+        """Weights that are kept for backward, and weights that are computed again, give the same bits."""
+        monkeypatch.setattr(eager, "_prefers_dense", lambda *_: False)
+        inputs, index, options = make(**CASES[case])
+        run = partial(region_attention, region_index=index, backend="eager", **options)
+        kept = gradients(run, inputs)
+        monkeypatch.setattr(eager, "_room_for_weights", lambda *_: None)
+        assert all(torch.equal(ours, again) for ours, again in zip(kept, gradients(run, inputs), strict=True))
+
     @pytest.mark.parametrize("elements", [1, 300, 1500, 1 << 20])
     def test_workspace(self, monkeypatch, elements):
         """Any size of chunk, down to one region, gives the same."""

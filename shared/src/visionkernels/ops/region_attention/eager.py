@@ -8,6 +8,7 @@ compiler plans its own memory, and for weighted slots.
 
 # B batch, G query regions, L key regions, T tokens of a region, S slots, K = S * T gathered tokens, M heads, D head
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, fr
 
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
 
-WORKSPACE_ELEMENTS = 3 << 18
-"""Elements of all buffers of a chunk of one or more regions: 3 MiB of float32, about the cache of a core."""
+WORKSPACE_ELEMENTS = 3 << 19
+"""Elements of all buffers of a chunk of one or more regions: 6 MiB of float32, near the caches of a core or two."""
 
 
 def region_attention(
@@ -35,7 +36,7 @@ def region_attention(
     """
     if slot_weight is not None or torch.compiler.is_compiling():
         return _gathered(query, key, value, region_index, geometry, slot_weight)
-    if geometry.valid_size is None and _prefers_dense(query, key, region_index, geometry):
+    if geometry.valid_size is None and _prefers_dense(query, key, value, region_index, geometry):
         return _dense(query, key, value, region_index, geometry)
     # keys and values travel side by side: one gather, one sum of gradients
     maps = (query, torch.cat([key, value], -1)) if packed is None else (packed,)
@@ -43,12 +44,18 @@ def region_attention(
     return _ChunkedAttention.apply(geometry, query.shape[-1], region_index, anchor, *maps)  # type: ignore[no-any-return]
 
 
-def _prefers_dense(query: Tensor, key: Tensor, region_index: Tensor, geometry: RegionGeometry) -> bool:
-    """Choose by measurement: masked dense attention wins up to 4 times the routed work, while its mask stays small."""
+def _prefers_dense(query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> bool:
+    """Choose by measurement: masked dense attention wins up to 4 times the routed work, while its mask stays small.
+
+    A weight of zero does not stop a NaN or an infinity of a region that is not routed, so maps with one are excluded.
+    """
+    if query.device.type != "cpu":
+        return False
     mask_elements = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] * key.shape[2]
     is_small = mask_elements <= max(WORKSPACE_ELEMENTS, query.numel())
     tokens = key.shape[1] * key.shape[2] / geometry.key_regions
-    return is_small and geometry.key_regions <= (1 + 12 / tokens) * region_index.shape[-1]
+    is_near = geometry.key_regions <= (1 + 12 / tokens) * region_index.shape[-1]
+    return is_small and is_near and all(bool(x.detach().sum().isfinite()) for x in (query, key, value))
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> Tensor:
@@ -102,28 +109,51 @@ def _split(maps: Sequence[Tensor], query_size: int) -> Sequence[Tensor]:
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Keeps only its inputs, and recomputes the weights in backward. Half precision is widened chunk by chunk."""
+    """Keeps its inputs, and the weights where they are the smaller; larger ones are computed again in backward.
+
+    Half precision is widened chunk by chunk.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, geometry: RegionGeometry, query_size: int, region_index: Tensor, anchor: Tensor | None, *maps: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(region_index, *maps)
-        ctx.geometry, ctx.query_size, ctx.anchor = geometry, query_size, anchor
         query, key_value = _split(maps, query_size)
-        return _forward(query, key_value, region_index, geometry)
+        kept = _room_for_weights(query, key_value, region_index, geometry) if any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(region_index, kept, *maps)
+        ctx.geometry, ctx.query_size, ctx.anchor = geometry, query_size, anchor
+        return _forward(query, key_value, region_index, geometry, kept)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        region_index, *maps = ctx.saved_tensors
+        region_index, kept, *maps = ctx.saved_tensors
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in maps)
         (query, key_value), (grad_query, grad_key_value) = (_split(x, ctx.query_size) for x in (maps, grads))
-        _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry)
+        _backward(grad_out, query, key_value, grad_query, grad_key_value, region_index, ctx.geometry, kept)
         return None, None, None, None, *grads
 
 
-def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry) -> Tensor:
+def _room_for_weights(
+    query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry
+) -> Tensor | None:
+    """Return an empty tensor [M, B * G, T, K] for the weights, or None if it would be larger than the maps.
+
+    One product and one softmax of five and two are saved in backward, which decides on a CPU without AVX-512.
+    """
+    regions, slots = region_index.shape[1:]
+    keys = slots * key_value.shape[1] * key_value.shape[2] // geometry.key_regions
+    tokens = query.shape[1] * query.shape[2] // regions
+    shape = (geometry.num_heads, len(query) * regions, tokens, keys)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if math.prod(shape) * dtype.itemsize > (query.numel() + key_value.numel()) * query.itemsize:
+        return None
+    return query.new_empty(shape, dtype=dtype)
+
+
+def _forward(
+    query: Tensor, key_value: Tensor, region_index: Tensor, geometry: RegionGeometry, kept: Tensor | None
+) -> Tensor:
     walk = _Walk(query, key_value, region_index, geometry, is_backward=False)
     out = query.new_empty(*query.shape[:3], walk.value_size)
     out_regions, query_regions, key_rows = walk.query_regions(out), walk.query_regions(query), walk.key_rows(key_value)
@@ -131,7 +161,8 @@ def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: R
         queries = walk.load_regions("query", query_regions, chunk, geometry.scale)
         keys = walk.load_rows(key_rows, chunk)
         for head, key_head, value_head in walk.heads:
-            weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head])
+            target = None if kept is None else kept[head, chunk.regions]
+            weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head], target)
             attended = torch.bmm(weights, keys[..., value_head])
             walk.store_regions(attended, out_regions.unflatten(-1, (geometry.num_heads, -1))[..., head, :], chunk)
     return out
@@ -139,7 +170,7 @@ def _forward(query: Tensor, key_value: Tensor, region_index: Tensor, geometry: R
 
 def _backward(
     grad_out: Tensor, query: Tensor, key_value: Tensor, grad_query: Tensor, grad_key_value: Tensor,
-    region_index: Tensor, geometry: RegionGeometry,
+    region_index: Tensor, geometry: RegionGeometry, kept: Tensor | None,
 ) -> None:  # fmt: skip
     walk = _Walk(query, key_value, region_index, geometry, is_backward=True)
     grad_regions, query_regions = walk.query_regions(grad_out), walk.query_regions(query)
@@ -150,7 +181,10 @@ def _backward(
         keys, grads = walk.load_rows(key_rows, chunk), walk.load_regions("grad", grad_regions, chunk)
         for head, key_head, value_head in walk.heads:
             grad = grads.unflatten(-1, (geometry.num_heads, -1))[..., head, :]
-            weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head])
+            if kept is None:
+                weights = walk.weights(chunk, queries[..., key_head], keys[..., key_head])
+            else:
+                weights = kept[head, chunk.regions]
             key_sum, value_sum = sums[head]
             walk.add(value_sum, weights.mT, grad, chunk)
             grad_logits = walk.grad_logits(weights, grad, keys[..., value_head], chunk)
@@ -174,6 +208,7 @@ class _Chunk:
     rows: slice
     columns: slice
     size: int  # regions
+    regions: slice  # where they stand in the order of the walk
     key_regions: Tensor  # [size * S] in the stack of all images
     key_rows: Tensor  # [size * S * h'] rows of pixels of these regions
     is_valid: Tensor | None  # [size, 1, K]
@@ -219,18 +254,22 @@ class _Walk:
         self.is_valid = None if valid is None else valid[region_index].flatten(2).view(*self.grid, 1, self.num_keys)
 
     def __iter__(self) -> Iterator[_Chunk]:
+        done = 0
         for top in range(0, self.grid[0], self.rows_per_chunk):
             for left in range(0, self.grid[1], self.columns_per_chunk):
                 rows = slice(top, min(top + self.rows_per_chunk, self.grid[0]))
                 columns = slice(left, min(left + self.columns_per_chunk, self.grid[1]))
+                size = (rows.stop - top) * (columns.stop - left)
                 yield _Chunk(
                     rows=rows,
                     columns=columns,
-                    size=(rows.stop - top) * (columns.stop - left),
+                    size=size,
+                    regions=slice(done, done + size),
                     key_regions=self.key_region[rows, columns].flatten(),
                     key_rows=self.key_row[rows, columns].flatten(),
                     is_valid=None if self.is_valid is None else self.is_valid[rows, columns].flatten(0, 1),
                 )
+                done += size
 
     def buffer(self, name: str, chunk: _Chunk, *shape: int) -> Tensor:
         if name not in self.buffers:
@@ -270,10 +309,12 @@ class _Walk:
             flat.copy_(rows.index_select(0, chunk.key_rows))
         return buffer
 
-    def weights(self, chunk: _Chunk, queries: Tensor, keys: Tensor) -> Tensor:  # [size, T, K]
+    def weights(self, chunk: _Chunk, queries: Tensor, keys: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the weights [size, T, K], written to `weights` where it is given."""
         # two buffers: softmax in place is slower by half where K is no multiple of the vector width
         logits = self.buffer("logits", chunk, self.num_tokens, self.num_keys)
-        weights = self.buffer("weights", chunk, self.num_tokens, self.num_keys)
+        if weights is None:
+            weights = self.buffer("weights", chunk, self.num_tokens, self.num_keys)
         torch.bmm(queries, keys.mT, out=logits)
         if chunk.is_valid is None:
             return torch.softmax(logits, -1, out=weights)
