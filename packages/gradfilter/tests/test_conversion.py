@@ -333,6 +333,18 @@ class TestConvert:
         ]
         assert "middle.weight" in trainable(net)
 
+    def test_lucky_measurement(self, net, images, monkeypatch):
+        """A layer that wins once, and loses when all that won are measured again, stays exact."""
+        measured = []
+
+        def wins(call, radius, **_):
+            measured.append(call.name)
+            return measured.count(call.name) == 1 or call.name == "last"
+
+        monkeypatch.setattr("gradfilter.conversion.wins_time", wins)
+        report = convert(net, last_n=2, example_input=images, objective="time")
+        assert measured == ["middle", "last"] * 2 and report.filtered == ("last",)
+
     def test_copies(self, net, images):
         convert(net, last_n=2, example_input=images, compact=True)
         for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
