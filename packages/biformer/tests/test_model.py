@@ -139,11 +139,26 @@ class TestBiFormer:
             ({"topks": (1, 2, 4, -3)}, ValueError, "topk=-3 is unknown"),
             ({"topks": (1, 2, 4, -2), "data_format": "NCHW"}, ValueError, "topk=-2 is unknown to the NCHW form"),
             ({"pos_conv": 5}, ValueError, "pos_conv=5 must be 3, or 0 for none"),
+            ({"output_stride": 4}, ValueError, "output_stride=4 must be one of 8, 16, 32"),
+            ({"name": "biformer_stl", "output_stride": 16}, ValueError, "output_stride=16 needs patches that overlap"),
         ],
     )
     def test_errors(self, options, error, message):
         with pytest.raises(error, match=message):
             micro(**options)
+
+    @pytest.mark.parametrize("output_stride", [8, 16])
+    def test_output_stride(self, output_stride):
+        """The denser map of the dilated model holds the values of the ordinary one (with convolutions for mixers)."""
+        ordinary = micro(topks=(0, 0, 0, 0)).eval()
+        dilated = micro(topks=(0, 0, 0, 0), output_stride=output_stride).eval()
+        dilated.load_state_dict(ordinary.state_dict())
+        images, step = torch.randn(1, 3, 64, 96), 32 // output_stride
+        with torch.no_grad():
+            coarse, dense = ordinary.forward_features(images), dilated.forward_features(images)
+        assert dense.shape[2:] == (64 // output_stride, 96 // output_stride)
+        torch.testing.assert_close(dense[..., ::step, ::step], coarse, rtol=1e-5, atol=1e-5)
+        assert [info["reduction"] for info in dilated.feature_info] == [min(x, output_stride) for x in (4, 8, 16, 32)]
 
     def test_input_errors(self):
         with pytest.raises(ValueError, match=r"input has shape \[3, 64, 64\]; expected images"):

@@ -108,6 +108,10 @@ class TestSegmentationModel:
         model = smp.Unet("tu-biformer_tiny", encoder_weights=None, classes=5).eval()
         assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64, 96)
 
+    def test_smp_dilated(self):
+        model = smp.DeepLabV3Plus("tu-biformer_tiny", encoder_weights=None, classes=5).eval()
+        assert model(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from biformer.attention import BiLevelRoutingAttention, PadMode
 from biformer.full_attention import ConvolutionalMixer, FullAttention
 from biformer.maps import DataFormat
-from visionkernels.checks import InputError
+from visionkernels.checks import InputError, check_choice
 from visionkernels.ops import Backend
 
 __all__ = ["BiFormer", "BiFormerBackbone", "BiFormerBlock", "BiFormerSTL"]
@@ -131,7 +131,8 @@ class BiFormer(nn.Module):
     `depth`, `embed_dim`, `mlp_ratios`, `topks` and `qk_dims` (default `embed_dim`) give one value per stage; there are
     qk_dim // head_dim heads. `auto_pad` pads each layer's map to multiples of `n_win`; without it an indivisible size
     raises. Options of the attention (`pad_mode`, `kv_downsample_mode`, `soft_routing`, `backend`, ...) and of
-    the block go on to BiFormerBlock. `drop_path_rate` grows linearly over the blocks.
+    the block go on to BiFormerBlock. `drop_path_rate` grows linearly over the blocks. With an `output_stride` of 8 or
+    16 the last stages keep the size of their map, and their convolutions are dilated, as DeepLab wants it.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class BiFormer(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        output_stride: Literal[8, 16, 32] = 32,
         auto_pad: bool = True,
         pad_mode: PadMode = "official",
         data_format: DataFormat = "NHWC",
@@ -165,7 +167,7 @@ class BiFormer(nn.Module):
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, embed_dim[-1], embed_dim[-1]
         self.depth, self.data_format, self.grad_checkpointing = tuple(depth), data_format, False
         self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
+            {"num_chs": width, "reduction": min(4 * 2**stage, output_stride), "module": f"stages.{stage}"}
             for stage, width in enumerate(embed_dim)
         ]
         rates = iter(drop_path_rate * block / max(1, sum(depth) - 1) for block in range(sum(depth)))
@@ -187,7 +189,23 @@ class BiFormer(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = nn.BatchNorm2d(embed_dim[-1])
         self.head = ClassifierHead(embed_dim[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self._dilate(output_stride)
         self.apply(_init_weights)
+
+    def _dilate(self, output_stride: int) -> None:
+        """Take the strides beyond `output_stride` away, and dilate what follows so that weights keep their reach."""
+        check_choice("output_stride", output_stride, (8, 16, 32))
+        dilation = 1
+        for stage in range({8: 2, 16: 3, 32: 4}[output_stride], 4):
+            (down,) = (layer for layer in self.downsample_layers[stage].children() if isinstance(layer, nn.Conv2d))
+            if down.kernel_size != (3, 3):
+                raise InputError(f"output_stride={output_stride} needs patches that overlap; use 32")
+            down.stride, down.dilation, down.padding = (1, 1), (dilation, dilation), (dilation, dilation)
+            dilation *= 2
+            for layer in self.stages[stage].modules():
+                if isinstance(layer, nn.Conv2d) and layer.stride == (1, 1):
+                    layer.dilation = (dilation, dilation)
+                    layer.padding = tuple(dilation * (side // 2) for side in layer.kernel_size)
 
     @staticmethod
     def _downsample_layers(in_chans: int, embed_dim: Sequence[int]) -> list[nn.Sequential]:
