@@ -5,12 +5,15 @@ import json
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN
 
 import g2sd.vit  # noqa: F401 - registers the models
-from g2sd.conversion import convert_file, from_huggingface, to_huggingface
+from g2sd.conversion import convert_file
+from g2sd.huggingface import from_huggingface, to_huggingface
 from g2sd.mae import MaskedAutoencoder
 from g2sd.official import load_encoder, load_official
-from visionkernels.weights import CheckpointError, read_checkpoint, save_weights
+from visionkernels.pictures.recipes import PictureRecipe
+from visionkernels.weights import CheckpointError, Trained, read_checkpoint, save_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
 WIDTHS = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
@@ -49,7 +52,9 @@ class TestConvertFile:
         model = stored(kind, tmp_path / "a.safetensors")
         said = convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
         assert "from_pretrained" in said
-        assert {file.name for file in (tmp_path / "hf").iterdir()} == {"config.json", "model.safetensors"}
+        assert {file.name for file in (tmp_path / "hf").iterdir()} == {
+            "config.json", "model.safetensors", "preprocessor_config.json"
+        }  # fmt: skip
         convert_file(tmp_path / "hf" / "model.safetensors", tmp_path / "back.pth", to="mae")
         back = read_checkpoint(tmp_path / "back.pth").state
         assert set(back) == set(model.state_dict())
@@ -65,6 +70,39 @@ class TestConvertFile:
         assert (config["decoder_hidden_size"], config["decoder_num_attention_heads"]) == (64, 4)
         assert config["layer_norm_eps"] == 1e-6
 
+    def test_huggingface_processor(self, tmp_path):
+        """transformers prepares images, and names classes, as the training of the file did."""
+        model = lively(MODELS["class"]())
+        pictures = PictureRecipe(
+            size=32, resize=40, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+        )
+        options = SIZES | {"num_classes": 5, "distilled": False, "global_pool": "token"}
+        Trained(
+            kind="classifier", package="g2sd", model="g2sd_vit_tiny_patch16_224", options=options,
+            inputs=pictures.inputs(), class_names=("a", "b", "c", "d", "e"),
+        ).save(tmp_path / "a.safetensors", model.state_dict())  # fmt: skip
+        convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
+        processor, config = (
+            json.loads((tmp_path / "hf" / name).read_text()) for name in ("preprocessor_config.json", "config.json")
+        )
+        assert processor["size"] == {"shortest_edge": 40} and processor["crop_size"] == {"height": 32, "width": 32}
+        assert (processor["image_mean"], processor["image_std"]) == ([0.1, 0.2, 0.3], [0.4] * 3)
+        assert processor["resample"] == 2  # bilinear, in the numbers of PIL
+        assert config["id2label"]["1"] == "b" and config["label2id"] == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+
+    def test_huggingface_defaults(self, tmp_path):
+        """Files of the official scripts are prepared as those do, and have ImageNet's classes."""
+        model = timm.create_model("g2sd_vit_tiny_patch16_224", distilled=False, global_pool="token", depth=1)
+        torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+        convert_file(tmp_path / "a.pth", tmp_path / "hf", to="hf")
+        processor, config = (
+            json.loads((tmp_path / "hf" / name).read_text()) for name in ("preprocessor_config.json", "config.json")
+        )
+        assert (processor["size"], processor["resample"]) == ({"shortest_edge": 256}, 3)
+        assert processor["crop_size"] == {"height": 224, "width": 224}
+        assert processor["image_mean"] == list(IMAGENET_DEFAULT_MEAN)
+        assert config["id2label"]["1"].startswith("goldfish") and len(config["label2id"]) == 1000
+
     def test_huggingface_names(self, tmp_path):
         """As transformers' models of these kinds have them."""
         state, config = to_huggingface(lively(MODELS["distilled"]()).state_dict(), "x")
@@ -73,7 +111,7 @@ class TestConvertFile:
             "deit.layernorm.weight", "cls_classifier.weight", "distillation_classifier.bias",
         } <= set(state)  # fmt: skip
         assert state["deit.embeddings.position_embeddings"].shape == (1, 18, 192)
-        assert config["id2label"]["4"] == "LABEL_4"
+        assert config["id2label"]["4"] == "class 4" and config["label2id"]["class 4"] == 4
         encoder, config = to_huggingface(lively(MODELS["generic"]()).state_dict(), "x")
         assert config["architectures"] == ["ViTModel"]
         assert not any("decoder" in key for key in encoder)

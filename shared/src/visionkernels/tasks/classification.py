@@ -45,6 +45,7 @@ __all__ = [
     "export",
     "open_classifier",
     "open_plain",
+    "readable_names",
     "untrained",
 ]
 
@@ -313,17 +314,20 @@ def classify(
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Return the names of the model's classes: those it was trained on, ImageNet's for 1,000 classes, else numbers.
+    """Return the names of the model's classes, as `readable_names` does from its `pretrained_cfg`."""
+    config = cast(dict[str, Any], model.pretrained_cfg)
+    return readable_names(cast(int, model.num_classes), config.get("label_names"))
+
+
+def readable_names(num_classes: int, names: Sequence[str] | None = None) -> list[str]:
+    """Return the names of classes: those given, ImageNet's for 1,000 classes, else numbers.
 
     WordNet's numbers ("n01440764"), which ImageNet's folders have for names, become words.
     """
-    count = cast(int, model.num_classes)
-    config = cast(dict[str, Any], model.pretrained_cfg)
-    names = list(config.get("label_names") or ())
     imagenet = ImageNetInfo()
-    if not names and count == imagenet.num_classes():
+    if not names and num_classes == imagenet.num_classes():
         names = imagenet.label_names()
-    if len(names) != count:
-        return [f"class {number}" for number in range(count)]
+    if names is None or len(names) != num_classes:
+        return [f"class {number}" for number in range(num_classes)]
     synsets = set(imagenet.label_names())
     return [imagenet.label_name_to_description(name) if name in synsets else name for name in names]
