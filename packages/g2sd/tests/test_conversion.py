@@ -73,9 +73,7 @@ class TestConvertFile:
     def test_huggingface_processor(self, tmp_path):
         """transformers prepares images, and names classes, as the training of the file did."""
         model = lively(MODELS["class"]())
-        pictures = PictureRecipe(
-            size=32, resize=40, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
-        )
+        pictures = PictureRecipe(size=32, resize=40, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4,) * 3)
         options = SIZES | {"num_classes": 5, "distilled": False, "global_pool": "token"}
         Trained(
             kind="classifier", package="g2sd", model="g2sd_vit_tiny_patch16_224", options=options,
