@@ -1,6 +1,7 @@
 """What the tests share: seeds, one thread, no network, small models, and runs of every stage on small pictures."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import g2sd.vit  # noqa: F401 - registers the models
 from g2sd.generic import GenericDistiller
 from g2sd.mae import MaskedAutoencoder
 from g2sd.recipes import AutoencoderSizes, FinetuneRecipe, GenericRecipe, PretrainRecipe, Recipe, ViTSizes
+from g2sd.segmentation_backbone import relative_index
 from visionkernels.pictures.recipes import AugmentationRecipe, PictureRecipe
 from visionkernels.recipes import settings
 from visionkernels.testing.fixtures import reproducible  # noqa: F401 - every test uses it
@@ -49,7 +51,11 @@ def official(layouts: Mapping[str, Mapping[str, list[int]]]) -> Callable[..., di
             key: torch.empty(shape, dtype=torch.int64 if key in integers else None)
             for key, shape in layouts[name].items()
         }
-        return {f"{prefix}{key}": value for key, value in recipe_weights(empty).items()}
+        weights = recipe_weights(empty)
+        for key in integers:
+            side = math.isqrt(len(weights[key]))
+            weights[key] = relative_index((side, side))
+        return {f"{prefix}{key}": value for key, value in weights.items()}
 
     return make
 

@@ -188,9 +188,7 @@ class TestConvertFile:
         (tmp_path / "b.pth").touch()
         with pytest.raises(FileExistsError, match="--overwrite"):
             convert_file(tmp_path / "a.safetensors", tmp_path / "b.pth", to="timm")
-        save_weights(
-            tmp_path / "d.safetensors", {"backbone.net.patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)}, metadata={}
-        )
+        convert_file(tmp_path / "a.safetensors", tmp_path / "d.safetensors", to="vitdet")
         with pytest.raises(CheckpointError, match="holds 'vitdet', whose relative positions"):
             convert_file(tmp_path / "d.safetensors", tmp_path / "c.pth", to="timm")
         (tmp_path / "file").touch()

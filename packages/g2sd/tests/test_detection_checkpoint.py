@@ -89,7 +89,7 @@ class TestLoadOfficialDetection:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"roi_heads.box_head.fc1.weight": None}, "holds a backbone without heads, not a detector"),
+            ({"roi_heads.box_head.fc1.weight": None}, "is no whole detector: roi_heads.box_head.fc1.weight missing"),
             (
                 {"roi_heads.mask_head.deconv.weight": None},
                 r"1 keys missing \(first: roi_heads.mask_predictor.conv5_mask",

@@ -1,6 +1,7 @@
 """Reports on weights files of every kind."""
 
 import argparse
+import re
 from functools import partial
 
 import pytest
@@ -8,16 +9,10 @@ import timm
 import torch
 
 from g2sd.conversion import convert_file
+from g2sd.huggingface import to_huggingface
 from g2sd.inspection import inspect_file
-from g2sd.official import load_classifier, load_official, load_teacher
-from visionkernels.checks import InputError
+from g2sd.official import load_classifier, load_encoder, load_official, load_teacher
 from visionkernels.weights import CheckpointError
-
-HF = {
-    "vit.embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8),
-    "vit.embeddings.position_embeddings": (1, 17, 24),
-    "vit.encoder.layer.0.layernorm_before.weight": (24,),
-}
 
 
 def part(state, *left_out):
@@ -29,17 +24,18 @@ def states(official):
     """A state dict of every kind."""
     teacher = official("gd_tiny_all/teacher")
     encoder = part(teacher, "decoder", "mask_token")
+    classifier = encoder | {"head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)}
     return {
         "mae": teacher,
         "generic": official("gd_tiny_all/student"),
         "encoder": encoder,
         "distilled": official("vit_distilled/model"),
         "average": official("vit_teacher_gap/model"),
-        "class": encoder | {"head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)},
+        "class": classifier,
         "probe": encoder | {"head.1.weight": torch.zeros(10, 96)},
         "vitdet": official("vitdet_backbone/backbone", "backbone."),
         "mmseg": official("seg_model/model", "student."),
-        "hf": {key: torch.zeros(shape) for key, shape in HF.items()},
+        "hf": to_huggingface(classifier, "the file", heads=(2, None))[0],
     }
 
 
@@ -56,7 +52,7 @@ class TestInspectFile:
             ("probe", ("linear probe", "10 classes")),
             ("vitdet", ("ViTDet", "48 channels, 4 blocks")),
             ("mmseg", ("UperNet", "6 classes")),
-            ("hf", ("Hugging Face", "patches of 8x8 pixels")),
+            ("hf", ("Hugging Face", "10 classes")),
         ],
     )
     def test_every_kind(self, states, tmp_path, kind, words):
@@ -130,8 +126,9 @@ def test_foreign(name, tmp_path):
         with pytest.raises(CheckpointError):
             convert_file(tmp_path / "file.pth", tmp_path / ("out" if to == "hf" else "out.pth"), to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
-    for load in (load_official, load_teacher, load_classifier):
-        with pytest.raises((CheckpointError, InputError)):
+    model = timm.create_model("g2sd_vit_tiny_patch16_224", depth=1)
+    for load in (load_official, load_teacher, load_classifier, partial(load_encoder, model)):
+        with pytest.raises(CheckpointError):
             load(tmp_path / "file.pth")
 
 
@@ -149,6 +146,38 @@ def test_rectangular(tmp_path, distilled, grid):
 def test_probe_with_foreign_keys(states, tmp_path):
     torch.save(states["probe"] | {"head.foreign": torch.zeros(1)}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=r"'probe', .*keys unexpected \(first: head\.foreign"):
+        inspect_file(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("vitdet", "backbone.net.blocks.0.ls1.gamma"),
+        ("vitdet", "backbone.net.reg_token"),
+        ("vitdet", "roi_heads.box_predictor.cls_score.weight"),
+        ("vitdet", "neck.weight"),
+        ("mmseg", "backbone.blocks.0.ls1.gamma"),
+        ("mmseg", "decode_head.strange.weight"),
+        ("hf", "vit.encoder.layer.0.layer_scale1.lambda1"),
+        ("hf", "vit.embeddings.register_tokens"),
+    ],
+)
+@pytest.mark.parametrize("to", ["vitdet", "mmseg", "mae"])
+def test_other_layouts_with_foreign_keys(states, tmp_path, kind, key, to):
+    """Files of detectors, segmentation models and transformers are compared whole, also where they would be copied."""
+    torch.save(states[kind] | {key: torch.zeros(1)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=re.escape(key.removeprefix("vit.")) + "|no whole detector: roi_heads"):
+        inspect_file(tmp_path / "file.pth")
+    with pytest.raises(CheckpointError):
+        convert_file(tmp_path / "file.pth", tmp_path / "out.pth", to=to)
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["vitdet", "mmseg", "hf"])
+def test_other_layouts_without_a_key(states, tmp_path, kind):
+    missing = next(key for key in states[kind] if key.endswith(("1.mlp.fc1.bias", "1.output.dense.bias")))
+    torch.save(part(states[kind], missing), tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="1 keys missing"):
         inspect_file(tmp_path / "file.pth")
 
 

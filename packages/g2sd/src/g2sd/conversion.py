@@ -9,7 +9,7 @@ from torch import Tensor
 
 from g2sd.huggingface import from_huggingface, write_huggingface
 from g2sd.layouts import Kind, contents_of
-from g2sd.official import check_whole
+from g2sd.whole import check_whole
 from visionkernels.checks import InputError, check_choice
 from visionkernels.files import replace_file
 from visionkernels.weights import Checkpoint, CheckpointError, Trained, read_checkpoint, save_weights
@@ -38,6 +38,7 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
         raise InputError(f"out={out} must end in .pth or .safetensors")
     checkpoint = read_checkpoint(source)
     contents = contents_of(checkpoint.state, source)
+    check_whole(checkpoint.state, contents, source, is_recorded=checkpoint.trained is not None)
     is_distiller = any(key.startswith("student.") for key in checkpoint.state)
     if contents.kind == to and contents.kind in ("vitdet", "mmseg") and not is_distiller:
         _write(out, checkpoint.state, checkpoint.trained, overwrite=overwrite)
@@ -47,9 +48,7 @@ def convert_file(source: str | Path, out: str | Path, *, to: Target, overwrite: 
             f"{source} holds {contents.kind!r}, whose relative positions or statistics have no place in {to!r}"
         )
     state = from_huggingface(checkpoint.state) if contents.kind == "hf" else dict(checkpoint.state)
-    contents = contents_of(state, source)
-    check_whole(state, contents, source, is_recorded=checkpoint.trained is not None)
-    kind = contents.kind
+    kind = contents_of(state, source).kind
     if to == "hf":
         return write_huggingface(out, state, source, checkpoint.trained, overwrite=overwrite)
     converted, left_out = _CONVERTERS[to](state, kind, source)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2sd.layouts import contents_of
+from g2sd.layouts import Contents, contents_of
 from g2sd.mask_rcnn import MaskRCNN, detection_model
 from g2sd.official import refuse_other_layouts
 from g2sd.positions import interpolate_positions
 from g2sd.vitdet import ViTDetBackbone, resize_relative
-from visionkernels.weights import Checkpoint, CheckpointError, KeyRules, load_strict, read_checkpoint
+from visionkernels.weights import Checkpoint, CheckpointError, KeyRules, load_strict, misfit, read_checkpoint
 
-__all__ = ["detector_rules", "load_detection_encoder", "load_official_detection"]
+__all__ = ["check_detector", "detector_rules", "is_detector", "load_detection_encoder", "load_official_detection"]
 
 _NET = "backbone.net."
 _NEEDED = ("roi_heads.box_predictor.cls_score.weight", "roi_heads.box_head.fc1.weight", "backbone.simfp_2.4.weight")
@@ -66,18 +66,36 @@ def load_official_detection(source: str | Path | Checkpoint, *, entry: str | Non
     checkpoint = read_checkpoint(source, entry=entry)
     path, state = checkpoint.path, checkpoint.state
     contents = contents_of(state, path)
-    missing = [key for key in _NEEDED if key not in state]
-    if contents.kind != "vitdet" or missing:
+    if contents.kind != "vitdet" or not is_detector(state):
         what = "a backbone without heads" if contents.kind == "vitdet" else f"{contents.kind!r}"
         raise CheckpointError(f"{path} holds {what}, not a detector; run `g2sd inspect {path}`")
-    try:
-        model = detection_model(**_sizes(state, contents.patch_size[0]))
-        renamed = detector_rules().rename(state)
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        # sizes inferred from shapes may be invalid, or exceed memory
-        raise CheckpointError(f"{path} is damaged or no Mask R-CNN of ViTDet: {error}") from error
+    model, renamed = _built(state, contents, path)
     load_strict(model, renamed, source=path)
     return model.eval()
+
+
+def is_detector(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict has heads of a detector, whole or not, beside the backbone."""
+    return any(key.startswith(("roi_heads.", "proposal_generator.rpn_head.")) for key in state)
+
+
+def check_detector(state: Mapping[str, Tensor], contents: Contents, source: object) -> None:
+    """Raise CheckpointError unless `state` has every tensor of a detector, and no other, without its weights."""
+    with torch.device("meta"):
+        model, renamed = _built(state, contents, source)
+    if fault := misfit(model, renamed):
+        raise CheckpointError(f"{source} seems to hold a detector, and is not whole or something else: {fault}")
+
+
+def _built(state: Mapping[str, Tensor], contents: Contents, source: object) -> tuple[MaskRCNN, dict[str, Tensor]]:
+    """Return a detector of the sizes of a file, and the file's state under the detector's names."""
+    if missing := [key for key in _NEEDED if key not in state]:
+        raise CheckpointError(f"{source} is no whole detector: {', '.join(missing)} missing")
+    try:
+        return detection_model(**_sizes(state, contents.patch_size[0])), detector_rules().rename(state)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        # sizes inferred from shapes may be invalid, or exceed memory
+        raise CheckpointError(f"{source} is damaged or no Mask R-CNN of ViTDet: {error}") from error
 
 
 def _sizes(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:

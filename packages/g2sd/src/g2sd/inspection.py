@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from g2sd.layouts import Contents, Kind, contents_of
-from g2sd.official import FULL_TEACHER, check_whole
+from g2sd.official import FULL_TEACHER
+from g2sd.whole import check_whole
 from visionkernels.weights import read_checkpoint
 from visionkernels.weights.reading import first_names
 

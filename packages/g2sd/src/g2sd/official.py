@@ -23,7 +23,7 @@ from visionkernels.tasks.classification import describe_inputs
 from visionkernels.weights import Checkpoint, CheckpointError, load_strict, misfit, read_checkpoint
 
 __all__ = [
-    "check_whole",
+    "check_vit",
     "create_model",
     "load_classifier",
     "load_encoder",
@@ -72,6 +72,7 @@ def load_official(
         raise CheckpointError(f"{path} holds {contents.kind!r}, not {kind!r}; run `g2sd inspect {path}`")
     if contents.kind not in (*_AUTOENCODERS, *_CLASSIFIERS):
         raise CheckpointError(f"{path} holds {contents.kind!r}; run `g2sd inspect {path}`")
+    check_vit(state, contents, path, is_recorded=checkpoint.trained is not None)
     model = create_model(
         contents,
         img_size=img_size,
@@ -142,6 +143,7 @@ def load_encoder(model: VisionTransformer, source: str | Path | Checkpoint, *, e
             f"{path} is of num_heads={num_heads}, the model of {heads.attn.num_heads}; they must agree"
         )
     refuse_other_layouts(contents, path)
+    check_vit(state, contents, path, is_recorded=checkpoint.trained is not None)
     own = ("head", "head_dist", "dist_token", "fc_norm")
     others = ("decoder", "mask_token", "encoderfeature_pred", *own)
     # a classifier of patches norms their mean instead of all tokens
@@ -158,14 +160,12 @@ def load_encoder(model: VisionTransformer, source: str | Path | Checkpoint, *, e
     return f"encoder of {path} ({contents.kind}); fresh: {', '.join(present) or 'nothing'}"
 
 
-def check_whole(state: Mapping[str, Tensor], contents: Contents, source: object, *, is_recorded: bool) -> None:
+def check_vit(state: Mapping[str, Tensor], contents: Contents, source: object, *, is_recorded: bool) -> None:
     """Raise CheckpointError unless a file has every tensor of the model that it seems to hold, and no other.
 
-    Files of detectors, segmentation models and transformers have loaders of their own, which check them.
+    `contents` are of an autoencoder, a classifier, an encoder or a probe; `g2sd.whole` has the check of every kind.
     `is_recorded` tells a file of `g2sd train`, whose images need not be squares.
     """
-    if contents.kind not in (*_AUTOENCODERS, *_CLASSIFIERS, "encoder", "probe"):
-        return
     kind, count = contents.kind, contents.num_positions
     if kind == "probe":
         state = {key: value for key, value in state.items() if key not in _PROBE}

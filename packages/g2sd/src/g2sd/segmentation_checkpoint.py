@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from g2sd.layouts import Contents, contents_of, encoder_heads
@@ -13,9 +14,9 @@ from g2sd.segmentation_backbone import SegmentationBackbone, interpolate_biases,
 from g2sd.upernet import SegmentationModel, in_windows, segmentation_model
 from visionkernels.checks import check_choice
 from visionkernels.pictures.recipes import SceneRecipe
-from visionkernels.weights import Checkpoint, CheckpointError, load_strict, read_checkpoint
+from visionkernels.weights import Checkpoint, CheckpointError, load_strict, misfit, read_checkpoint
 
-__all__ = ["load_official_segmentation", "load_segmentation_encoder"]
+__all__ = ["check_segmenter", "load_official_segmentation", "load_segmentation_encoder"]
 
 Part: TypeAlias = Literal["student", "teacher"]
 State: TypeAlias = Mapping[str, Tensor]
@@ -63,6 +64,25 @@ def load_official_segmentation(
     return model.eval()
 
 
+def check_segmenter(state: State, source: object) -> None:
+    """Raise CheckpointError unless `state` has every tensor of its one or two models, and no other."""
+    parts: list[Part] = ["student"]
+    if any(key.startswith("teacher.") for key in state):
+        parts.append("teacher")
+    for part in parts:
+        own = _part(state, part, source)
+        contents = contents_of(own, source)
+        grid = _square(contents, source)
+        # neither the number of heads nor the maps that the decoder takes change a shape
+        sizes = {**_sizes(own, contents, 1), "out_indices": (0, 1, 2, 3)}
+        with torch.device("meta"):
+            model = segmentation_model(img_size=grid[0] * contents.patch_size[0], **sizes)
+        if fault := misfit(model, _in_grid(own, grid, grid, source)):
+            raise CheckpointError(
+                f"{source} seems to hold a segmentation model, and is not whole or something else: {fault}"
+            )
+
+
 def load_segmentation_encoder(
     backbone: SegmentationBackbone, source: str | Path | Checkpoint, *, entry: str | None = None
 ) -> str:
@@ -86,7 +106,7 @@ def load_segmentation_encoder(
     return f"encoder of {path} ({contents.kind}); fresh: biases of attention, layer scale, up-sampling, heads"
 
 
-def _part(state: State, part: Part, path: str | Path) -> dict[str, Tensor]:
+def _part(state: State, part: Part, path: object) -> dict[str, Tensor]:
     """Return the state of one model: of a file of one it is the student."""
     if any(key.startswith("student.") for key in state):
         others = [key for key in state if not key.startswith(("student.", "teacher.")) and key not in _JUNK]
@@ -102,7 +122,7 @@ def _part(state: State, part: Part, path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _square(contents: Contents, path: str | Path) -> tuple[int, int]:
+def _square(contents: Contents, path: object) -> tuple[int, int]:
     side = round((contents.num_positions or 0) ** 0.5)
     if side**2 != contents.num_positions:
         raise CheckpointError(f"{path} has positions for {contents.num_positions} patches, which are no square")
@@ -127,7 +147,7 @@ def _sizes(state: State, contents: Contents, num_heads: int | None) -> dict[str,
     }
 
 
-def _in_grid(state: State, grid: tuple[int, int], source: tuple[int, int], path: str | Path) -> dict[str, Tensor]:
+def _in_grid(state: State, grid: tuple[int, int], source: tuple[int, int], path: object) -> dict[str, Tensor]:
     """Return `state` with tables for `grid`, and without indices, which must be those that the model computes."""
     index = relative_index(source)
     fitting: dict[str, Tensor] = {}
