@@ -14,6 +14,7 @@ import pytest
 
 import tinc
 from tinc.encoding import tree_layer
+from tinc.encoding.exact_layer import _middle
 from tinc.encoding.targets import OutOfReachError
 from tinc.residual.blocks import cut
 from tinc.residual.design import choose_blocks
@@ -361,6 +362,24 @@ class TestTwoValues:
         array = (np.random.default_rng(0).random((16, 32)) < 0.5).astype(np.float32)
         array += array.cumsum(0) / 1000
         assert tinc.compress(array, bytes=100, layers="tree", preset="fast").nbytes_stored <= 100
+
+
+class TestLosslessWithinASize:
+    @pytest.mark.parametrize("shape", [(1, 30_000), (20_000, 4), (150, 200), (3, 100, 100), (2, 5, 50, 60)], ids=str)
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+    def test_ramp(self, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+        """A size that holds the samples as they are gives them as they are, in arrays of any shape."""
+        ramp = np.broadcast_to(3 * sum(np.ogrid[tuple(slice(n) for n in shape)]), shape).astype(dtype)
+        exact = tinc.compress(ramp, lossless=True)
+        file = tinc.compress(ramp, ratio=4, preset="fast")
+        assert exact.nbytes_stored <= ramp.nbytes / 4
+        np.testing.assert_array_equal(file[...], ramp)
+
+    def test_box(self) -> None:
+        """The samples from which the size is estimated lie in the middle, as a cube where they can."""
+        assert _middle((100, 100, 100), 24**3) == (slice(38, 62),) * 3
+        assert _middle((1, 100_000), 10_000) == (slice(0, 1), slice(45_000, 55_000))
+        assert _middle((5, 4), 1000) == (slice(0, 5), slice(0, 4))
 
 
 class TestSteepRamp:
