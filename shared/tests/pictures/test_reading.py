@@ -117,6 +117,12 @@ class TestReadPicture:
         with pytest.raises(CorruptPictureError, match=f"picture.png cannot be read: {reason}"):
             read_picture(path)
 
+    def test_name_with_a_line_break(self, tmp_path):
+        path = tmp_path / "two\nlines.png"
+        path.write_text("a text")
+        with pytest.raises(CorruptPictureError, match=r"^picture /.*two\\nlines\.png cannot be read"):
+            read_picture(path)
+
     @pytest.mark.parametrize("suffix", ["avif", "tiff"])
     def test_damaged(self, tmp_path, suffix):
         """Whatever Pillow's decoders raise, the file is named."""

@@ -47,6 +47,8 @@ def open_picture(
     source: str | Path | BinaryIO | Image.Image, name: str, error: type[CorruptPictureError]
 ) -> Iterator[Image.Image]:
     """Yield the picture as Pillow loads it; what fails, also in the block, is raised as "`name` cannot be read"."""
+    # a file's name may hold line breaks, and bytes that are no text
+    name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} is not a file")
     try:
