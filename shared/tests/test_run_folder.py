@@ -157,6 +157,35 @@ class TestDamage:
             run(cut)
 
 
+class Compiled(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable_module = torch.compile(self.trainable_module, backend="eager")
+
+
+class TestCompiled:
+    """torch.compile, of the user's or of accelerate's, changes neither the losses nor the names of what is saved."""
+
+    RECIPE = replace(RECIPE, ema_decay=0.9)
+
+    @pytest.mark.parametrize("by", ["user", "accelerate"])
+    @pytest.mark.parametrize("first", ["compiled", "plain"])
+    def test_resumes_the_other_way(self, tmp_path, monkeypatch, by, first):
+        def task(kind: str) -> Task:
+            is_compiled = kind == "compiled"
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager" if is_compiled and by == "accelerate" else "no")
+            return Compiled() if is_compiled and by == "user" else Regression()
+
+        second = "plain" if first == "compiled" else "compiled"
+        whole = fit(task("plain"), self.RECIPE, data(), tmp_path / "whole")
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(task(first), self.RECIPE, data(batch_transform=StopAt(3)), tmp_path / "cut")
+        resumed = fit(task(second), self.RECIPE, data(), tmp_path / "cut")
+        assert [entry["loss"] for entry in resumed.history] == [entry["loss"] for entry in whole.history]
+        assert same(resumed.weights, whole.weights) and same(resumed.ema_weights, whole.ema_weights)
+        assert set(read_checkpoint(resumed.weights).state) == {"weight", "bias"}
+
+
 def _process(rank: int, port: int, folder: Path, until: int | None) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from visionkernels.checks import InputError
 from visionkernels.recipes import FitRecipe
 from visionkernels.training.batches import EVALUATION, STEP, BatchPlan, TrainingData, seed_generators
+from visionkernels.training.compiled import name_as_uncompiled
 from visionkernels.training.folder import RunFolder, describe_run
 from visionkernels.training.means import RunningMeans
 from visionkernels.training.optimization import LearningRate, create_optimizer
@@ -96,6 +97,7 @@ class Run:
             )
         optimizer = create_optimizer(module, self.recipe.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        name_as_uncompiled(self.module)
         self.task.trainable_module = self.module
         self.task.to(self.accelerator.device)
         self.learning_rate = LearningRate(
@@ -368,7 +370,9 @@ class Run:
             return None
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("ema_decay needs whole weights in every process; FSDP shards them, so set ema_decay=None")
-        return ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
+        ema = ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
+        name_as_uncompiled(ema)
+        return ema
 
 
 def _on_cpu(storage: Any, location: str) -> Any:
