@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from visionkernels.training import FitRecipe, OptimizerRecipe, TrainingData, fit
+from visionkernels.training.means import share
 from visionkernels.training.task import Task
 from visionkernels.weights import read_checkpoint
 
@@ -225,3 +226,17 @@ def test_progress_is_saved_without_devices(tmp_path):
     places = set()
     torch.load(checkpoint / "progress.pt", map_location=lambda storage, place: places.add(place) or storage)
     assert places == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "processes", "expected"),
+    [
+        ([{"loss": (1.5, 2)}, {"loss": (2.0, 2)}], 2, [{"loss": (1.5, 2)}, {"loss": (2.0, 2)}]),
+        ([{"loss": (1.5, 2)}, {"loss": (2.0, 2)}], 1, [{"loss": (3.5, 4)}]),
+        ({"loss": (3.5, 4)}, 2, [{"loss": (3.5, 4)}, {}]),  # of checkpoints of before
+        ({"loss": (3.5, 4)}, 1, [{"loss": (3.5, 4)}]),
+    ],
+    ids=["as many", "fewer", "older", "older alone"],
+)
+def test_processes_go_on_from_their_own_sums(saved, processes, expected):
+    assert [share(saved, process, processes) for process in range(processes)] == expected

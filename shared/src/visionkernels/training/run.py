@@ -24,7 +24,7 @@ from visionkernels.recipes import FitRecipe
 from visionkernels.training.batches import EVALUATION, STEP, BatchPlan, TrainingData, seed_generators
 from visionkernels.training.compiled import name_as_uncompiled
 from visionkernels.training.folder import RunFolder, describe_run
-from visionkernels.training.means import RunningMeans
+from visionkernels.training.means import RunningMeans, share
 from visionkernels.training.optimization import LearningRate, create_optimizer
 from visionkernels.training.process import catch_interrupt, create_accelerator
 from visionkernels.training.result import FitResult
@@ -293,7 +293,7 @@ class Run:
             "epoch": self.epoch,
             "update": self.update,
             "entry": self.entry,
-            "totals": self.means.totals(),
+            "totals": self.means.of_processes(),
             "buffers": self._own_buffers(),
             "task": self.task.get_task_state(),
         }
@@ -333,8 +333,8 @@ class Run:
         progress = torch.load(checkpoint / "progress.pt", map_location=_on_cpu, weights_only=True)
         progress = tree_map_only(Tensor, lambda tensor: tensor.to(device), progress)
         self.epoch, self.update, self.entry = progress["epoch"], progress["update"], progress["entry"]
-        if self.accelerator.is_main_process:  # the totals are of all processes
-            self.means = RunningMeans(progress["totals"], device=device)
+        own = share(progress["totals"], self.accelerator.process_index, self.accelerator.num_processes)
+        self.means = RunningMeans(own, device=device)
         for name, value in progress["buffers"].items():
             owner, _, buffer = name.rpartition(".")
             setattr(self.task.get_submodule(owner), buffer, value)
