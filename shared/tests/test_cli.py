@@ -1,7 +1,9 @@
 """Exit codes, one-line errors and help of the shared entry point, through a command of its own and as a process."""
 
 import functools
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -224,6 +226,51 @@ class TestErrors:
         process.stderr.close()
         assert process.wait() == 141
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+    def test_full_disk(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        with Path("/dev/full").open("w") as full:
+            process = subprocess.run(
+                light("--version"), stdout=full, stderr=subprocess.PIPE, env=environment, check=False
+            )
+            assert (process.returncode, process.stderr.count(b"\n")) == (1, 1)
+            assert b"OSError: stdout: No space left" in process.stderr
+            assert subprocess.run(light("nonsense"), stderr=full, check=False).returncode == 2
+
+    @pytest.mark.skipif(os.name == "nt", reason="a shell closes the streams")
+    @pytest.mark.parametrize(("argv", "code"), [("--version", 0), ("nonsense", 2)])
+    def test_closed_streams(self, argv: str, code: int) -> None:
+        """What a command would print is dropped; an error does not go to the other stream."""
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *light(argv)]
+        assert subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout == (b"" if code else b"demo 1.2.3\n")
+        command[2] = 'exec "$@" >&-'
+        process = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+        assert (process.returncode, process.stderr.count(b"\n")) == (code, int(code > 0))
+
+    @pytest.mark.skipif(os.name == "nt", reason="there, a name is no bytes")
+    def test_names_that_are_no_text(self) -> None:
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        command = light("show", "--name", b"\xff\xc3\xa9.png")
+        process = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
+        assert process.stdout == rb"\udcff\xe9.png" + b"\n"
+
+
+LIGHT = """
+import sys
+from visionkernels import cli
+
+def show(*, name: str) -> None:
+    \'\'\'Show.\'\'\'
+    print(name)
+
+sys.exit(cli.run("demo", {"show": show}, description="", version="1.2.3"))
+"""
+
+
+def light(*argv: str | bytes) -> list[str | bytes]:
+    """The line of a command that imports little."""
+    return [sys.executable, "-c", LIGHT, *argv]
+
 
 def test_metrics_in_words(capsys):
     cli.print_metrics({"epoch": 3, "top1": 91.25, "majority_top1": 10.0, "num_pictures": 8, "box_ap": 12.34567})
@@ -280,3 +327,13 @@ class TestReportBench:
         (tmp_path / "b.json").write_text("[]")
         with pytest.raises(FileExistsError):
             cli.report_bench((1 / 0 for _ in "x"), json=tmp_path / "b.json")
+        with pytest.raises(NotADirectoryError):
+            cli.report_bench((1 / 0 for _ in "x"), json=tmp_path / "b.json" / "b.json")
+
+    def test_rows_are_kept_without_stdout(self, tmp_path, monkeypatch):
+        stdout = io.StringIO()
+        stdout.close()
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(ValueError, match="closed file"):
+            cli.report_bench([self.ROW], json=tmp_path / "b.json")
+        assert json.loads((tmp_path / "b.json").read_text()) == [asdict(self.ROW)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from visionkernels.extras import require
-from visionkernels.files import finite_or_none, replace_file, write_json
+from visionkernels.files import finite_or_none, refuse_existing, replace_file, write_json
 
 
 class TestReplaceFile:
@@ -82,6 +82,34 @@ class TestReplaceFile:
         reader.join()
         assert json.loads(read[0]) == {"a": 1}
         assert pipe.is_fifo()
+
+
+class TestRefuseExisting:
+    """An output that cannot be is refused before the work, and by the same sentence when it is written."""
+
+    def test_places(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        for path, kind, message in (
+            (tmp_path / "file" / "x.json", NotADirectoryError, "no file can be made there"),
+            (tmp_path / "file" / "new" / "x.json", NotADirectoryError, "no file can be made there"),
+            (tmp_path, IsADirectoryError, "Is a directory"),
+        ):
+            with pytest.raises(kind, match=message):
+                refuse_existing(path, overwrite=True)
+            with pytest.raises(kind, match=message):
+                write_json(path, {}, overwrite=True)
+        refuse_existing(tmp_path / "new" / "deep" / "x.json", overwrite=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+    def test_folder_without_permission(self):
+        with pytest.raises(OSError, match="no file can be made there") as caught:
+            refuse_existing("/proc/x.json", overwrite=False)
+        assert caught.value.filename == "/proc"
+
+    @pytest.mark.parametrize("path", [None, "-", "/dev/null"])
+    def test_no_files(self, path):
+        refuse_existing(path, overwrite=False)
 
 
 class TestWriteJson:

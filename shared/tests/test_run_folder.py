@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from visionkernels.training import FitRecipe, OptimizerRecipe, TrainingData, fit
+from visionkernels.training.means import share
 from visionkernels.training.task import Task
 from visionkernels.weights import read_checkpoint
 
@@ -157,6 +158,35 @@ class TestDamage:
             run(cut)
 
 
+class Compiled(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable_module = torch.compile(self.trainable_module, backend="eager")
+
+
+class TestCompiled:
+    """torch.compile, of the user's or of accelerate's, changes neither the losses nor the names of what is saved."""
+
+    RECIPE = replace(RECIPE, ema_decay=0.9)
+
+    @pytest.mark.parametrize("by", ["user", "accelerate"])
+    @pytest.mark.parametrize("first", ["compiled", "plain"])
+    def test_resumes_the_other_way(self, tmp_path, monkeypatch, by, first):
+        def task(kind: str) -> Task:
+            is_compiled = kind == "compiled"
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager" if is_compiled and by == "accelerate" else "no")
+            return Compiled() if is_compiled and by == "user" else Regression()
+
+        second = "plain" if first == "compiled" else "compiled"
+        whole = fit(task("plain"), self.RECIPE, data(), tmp_path / "whole")
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(task(first), self.RECIPE, data(batch_transform=StopAt(3)), tmp_path / "cut")
+        resumed = fit(task(second), self.RECIPE, data(), tmp_path / "cut")
+        assert [entry["loss"] for entry in resumed.history] == [entry["loss"] for entry in whole.history]
+        assert same(resumed.weights, whole.weights) and same(resumed.ema_weights, whole.ema_weights)
+        assert set(read_checkpoint(resumed.weights).state) == {"weight", "bias"}
+
+
 def _process(rank: int, port: int, folder: Path, until: int | None) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -196,3 +226,17 @@ def test_progress_is_saved_without_devices(tmp_path):
     places = set()
     torch.load(checkpoint / "progress.pt", map_location=lambda storage, place: places.add(place) or storage)
     assert places == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "processes", "expected"),
+    [
+        ([{"loss": (1.5, 2)}, {"loss": (2.0, 2)}], 2, [{"loss": (1.5, 2)}, {"loss": (2.0, 2)}]),
+        ([{"loss": (1.5, 2)}, {"loss": (2.0, 2)}], 1, [{"loss": (3.5, 4)}]),
+        ({"loss": (3.5, 4)}, 2, [{"loss": (3.5, 4)}, {}]),  # of checkpoints of before
+        ({"loss": (3.5, 4)}, 1, [{"loss": (3.5, 4)}]),
+    ],
+    ids=["as many", "fewer", "older", "older alone"],
+)
+def test_processes_go_on_from_their_own_sums(saved, processes, expected):
+    assert [share(saved, process, processes) for process in range(processes)] == expected

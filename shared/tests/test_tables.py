@@ -177,7 +177,7 @@ class TestReproduce:
     def test_overwrite(self, tmp_path: Path, existing: str) -> None:
         (tmp_path / existing).write_text("kept")
         given = table(cell(AssertionError("measured before the check")))
-        with pytest.raises(FileExistsError, match=f"{existing} is already there"):
+        with pytest.raises(FileExistsError, match=f"{existing} exists; pass --overwrite"):
             reproduce("visionkernels", [given], [self.figure], json=tmp_path / "report.json", figures_dir=tmp_path)
         assert (tmp_path / existing).read_text() == "kept"
         good = [table(cell(2.2))]

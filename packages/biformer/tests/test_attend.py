@@ -71,6 +71,8 @@ class TestAttend:
             attend(picture, model, None, (60, 0), tmp_path / "out.png")
         with pytest.raises(ValueError, match=r"layer 'stages.9.9' has no routed attention"):
             attend(picture, model, "stages.9.9", (0, 0), tmp_path / "out.png")
+        with pytest.raises(ValueError, match="the picture is 1 x 999 pixels; a side may be 20 times the other at most"):
+            attend(Image.new("RGB", (1, 999)), model, None, (0, 0), tmp_path / "out.png")
         with pytest.raises(FileNotFoundError, match="missing"):
             attend(tmp_path / "missing.png", model, None, (0, 0), tmp_path / "out.png")
         assert list(tmp_path.iterdir()) == []

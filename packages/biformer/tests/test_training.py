@@ -1,11 +1,14 @@
 """Training by a recipe: it learns, and its weights open again."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,3 +212,45 @@ def test_two_processes_end_like_one(
 def test_batch_size_changes_the_run(pictures, micro, tmp_path):
     result = train(replace(micro, fit=FitOptions(batch_size=8).apply(micro.fit)), pictures, tmp_path)
     assert [entry["update"] for entry in result.history] == [6, 12]
+
+
+def _process_of_rank(launcher: int, rank: int) -> int:
+    """Return the id of a process that torchrun has started, from Linux's list of processes."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"\0RANK={rank}\0" in (process / "environ").read_text():
+                return int(process.name)
+    raise LookupError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the ranks are found in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_is_stopped_and_resumed(
+    pictures: Path, micro, save_recipe: Callable, tmp_path: Path, number: signal.Signals
+) -> None:
+    """One rank is killed, or torchrun is asked to end, in the first epoch; losses and weights are as without it."""
+    recipe = save_recipe(replace(micro, fit=replace(micro.fit, epochs=3, batch_size=4, save_every_updates=1)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", *LAUNCHERS["torchrun"][0], "--standalone", "-m", "biformer", "train"]
+        command += [str(recipe), "--data", str(pictures), "--out", str(tmp_path / name), "--device", "cpu"]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+
+    whole = start("whole")
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    cut = start("cut")
+    while not any(tmp_path.glob("cut/checkpoints/epoch-00000-update-00000000[3-9]")) and cut.poll() is None:
+        time.sleep(0.02)
+    os.kill(_process_of_rank(cut.pid, 1) if number == signal.SIGKILL else cut.pid, number)
+    _, err = cut.communicate(timeout=120)
+    assert cut.returncode != 0
+    assert (b"stopped and saved after update" in err) == (number == signal.SIGTERM)
+    assert not (tmp_path / "cut/log.jsonl").exists()  # the first epoch has not ended
+    resumed = start("cut")
+    assert resumed.communicate(timeout=300) and resumed.returncode == 0
+    assert (tmp_path / "cut/log.jsonl").read_text() == (tmp_path / "whole/log.jsonl").read_text()
+    states = [read_checkpoint(tmp_path / name / "weights.safetensors").state for name in ("cut", "whole")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

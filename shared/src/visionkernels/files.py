@@ -1,5 +1,6 @@
 """Output files that appear whole or not at all: written under a temporary name in the same folder, then renamed."""
 
+import errno
 import json
 import math
 import os
@@ -36,13 +37,14 @@ def replace_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     and `overwrite` is False: before the block runs, or after it if `path` appeared meanwhile.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if _is_device(path):
         yield path
         return
     taken = FileExistsError(f"{path} exists; pass --overwrite to replace it")
     if path.exists() and not overwrite:
         raise taken
     path = path.resolve() if path.is_symlink() else path
+    _check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays, since many writers choose their format by it
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -72,9 +74,31 @@ def remove_leftovers(path: Path) -> None:
 
 
 def refuse_existing(path: str | Path | None, overwrite: bool) -> None:
-    """Raise FileExistsError if the output `path` is there and may not be replaced: before any work, not after it."""
-    if path is not None and Path(path).exists() and not overwrite:
+    """Raise an OSError if the output `path` may not be replaced or cannot be made: before any work, not after it.
+
+    None and "-", a pipe and a device are written to as they are.
+    """
+    if path is None or str(path) == "-" or _is_device(Path(path)):
+        return
+    if Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+    _check_place(Path(path))
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_place(path: Path) -> None:
+    """Raise an OSError that names what keeps a file `path` from being made, in a folder that may yet have to be."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"no file can be made there ({error.strerror})", str(above)) from error
 
 
 def _create(path: Path, temporary: Path, taken: FileExistsError) -> None:

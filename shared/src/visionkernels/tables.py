@@ -22,7 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from visionkernels.checks import InputError
-from visionkernels.files import replace_file, write_json
+from visionkernels.files import refuse_existing, replace_file, write_json
 
 __all__ = [
     "CHECKPOINT",
@@ -267,21 +267,20 @@ def reproduce(
     result. Raises FileExistsError before any work if an output is there and `overwrite` is not given.
     """
     paths = [figures_dir / f"{figure.name}.{figure.format}" for figure in figures] if figures_dir else []
-    for path in (*paths, *([json] if json else [])):
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} is already there; give another path or --overwrite")
+    for path in (*paths, json):
+        refuse_existing(path, overwrite)
     start = time.perf_counter()
     results = evaluate(tables, full=full)
     sheets = [as_dict(table, results) for table in tables]
-    for sheet in sheets:
-        print(render(sheet), end="\n\n")
     drawn = [_draw(figure, path) for figure, path in zip(figures if figures_dir else (), paths, strict=True)]
     counts = ", ".join(f"{sum(r.status == status for r in results)} {status}" for status in get_args(Status))
     seconds = time.perf_counter() - start
-    print(f"{package}: {counts}; {seconds:.0f} s")
     if json:
         report = {"package": package, "version": importlib.metadata.version(package), "seconds": round(seconds, 3)}
         write_json(json, report | {"versions": _versions(), "tables": sheets, "figures": drawn}, overwrite=overwrite)
+    for sheet in sheets:
+        print(render(sheet), end="\n\n")
+    print(f"{package}: {counts}; {seconds:.0f} s")
     return int(any(r.status == "failed" for r in results) or any(figure["error"] for figure in drawn))
 
 

@@ -146,6 +146,8 @@ class TestOpenObjects:
             ({"bbox": "left"}, "is no annotation file of COCO: ValueError"),
             ({"bbox": [1, 2, 0.5, 9]}, "has no objects of a pixel or more a side"),
             ({"image_id": 99}, "has no objects"),
+            ({"bbox": [9, 9, -5, 5]}, r"has annotation 1 with a bbox of negative width or height: \[9, 9, -5, 5\]"),
+            ({"id": 7}, "has id 7 twice among its annotations; give each its own"),
             ({"iscrowd": 1}, "has no objects"),
             ({"iscrowd": "no"}, "has annotation 1 whose iscrowd is neither 0 nor 1"),
             ({"segmentation": []}, "has annotation 1 without segmentation, which masks need"),
@@ -166,12 +168,31 @@ class TestOpenObjects:
             ('{"images": null, "annotations": []}', "is no annotation file of COCO: TypeError"),
             ('{"images": [{"id": 1}], "annotations": []}', "is no annotation file of COCO: KeyError 'file_name'"),
             ('{"images": [], "annotations": []}', "has no objects"),
+            ("[" * 100_000, "is no annotation file of COCO: RecursionError"),
         ],
     )
     def test_content(self, coco, content, message):
         (coco / "annotations/instances_val2017.json").write_text(content)
         with pytest.raises(ValueError, match=rf"instances_val2017\.json {message}"):
             open_objects(coco, "validation", num_classes=91)
+
+    def test_ids(self, coco):
+        """Two images of one id would lose one of them in silence."""
+        edit(coco, lambda content: content["images"][1].update(id="2"))
+        with pytest.raises(ValueError, match="is no annotation file of COCO: TypeError"):
+            open_objects(coco, "validation", num_classes=91)
+        for part in ("images", "categories"):
+            edit(coco, lambda content: content["images"][1].update(id=2))
+            edit(coco, lambda content, part=part: content[part][1].update(id=3))
+            with pytest.raises(ValueError, match=rf"instances_val2017\.json has id 3 twice among its {part}"):
+                open_objects(coco, "validation", num_classes=91)
+            edit(coco, lambda content, part=part: content[part][1].update(id=2))
+
+    def test_objects_of_absent_images(self, coco, caplog):
+        edit(coco, lambda content: content["annotations"][1].update(image_id=99))
+        assert len(open_objects(coco, "validation", num_classes=91)[0][1]["labels"]) == 1
+        assert "1 of 3 objects belong to images that it does not list and are left out" in caplog.text
+        assert "the first is annotation 2" in caplog.text
 
     @pytest.mark.parametrize(
         ("code", "message"),

@@ -90,6 +90,30 @@ class TestOpenScenes:
         with pytest.raises(FileNotFoundError, match=r"lacks 1 annotations; the first is .*a.png"):
             open_here(folder, "validation")
 
+    @pytest.mark.parametrize("mode", ["1", "P", "I;16", "RGB", "LA", "F"])
+    def test_modes_of_annotations(self, folder, mode):
+        """Numbers of classes in any form; colours are no numbers."""
+        file = folder / "annotations/validation/a.tiff"
+        numbers = np.kron(np.array([[0, 1], [1, 0]], dtype=np.uint8), np.ones((24, 32), np.uint8))
+        opened = {
+            "1": Image.fromarray(numbers.astype(bool)),
+            "P": Image.frombytes("P", (64, 48), numbers.tobytes()),
+            "I;16": Image.fromarray(numbers.astype(np.uint16)),
+        }.get(mode, Image.fromarray(numbers))
+        (opened if opened.mode == mode else opened.convert(mode)).save(file)
+        file.rename(file.with_suffix(".png"))
+        scenes = open_scenes(folder, "validation", SCENE, num_classes=3)
+        if mode in ("RGB", "LA", "F"):
+            with pytest.raises(CorruptAnnotationError, match=rf"a\.png cannot be read: its mode is {mode}; a pixel"):
+                scenes[0]
+        else:
+            assert scenes[0][1][::24, ::32].flatten().tolist() == [IGNORED, 0, 0, IGNORED]
+
+    def test_annotation_without_picture(self, folder):
+        (folder / "images/training/b.jpg").rename(folder / "images/training/b.JPEG")
+        with pytest.raises(FileNotFoundError, match=r"lacks 1 pictures; the first is .*images/training/b\.jpg"):
+            open_scenes(folder, "train", SCENE, num_classes=3)
+
     def test_error_of_a_loading_process_is_one_line(self, folder):
         scenes = open_scenes(folder, "validation", SCENE, num_classes=2)
         with pytest.raises(CorruptAnnotationError) as caught:
@@ -137,6 +161,14 @@ class TestLayouts:
             open_scenes(tmp_path, "train", SCENE, num_classes=21)
         shutil.copytree(tmp_path / "SegmentationClass", tmp_path / "SegmentationClassAug")
         assert len(open_scenes(tmp_path, "train", SCENE, num_classes=21)) == 2
+        for content, message in (
+            (b"", "trainaug.txt lists no pictures"),
+            (b"\xff\xfea", "is no list of names"),
+        ):
+            (lists / "trainaug.txt").write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                open_scenes(tmp_path, "train", SCENE, num_classes=21)
+        (lists / "trainaug.txt").write_text("a\nb\n")
         (tmp_path / "JPEGImages/b.jpg").unlink()
         with pytest.raises(FileNotFoundError, match=r"lacks 1 pictures; the first is .*b\.jpg"):
             open_scenes(tmp_path, "train", SCENE, num_classes=21)
@@ -152,5 +184,8 @@ class TestLayouts:
         assert self.classes(tmp_path) == [0, 1, 2, IGNORED]
         with pytest.raises(CorruptAnnotationError, match="has label 2; there are 2 classes"):
             self.classes(tmp_path, num_classes=2)
+        self.save(tmp_path / "x.png", annotation.with_name("ulm_2_gtFine_labelTrainIds.png"))
+        with pytest.raises(FileNotFoundError, match=r"lacks 1 pictures; the first is .*ulm/ulm_2_leftImg8bit\.png"):
+            self.classes(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"has no pictures .*leftImg8bit/train/CITY"):
             self.classes(tmp_path, "train")

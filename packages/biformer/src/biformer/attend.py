@@ -19,6 +19,9 @@ from visionkernels.pictures.reading import read_picture
 
 __all__ = ["RoutingRecorder", "attend", "draw_routing", "routed_layers", "token_heat"]
 
+# the model's input grows with it: 20 x 400 pixels take some gigabytes
+_LONGEST_RATIO = 20
+
 
 def routed_layers(model: nn.Module) -> dict[str, BiLevelRoutingAttention]:
     """Return the routed layers by the name of their block, e.g. "stages.2.7", in the order of execution."""
@@ -91,6 +94,9 @@ def attend(
         raise InputError(
             f"query={row} {column} is outside the picture of {picture.height} rows, {picture.width} columns"
         )
+    if max(picture.size) > _LONGEST_RATIO * min(picture.size):
+        size = f"{picture.width} x {picture.height}"
+        raise InputError(f"the picture is {size} pixels; a side may be {_LONGEST_RATIO} times the other at most")
     config = resolve_model_data_config(model)
     names = [layer] if layer is not None else _last_of_each_stage(model)
     shape = _padless_shape(picture, min(config["input_size"][1:]), model)

@@ -62,14 +62,14 @@ def classify(
     opened = open_trained(checkpoint, package=PACKAGE, model=model, num_classes=num_classes)
     check(opened.trained.kind == "classifier", "checkpoint", str(checkpoint), "a classifier")
     predictions = classification.classify(images, opened.model, top=top)
-    for image, ranked in zip(images, predictions, strict=True):
-        print(image)
-        for prediction in ranked:
-            print(f"  {100 * prediction.probability:6.2f} %  {prediction.name}")
     listed = {
         str(image): [prediction._asdict() for prediction in row] for image, row in zip(images, predictions, strict=True)
     }
     write_result(json, listed, overwrite=overwrite)
+    for image, ranked in zip(images, predictions, strict=True):
+        print(image)
+        for prediction in ranked:
+            print(f"  {100 * prediction.probability:6.2f} %  {prediction.name}")
 
 
 def attend(
@@ -144,6 +144,7 @@ def info(
     if name is not None:
         check_known("model or recipe", name, [*MODEL_NAMES, *RECIPES])
     summaries = [summarise(model, size) for model in (MODEL_NAMES if name is None else [name])]
+    write_result(json, [asdict(summary) for summary in summaries], overwrite=overwrite)
     print(f"biformer {version('biformer')}; a multiply-add counts as 1 operation")
     for summary in summaries:
         print("\n".join(["", *lines(summary)]))
@@ -152,7 +153,6 @@ def info(
         print("\nrecipes for `biformer train`:")
         for recipe in RECIPES.values():
             print(f"  {recipe.name}: {recipe.summary}")
-    write_result(json, [asdict(summary) for summary in summaries], overwrite=overwrite)
 
 
 def convert(

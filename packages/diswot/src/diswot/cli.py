@@ -66,11 +66,11 @@ def score(
     batches = _batches(data, seeds, batch_size, size, num_classes)
     cache = TeacherCache(networks[0], batches, seeds, init, Reading(feature, head))
     result = cache.score(networks[1], key=student, terms=_listed(terms), project=project)
+    write_result(json, {"teacher": teacher, "student": student, **asdict(result)}, overwrite=overwrite)
     for name, value in result.terms.items():
         print(f"{name}: {value:.6g}")
     spread = f" ± {result.stderr:.2g} over {seeds} seeds" if seeds > 1 else ""
     print(f"total: {result.total:.6g}{spread}, {result.seconds:.2f} s")
-    write_result(json, {"teacher": teacher, "student": student, **asdict(result)}, overwrite=overwrite)
 
 
 def proxies(
@@ -113,9 +113,9 @@ def proxies(
             if names:
                 raise
             print(f"{name}: {error}", file=sys.stderr)
-        else:
-            print(f"{name}: {values[name]:.6g}")
     write_result(json, {"model": model, **values}, overwrite=overwrite)
+    for name, value in values.items():
+        print(f"{name}: {value:.6g}")
 
 
 def rank(
@@ -183,12 +183,12 @@ def rank(
     build = {key: _Build(chosen, key, num_classes) for key in wanted}
     ranking = order(build, cache, _listed(proxies), jobs=jobs)
     agreements = ranking.agreements(known) if has_truth else []
-    print(agreement_table(agreements) if has_truth else order_table(ranking))
     write_result(json, ranking_json(ranking, agreements), overwrite=overwrite)
     if csv is not None:
         write_csv(csv, ranking, known, overwrite=overwrite)
     if plot is not None:
         write_scatter(plot, ranking, known, overwrite=overwrite)
+    print(agreement_table(agreements) if has_truth else order_table(ranking))
 
 
 def search(

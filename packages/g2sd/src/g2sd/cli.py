@@ -170,8 +170,8 @@ def inspect(
 
     refuse_existing(json, overwrite)
     inspection = inspect_file(file, entry=entry)
-    print(f"{file}: " + "\n  ".join(inspection.lines()))
     write_result(json, {"file": str(file), **asdict(inspection)}, overwrite=overwrite)
+    print(f"{file}: " + "\n  ".join(inspection.lines()))
 
 
 def convert(

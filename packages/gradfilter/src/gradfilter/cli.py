@@ -68,14 +68,13 @@ def profile(
         network, example_images(network, batch_size, input_size), last_n=last_n, layers=layers or None, radii=radius,
         measures_time=time, train_norm=train_norm,
     )  # fmt: skip
+    plan = None if memory_kib is None and flops is None else costs.fit(memory_kib=memory_kib, flops=flops)
+    write_result(json, asdict(costs) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
     print(costs)
-    plan = None
-    if memory_kib is not None or flops is not None:
-        plan = costs.fit(memory_kib=memory_kib, flops=flops)
+    if plan is not None:
         print(f"\nfits: {plan.saved_bytes / 1024:.1f} KiB, {plan.flops / 1e6:.2f} MFLOPs")
         for name, pair in plan.radius.items():
             print(f"  {name}: " + ("exact" if pair is None else f"radius {pair[0]} x {pair[1]}"))
-    write_result(json, asdict(costs) | ({} if plan is None else {"plan": asdict(plan)}), overwrite=overwrite)
 
 
 def diagnose(
@@ -127,8 +126,8 @@ def diagnose(
     with torch.no_grad():
         targets = network.eval()(batch).argmax(1)
     diagnosis = compare(network, (batch, targets), radius=radius, last_n=last_n)
-    print(diagnosis)
     write_result(json, asdict(diagnosis), overwrite=overwrite)
+    print(diagnosis)
 
 
 def delta(

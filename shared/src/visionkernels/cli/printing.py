@@ -48,7 +48,10 @@ def report_fit(metrics: Mapping[str, Any], weights: Path, note: str | None = Non
 
 
 def write_result(json: Path | None, result: Any, *, overwrite: bool) -> None:
-    """Write a result as JSON where a command was asked to; numbers that are not finite become null."""
+    """Write a result as JSON where a command was asked to; numbers that are not finite become null.
+
+    Commands do so before they print, since stdout may be closed by then.
+    """
     if json is not None:
         write_json(json, finite_or_none(result), overwrite=overwrite)
 
@@ -77,6 +80,6 @@ def report_bench(rows: "Iterable[BenchRow]", *, json: str | Path | None = None, 
     for row in rows:
         print(f"{row.id}: {row.ratio:.2f}", file=sys.stderr)
         measured.append(row)
-    print(bench_table(measured))
     if json is not None:
         write_json(json, [asdict(row) for row in measured], overwrite=overwrite)
+    print(bench_table(measured))

@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from visionkernels.checks import InputError, check_known
@@ -51,6 +52,7 @@ def run(
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in own
+    _prepare_streams()
     arguments = [a for a in own if a != "--debug"] + arguments[len(own) :]
     try:
         code = _dispatch(prog, commands, description, version, arguments)
@@ -59,14 +61,33 @@ def run(
     except KeyboardInterrupt as error:
         return _say(f"{prog}: {str(error) or 'interrupted'}", debug, 130)
     except BrokenPipeError:
-        # the interpreter flushes stdout once more at exit and would complain there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
     except Exception as error:
-        if isinstance(error, _USER_ERRORS):
-            return _say(f"{prog}: error: {_sentence(error)}", debug, 2)
-        hint = "" if debug else " (--debug shows the traceback)"
-        return _say(f"{prog}: error: {type(error).__name__}: {_sentence(error)}{hint}", debug, 1)
+        return _answer(prog, _of_stdout(error), debug)
+
+
+def _answer(prog: str, error: Exception, debug: bool) -> int:
+    if isinstance(error, _USER_ERRORS):
+        return _say(f"{prog}: error: {_sentence(error)}", debug, 2)
+    hint = "" if debug else " (--debug shows the traceback)"
+    return _say(f"{prog}: error: {type(error).__name__}: {_sentence(error)}{hint}", debug, 1)
+
+
+def _of_stdout(error: Exception) -> Exception:
+    """Return the error with the name of stdout, where that holds what it cannot write: a stream's errors have none."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            sys.stdout.flush()
+        except OSError as full:
+            _drop_stdout()
+            return OSError(full.errno, full.strerror, "stdout")
+    return error
+
+
+def _drop_stdout() -> None:
+    # the interpreter flushes stdout once more at exit and would complain there
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(prog: str, commands: Mapping[str, Command], description: str, version: str, arguments: list[str]) -> int:
@@ -149,13 +170,23 @@ def _parse_error(text: str) -> str:
 def _sentence(error: Exception) -> str:
     if _FROM_WORKER in str(error):  # the last line is "module.Type: message"
         return str(error).strip().rpartition("\n")[2].partition(": ")[2]
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return "; ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__
+    is_named = isinstance(error, OSError) and error.strerror and error.filename is not None
+    text = f"{error.filename}: {error.strerror}" if is_named else str(error)  # type: ignore[attr-defined]
+    return "; ".join(filter(None, map(str.strip, text.splitlines()))) or type(error).__name__
 
 
 def _say(message: str, debug: bool, code: int) -> int:
-    if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit code remains where stderr takes nothing
+        if debug:
+            traceback.print_exc()
+        print(message, file=sys.stderr)
     return code
+
+
+def _prepare_streams() -> None:
+    """Open streams that the caller closed, lest files take their numbers; escape what an encoding lacks, as stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as the process runs
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

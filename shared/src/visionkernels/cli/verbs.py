@@ -94,8 +94,8 @@ def _evaluate(package: Package) -> Command:
         opened = open_trained(checkpoint, package=package, model=model, num_classes=num_classes)
         measure = package.resolve(package.evaluate)
         metrics = measure(opened, data, device=find_device(device), workers=workers, batch_size=batch_size)
-        print_metrics(metrics)
         write_result(json, {"checkpoint": str(checkpoint), "data": data, **metrics}, overwrite=overwrite)
+        print_metrics(metrics)
 
     return _described(
         evaluate, None, "Measure trained weights on validation data.",

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import Cityscapes
 
+from visionkernels.files import CorruptFileError
 from visionkernels.pictures.annotated import require_files
 from visionkernels.pictures.labelled import Split
 
@@ -29,7 +30,8 @@ class Layout(NamedTuple):
 def find_layout(data: str | Path, split: Split) -> Layout:
     """Return the split of a folder in the layout of ADE20K, Pascal VOC 2012 or Cityscapes.
 
-    Raises FileNotFoundError for other folders, and for a missing list, picture or annotation.
+    Raises FileNotFoundError for other folders, and for a missing list, picture or annotation: every one has a partner;
+    CorruptFileError for a list that is empty or no text.
     """
     root = Path(data)
     if (root / "JPEGImages").is_dir():
@@ -51,6 +53,7 @@ def _ade20k(root: Path, split: Split) -> Layout:
             f"--data {root} has no pictures {pictures}/*.jpg; it must hold images/ and annotations/ like ADE20K, each "
             "with training/ and validation/, JPEGImages/ like VOC2012, or leftImg8bit/ like Cityscapes, or be shapes"
         )
+    require_files(root, "pictures", [pictures / f"{path.stem}.jpg" for path in sorted(annotations.glob("*.png"))])
     classes = np.arange(256, dtype=np.uint8) - np.uint8(1)  # 0, no class, becomes 255
     return Layout([(file, annotations / f"{file.stem}.png") for file in files], classes)
 
@@ -63,7 +66,12 @@ def _pascal_voc(root: Path, split: Split) -> Layout:
         chosen, annotations = lists / "trainaug.txt", root / "SegmentationClassAug"
     if not chosen.is_file():
         raise FileNotFoundError(f"--data {root} has no list {chosen} of its pictures")
-    names = chosen.read_text(encoding="utf-8").split()
+    try:
+        names = chosen.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{chosen} is no list of names in UTF-8") from error
+    if not names:
+        raise CorruptFileError(f"{chosen} lists no pictures")
     pairs = [(root / "JPEGImages" / f"{name}.jpg", annotations / f"{name}.png") for name in names]
     require_files(root, "pictures", [picture for picture, _ in pairs])
     return Layout(pairs, np.arange(256, dtype=np.uint8))
@@ -77,10 +85,14 @@ def _cityscapes(root: Path, split: Split) -> Layout:
         raise FileNotFoundError(f"--data {root} has no pictures {root}/leftImg8bit/{name}/CITY/*_leftImg8bit.png")
     is_ready = any((root / "gtFine" / name).glob("*/*_labelTrainIds.png"))
     kind = "labelTrainIds" if is_ready else "labelIds"
+    ending = f"_gtFine_{kind}.png"
+    annotated = sorted((root / "gtFine" / name).glob(f"*/*{ending}"))
+    expected = [f"{path.parent.name}/{path.name.removesuffix(ending)}_leftImg8bit.png" for path in annotated]
+    require_files(root, "pictures", [root / "leftImg8bit" / name / file for file in expected])
     pairs = []
     for picture in pictures:
         stem = picture.name.removesuffix("_leftImg8bit.png")
-        pairs.append((picture, root / "gtFine" / name / picture.parent.name / f"{stem}_gtFine_{kind}.png"))
+        pairs.append((picture, root / "gtFine" / name / picture.parent.name / f"{stem}{ending}"))
     classes = np.arange(256, dtype=np.uint8)
     if not is_ready:
         classes[:] = IGNORED

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,9 @@ from visionkernels.pictures.reading import read_picture
 __all__ = ["ObjectPictures", "boxes_of_masks", "collate_detection", "open_objects"]
 
 _log = logging.getLogger(__name__)
+
+# the parts of a file whose items have an id each
+_NUMBERED = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ def open_objects(
     `data` is a folder in the layout of COCO, `train2017/`, `val2017/` and `annotations/instances_train2017.json` (and
     val), or "shapes". Labels are the category ids of the file or, with `is_ranked`, the places of these ids in rising
     order from 1, as detectron2 numbers them; 0 is the background. Boxes are cut at the edges of their pictures; objects
-    outside are left out, and a warning says how many. Training leaves out crowds, boxes of less than a
-    pixel a side and pictures without objects. Raises FileNotFoundError, ImportError without pycocotools, and ValueError
-    for a damaged file, one without objects, and labels other than 1 to `num_classes` - 1; reading raises
-    CorruptPictureError, and CorruptAnnotationError for a picture of another size.
+    outside, and those of images that the file does not list, are left out, and a warning says how many. Training leaves
+    out crowds, boxes of less than a pixel a side and pictures without objects. Raises FileNotFoundError, ImportError
+    without pycocotools, and ValueError for a damaged file, one without objects, ids that occur twice, and labels other
+    than 1 to `num_classes` - 1; reading raises CorruptPictureError, and CorruptAnnotationError for a picture of another
+    size.
     """
     is_train = split == "train"
     changes = [v2.RandomHorizontalFlip(), *steps] if is_train else []
@@ -124,8 +129,12 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         odd = [item["id"] for item in annotations if item.get("iscrowd", 0) not in (0, 1)]
         unlike = [item for item in images if not (isinstance(item["file_name"], str) and _has_size(item))]
         empty = [item["id"] for item in annotations if has_masks and not item["segmentation"]]
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        twice = [(part, item) for part in _NUMBERED for item in _repeated(coco.dataset.get(part, ()))]
+        sorted(coco.imgs)  # which numbers of other types are not
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise InputError(f"{file} is no annotation file of COCO: {type(error).__name__} {error}") from error
+    if twice:
+        raise InputError(f"{file} has id {twice[0][1]!r} twice among its {twice[0][0]}; give each its own")
     if unlisted:
         raise InputError(f"{file} has category id {unlisted[0]!r}, which its categories do not list")
     if is_ranked:
@@ -139,6 +148,9 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
         raise InputError(f"{file} has an image without name or size: {unlike[0]}")
     if len(boxes) and (boxes.shape[1:] != (4,) or not np.isfinite(boxes).all()):
         raise InputError(f"{file} has a bbox that is not four numbers: left, top, width, height")
+    if len(boxes) and (boxes[:, 2:] < 0).any():
+        item = annotations[int((boxes[:, 2:] < 0).any(1).argmax())]
+        raise InputError(f"{file} has annotation {item['id']} with a bbox of negative width or height: {item['bbox']}")
     if strange := [item for item in labels if not (isinstance(item, int) and 0 < item < num_classes)]:
         what = "category" if is_ranked else "category id"
         raise InputError(f"{file} has {what} {strange[0]!r}; num_classes={num_classes} allows 1 to {num_classes - 1}")
@@ -148,6 +160,11 @@ def _open_coco(file: Path, *, num_classes: int, has_masks: bool, is_ranked: bool
     return coco
 
 
+def _repeated(items: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the ids that more than one of the items has."""
+    return [number for number, count in Counter(item["id"] for item in items).items() if count > 1]
+
+
 def _has_size(image: dict[str, Any]) -> bool:
     return all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width"))
 
@@ -155,6 +172,11 @@ def _has_size(image: dict[str, Any]) -> bool:
 def _clip_to_pictures(coco: Any, file: Path) -> None:
     """Cut boxes at the edges of their pictures, and leave out objects that lie outside."""
     annotations, outside = coco.dataset["annotations"], []
+    if strays := [item["id"] for item in annotations if item["image_id"] not in coco.imgs]:
+        _log.warning(
+            "%s: %d of %d objects belong to images that it does not list and are left out; the first is annotation %s",
+            file, len(strays), len(annotations), strays[0],
+        )  # fmt: skip
     for item in annotations:
         if (image := coco.imgs.get(item["image_id"])) is None:
             continue

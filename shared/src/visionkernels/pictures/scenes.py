@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from visionkernels.checks import InputError
 from visionkernels.pictures import shapes
 from visionkernels.pictures.annotated import AnnotatedPictures, CorruptAnnotationError, types
 from visionkernels.pictures.labelled import Split
 from visionkernels.pictures.layouts import IGNORED, Layout, find_layout
-from visionkernels.pictures.reading import read_picture
+from visionkernels.pictures.reading import open_picture, read_picture
 from visionkernels.pictures.recipes import SceneRecipe
 
 __all__ = ["IGNORED", "Scenes", "aligned_size", "open_scenes"]
@@ -74,12 +76,8 @@ def _read_shapes(split: Split, index: int) -> tuple[tv_tensors.Image, tv_tensors
 def _read_scene(layout: Layout, num_classes: int, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     file, annotation = layout.pairs[index]
     image = v2.functional.pil_to_tensor(read_picture(file))
-    try:
-        with Image.open(annotation) as opened:
-            raw = np.asarray(opened)
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CorruptAnnotationError(f"annotation {annotation} cannot be read: {reason}") from error
+    with open_picture(annotation, f"annotation {annotation}", CorruptAnnotationError) as opened:
+        raw = _label_numbers(opened)
     if raw.shape != image.shape[1:]:
         raise CorruptAnnotationError(
             f"annotation {annotation} has shape {raw.shape}; its picture is {tuple(image.shape[1:])}"
@@ -89,6 +87,15 @@ def _read_scene(layout: Layout, num_classes: int, index: int) -> tuple[tv_tensor
     if strange.size:
         raise CorruptAnnotationError(f"annotation {annotation} has label {strange[0]}; there are {num_classes} classes")
     return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels))
+
+
+def _label_numbers(opened: Image.Image) -> NDArray[np.int64]:
+    """Return the number of every pixel. Raises InputError for colours and floating-point numbers."""
+    if opened.mode not in ("1", "L", "P") and not opened.mode.startswith("I"):
+        raise InputError(
+            f"its mode is {opened.mode}; a pixel must hold the number of its class, as modes L, P and I;16 do"
+        )
+    return np.asarray(opened).astype(np.int64)
 
 
 def _evaluation_transform(scene: SceneRecipe) -> v2.Compose:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from visionkernels.checks import InputError
 from visionkernels.recipes import FitRecipe
 from visionkernels.training.batches import EVALUATION, STEP, BatchPlan, TrainingData, seed_generators
+from visionkernels.training.compiled import name_as_uncompiled
 from visionkernels.training.folder import RunFolder, describe_run
-from visionkernels.training.means import RunningMeans
+from visionkernels.training.means import RunningMeans, share
 from visionkernels.training.optimization import LearningRate, create_optimizer
 from visionkernels.training.process import catch_interrupt, create_accelerator
 from visionkernels.training.result import FitResult
@@ -96,6 +97,7 @@ class Run:
             )
         optimizer = create_optimizer(module, self.recipe.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        name_as_uncompiled(self.module)
         self.task.trainable_module = self.module
         self.task.to(self.accelerator.device)
         self.learning_rate = LearningRate(
@@ -291,7 +293,7 @@ class Run:
             "epoch": self.epoch,
             "update": self.update,
             "entry": self.entry,
-            "totals": self.means.totals(),
+            "totals": self.means.of_processes(),
             "buffers": self._own_buffers(),
             "task": self.task.get_task_state(),
         }
@@ -331,8 +333,8 @@ class Run:
         progress = torch.load(checkpoint / "progress.pt", map_location=_on_cpu, weights_only=True)
         progress = tree_map_only(Tensor, lambda tensor: tensor.to(device), progress)
         self.epoch, self.update, self.entry = progress["epoch"], progress["update"], progress["entry"]
-        if self.accelerator.is_main_process:  # the totals are of all processes
-            self.means = RunningMeans(progress["totals"], device=device)
+        own = share(progress["totals"], self.accelerator.process_index, self.accelerator.num_processes)
+        self.means = RunningMeans(own, device=device)
         for name, value in progress["buffers"].items():
             owner, _, buffer = name.rpartition(".")
             setattr(self.task.get_submodule(owner), buffer, value)
@@ -368,7 +370,9 @@ class Run:
             return None
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise InputError("ema_decay needs whole weights in every process; FSDP shards them, so set ema_decay=None")
-        return ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
+        ema = ModelEmaV3(self.accelerator.unwrap_model(self.module), decay=self.recipe.ema_decay)
+        name_as_uncompiled(ema)
+        return ema
 
 
 def _on_cpu(storage: Any, location: str) -> Any:
