@@ -98,6 +98,11 @@ class TestMap:
         with pytest.raises(ImportError, match="run: pip install"):
             sweeps.map(square, [1], backend=backend)
 
+    def test_install_names_the_package(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "joblib", None)
+        with pytest.raises(ImportError, match=r"pip install 'tinc-vision\[sweeps\]'"):
+            sweeps.map(square, [1], install="tinc-vision[sweeps]")
+
     @pytest.mark.slow
     def test_ray_cluster(self):
         ray = pytest.importorskip("ray", reason="ray is not installed; pip install ray")

@@ -119,7 +119,8 @@ def _rank_metrics(case: Case, stored: Mapping[str, np.ndarray]) -> list[str]:
     predicted = 0.5 * true + np.random.RandomState(seeds["b"]).standard_normal(n)
     ratios = (0.01, 0.05, 0.1, 0.5)
     best = [
-        (k / n, first, first / n, last, last / n) for k, first, last in metrics.best_in_top(predicted, true, ratios)
+        (ratio, first, first / n, last, last / n)
+        for ratio, _, first, last in metrics.best_in_top(predicted, true, ratios)
     ]
     shares = [
         (each.ratio, each.k, each.top_precision, each.bottom_precision, each.top_kendall, each.bottom_kendall)

@@ -211,7 +211,9 @@ class TestTopPrecision:
 class TestBestInTop:
     def test_by_hand(self):
         predicted, true = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [3, 9, 1, 0, 4, 5, 6, 7, 8, 2]
-        assert metrics.best_in_top(predicted, true, (0.05, 0.1, 0.3, 1)) == [(1, 7, 7), (3, 1, 9), (10, 1, 10)]
+        assert metrics.best_in_top(predicted, true, (0.05, 0.1, 0.3, 1)) == [
+ (0.1, 1, 7, 7), (0.3, 3, 1, 9), (1, 10, 1, 10)
+]  # fmt: skip
 
 
 class TestRankDifference:

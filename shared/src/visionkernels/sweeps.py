@@ -42,6 +42,7 @@ def map(
     errors: Literal["raise", "return"] = "raise",
     done: str | Path | None = None,
     key: Callable[[Item], str] = repr,
+    install: str = "visionkernels[sweeps]",
 ) -> list[Any]:
     """Return `[function(item) for item in items]`, computed by `jobs` processes; the order is kept.
 
@@ -54,9 +55,10 @@ def map(
     `done` is a file that keeps every result as soon as it is there (with Ray, all at the end), a line of JSON each; a
     sweep that is run again takes them from there and computes the others. Results must be JSON then (a tuple comes
     back as a list), and `key` must tell items apart by a text that stays the same; failures are not kept. Raises
-    ValueError for two items of one key and for a file that is no such list.
+    ValueError for two items of one key and for a file that is no such list, ImportError with the pip line for
+    `install` without joblib.
     """
-    joblib = require("joblib", "visionkernels[sweeps]")
+    joblib = require("joblib", install)
     if jobs != -1 and jobs < 1:
         raise InputError(f"jobs={jobs} must be at least 1, or -1 for one a core")
     if errors not in ("raise", "return"):

@@ -13,6 +13,7 @@ from scipy import stats
 from visionkernels.checks import InputError, check
 
 __all__ = [
+    "BestInTop",
     "Interval",
     "TopShare",
     "best_in_top",
@@ -147,15 +148,26 @@ def top_precision(predicted: Values, true: Values, ratios: Sequence[float] = (0.
     return shares_by_ratio
 
 
-def best_in_top(
-    predicted: Values, true: Values, ratios: Sequence[float] = (0.01, 0.05, 0.1, 0.5)
-) -> list[tuple[int, int, int]]:
-    """Return k, and the best and the worst true place among the predicted best k = int(ratio * n)."""
+class BestInTop(NamedTuple):
+    """Where the predicted best k of n truly stand."""
+
+    ratio: float
+    k: int
+    best: int
+    """The best true place among them, from 1."""
+    worst: int
+
+
+def best_in_top(predicted: Values, true: Values, ratios: Sequence[float] = (0.01, 0.05, 0.1, 0.5)) -> list[BestInTop]:
+    """Return the best and the worst true place among the predicted best k = int(ratio * n); k below 1 is left out.
+
+    Raises ValueError for ratios outside 0 to 1.
+    """
     predicted, true = _checked(predicted, true)
     _check_ratios(ratios)
     true_ranks = ranks(true)[np.argsort(ranks(predicted))]
-    sizes = [k for k in (int(ratio * len(true)) for ratio in ratios) if k >= 1]
-    return [(k, int(true_ranks[:k].min()), int(true_ranks[:k].max())) for k in sizes]
+    sizes = [(ratio, int(ratio * len(true))) for ratio in ratios]
+    return [BestInTop(ratio, k, int(true_ranks[:k].min()), int(true_ranks[:k].max())) for ratio, k in sizes if k >= 1]
 
 
 def rank_difference(predicted: Values, true: Values) -> float:

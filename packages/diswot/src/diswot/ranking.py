@@ -126,7 +126,7 @@ def rank(
     else:
         from visionkernels import sweeps
 
-        results = sweeps.map(measure, items, jobs=jobs, description="scoring")
+        results = sweeps.map(measure, items, jobs=jobs, description="scoring", install="diswot[sweeps]")
     by_key = dict(zip((key for key, _ in items), results, strict=True))
     results = [by_key[key] for key in candidates]
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))

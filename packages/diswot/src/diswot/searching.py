@@ -222,7 +222,9 @@ class _Students:
         if done is None and jobs == 1:
             return {key: measure(key) for key in keys}
         threads = torch.get_num_threads() if jobs == 1 else 1
-        results = sweeps.map(measure, keys, jobs=jobs, threads=threads, done=done, key=str, show_progress=False)
+        results = sweeps.map(
+            measure, keys, jobs=jobs, threads=threads, done=done, key=str, show_progress=False, install="diswot[sweeps]"
+        )
         return dict(zip(keys, results, strict=True))
 
     def scored_by(self, teacher: TeacherCache, name: str) -> "_Round":

@@ -39,7 +39,9 @@ def compare_arms(seeds: Sequence[int], out: str | Path, *, jobs: int = 2) -> dic
     }
     results_by_step: dict[_Step, float] = {}
     for name, steps in rounds.items():
-        results = sweeps.map(partial(_run, out=Path(out)), steps, jobs=jobs, description=name)
+        results = sweeps.map(
+            partial(_run, out=Path(out)), steps, jobs=jobs, description=name, install="g2sd-vision[sweeps]"
+        )
         results_by_step |= dict(zip(steps, results, strict=True))
     return {arm: tuple(results_by_step[arm, seed] for seed in seeds) for arm in ARMS}
 

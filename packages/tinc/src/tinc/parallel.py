@@ -107,7 +107,7 @@ def compress_chunks(
     places = list(itertools.product(*(range(-(-size // part)) for size, part in zip(shape, chunk, strict=True))))
     results = sweeps.map(
         _ChunkWriter(_forward(source), folder, chunk, codec), places, jobs=jobs, backend=backend, description="chunks",
-        done=folder / _DONE, key=_chunk_key,
+        done=folder / _DONE, key=_chunk_key, install="tinc-vision[sweeps]",
     )  # fmt: skip
     move_folder(folder, out, overwrite=overwrite)
     (out / _DONE).unlink(missing_ok=True)
@@ -304,7 +304,7 @@ def compress_many(
     items, target = [str(path) for path in paths], json.dumps([as_type, keep_metadata, options], sort_keys=True)
     results = sweeps.map(
         writer, items, jobs=jobs, backend=backend, description="volumes", errors="return", done=done,
-        key=lambda path: f"{path} {target}",
+        key=lambda path: f"{path} {target}", install="tinc-vision[sweeps]",
     )  # fmt: skip
     files = [result for result in results if not isinstance(result, sweeps.SweepError)]
     failures = {result.item: result.message for result in results if isinstance(result, sweeps.SweepError)}

@@ -38,7 +38,16 @@ def run_sweep(
     items = [(f"{number:03d}", recipe) for number, recipe in enumerate(recipes)]
     function = partial(_run, volume=str(volume), out=str(out))
     done = Path(out) / "results.jsonl"
-    results = sweeps.map(function, items, jobs=jobs, backend=backend, description="runs", done=done, key=_key)
+    results = sweeps.map(
+        function,
+        items,
+        jobs=jobs,
+        backend=backend,
+        description="runs",
+        done=done,
+        key=_key,
+        install="tinc-vision[sweeps]",
+    )
     yield from zip((name for name, _ in items), results, strict=True)
 
 
