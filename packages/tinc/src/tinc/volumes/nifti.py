@@ -2,13 +2,22 @@
 
 import gzip
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinc.volumes.description import UNITS, Layout, Volume, damage_named, described
+from tinc.volumes.description import (
+    DEFLATE_RATIO,
+    UNITS,
+    Layout,
+    Volume,
+    check_claim,
+    damage_named,
+    described,
+)
 from visionkernels.checks import InputError
 from visionkernels.extras import require
 
@@ -42,11 +51,17 @@ def read_nifti(path: Path) -> Volume:
     problems = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     with damage_named(path):
         try:
+            size = path.stat().st_size
+            most = DEFLATE_RATIO * size if path.suffix.lower() == ".gz" else size
+            with nibabel.openers.ImageOpener(path) as file:
+                _check_extensions(file, most)
             image = nibabel.load(path)
             header = image.header
             if not hasattr(header, "get_sform"):
                 raise InputError(f"it is of the kind {type(image).__name__}")
-            array = image.dataobj.get_unscaled()
+            samples = image.dataobj
+            check_claim(samples.offset + math.prod(samples.shape) * samples.dtype.itemsize, most)
+            array = samples.get_unscaled()
         except problems as error:
             raise InputError(str(error)) from error
         axes = "XYZTC"[: array.ndim].ljust(array.ndim, "Q")
@@ -65,13 +80,37 @@ def read_nifti(path: Path) -> Volume:
     return Volume(array, 4 if array.ndim == 5 else None, metadata, note)
 
 
+_OFFSETS = {348: ("f", 108), 540: ("q", 168)}
+"""Type and place of the samples' offset in a header, by the size of the header."""
+
+
+def _check_extensions(file: Any, most: int) -> None:
+    """Raise ValueError for an extension that is larger than the file; nibabel takes memory for what it states."""
+    header = file.read(544)
+    order = "<" if header[:4] in [struct.pack("<i", size) for size in _OFFSETS] else ">"
+    size = struct.unpack(f"{order}i", header[:4])[0] if len(header) >= 352 else 0
+    if size not in _OFFSETS or header[size : size + 1] in (b"", b"\0"):
+        return
+    kind, place = _OFFSETS[size]
+    (end,), place = struct.unpack_from(f"{order}{kind}", header, place), size + 4
+    # nibabel reads no extension with fewer bytes before the samples
+    while place + 16 <= end:
+        file.seek(place)
+        start = file.read(4)
+        length = struct.unpack(f"{order}i", start)[0] if len(start) == 4 else 0
+        if not 8 <= length <= most:
+            raise InputError(f"it states an extension of {length} bytes")
+        place += length
+
+
 def _orientation(header: Any) -> dict[str, Any]:
     """Return the affines [3, 4] that have a code, or else the default affine."""
     affines: dict[str, Any] = {}
     for name, (affine, code) in (("sform", header.get_sform(coded=True)), ("qform", header.get_qform(coded=True))):
         if affine is not None and code > 0 and np.isfinite(affine).all():
             affines |= {name: affine[:3].tolist(), f"{name}_code": int(code)}
-    return affines or {"affine": header.get_base_affine()[:3].tolist()}
+    base = header.get_base_affine()[:3]
+    return affines or ({"affine": base.tolist()} if np.isfinite(base).all() else {})
 
 
 def _details(header: Any) -> dict[str, Any]:
