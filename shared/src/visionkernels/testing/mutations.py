@@ -6,6 +6,7 @@ reader's name, a seed and an index, which a fault names, so that
 """
 
 import copy
+import faulthandler
 import json
 import logging
 import os
@@ -247,6 +248,7 @@ def _in_child(
 def _read_all(reader: MutatedReader, indices: range, seed: int, memory: int, seconds: float, sending: int) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    faulthandler.disable()
     silent = os.open(os.devnull, os.O_RDWR)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
