@@ -9,6 +9,7 @@ import copy
 import faulthandler
 import json
 import logging
+import math
 import os
 import pickletools
 import re
@@ -20,16 +21,20 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from visionkernels.checks import InputError
 
 __all__ = [
-    "MutatedReader", "Outcome", "assert_no_faults", "mutated", "mutated_json", "mutated_pickle", "read_mutations",
+    "MutatedReader", "Outcome", "assert_no_faults", "mutated", "mutated_json", "mutated_pickle", "mutated_state",
+    "read_mutations",
 ]  # fmt: skip
 
 EDGES = (0, 1, -1, 2**31 - 1, 2**63 - 1)
@@ -192,6 +197,33 @@ _INSTRUCTIONS = (
 )  # fmt: skip
 
 
+def mutated_state(state: Mapping[str, Tensor], random: Random) -> dict[str, Tensor]:
+    """Return a state dict in which tensors are removed, renamed, exchanged, or have other shapes and types."""
+    state = dict(state)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        key, other = (random.choice(list(state)) for _ in range(2))
+        value = state[key]
+        match random.randrange(6):
+            case 0 if len(state) > 1:
+                del state[key]
+            case 1:
+                state[random.choice((f"{key}x", f"x.{key}", key.partition(".")[2] or "x", "head.weight"))] = value
+            case 2:
+                state[key] = state[other]
+            case 3:
+                state[key] = value.to(random.choice((torch.int64, torch.bool, torch.complex64, torch.float64)))
+            case _:
+                axes = list(value.shape)
+                axes = random.choice((axes[1:], [*axes, 1], [1, *axes], [], axes))
+                place = random.randrange(max(len(axes), 1))
+                # without an element, a shape of any size takes no bytes of a file
+                odd = random.choice(([0], [1], [2], [3, 7], [2**31 - 1, 0], [0, 2**31 - 1], [2**40, 0]))
+                axes[place : place + len(odd)] = odd if axes else []
+                size = math.prod(axes)
+                state[key] = torch.zeros(axes if size <= 1 << 20 else [min(axis, 64) for axis in axes])
+    return state
+
+
 def read_mutations(
     reader: MutatedReader, indices: range, *, seed: int = 0, memory: int = 3 << 27, seconds: float = 20
 ) -> list[Outcome]:
@@ -260,9 +292,12 @@ def _read_all(reader: MutatedReader, indices: range, seed: int, memory: int, sec
         for index in indices:
             place = folder / str(index)
             place.mkdir()
-            path = reader.write(place, Random(f"{reader.name} {seed} {index}"))
-            kind, message, growth = _read_one(reader, path, memory, seconds)
-            outcome = Outcome(reader.name, seed, index, kind, message, growth)
+            try:
+                path = reader.write(place, Random(f"{reader.name} {seed} {index}"))
+            except Exception:
+                outcome = Outcome(reader.name, seed, index, "fault", f"cannot be written: {traceback.format_exc()}")
+            else:
+                outcome = Outcome(reader.name, seed, index, *_read_one(reader, path, memory, seconds))
             os.write(sending, json.dumps(asdict(outcome)).encode() + b"\n")
             shutil.rmtree(place)
     finally:
