@@ -83,7 +83,7 @@ class TestNifti:
         tracemalloc.stop()
 
     @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-    @pytest.mark.parametrize("length", [-16, 0, 7, 1 << 30, 2**31 - 1])
+    @pytest.mark.parametrize("length", [-16, 0, 1 << 30, 2**31 - 16])
     def test_extensions(self, tmp_path: Path, suffix: str, length: int) -> None:
         path = nifti(tmp_path / "x.nii", vox_offset=384)
         content = bytearray(path.read_bytes())
@@ -91,9 +91,14 @@ class TestNifti:
         content[352:352] = struct.pack("<ii", length, 6) + bytes(24)
         path = tmp_path / f"x{suffix}"
         path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else bytes(content))
-        with pytest.raises(CorruptFileError, match=f"it states an extension of {length} bytes"):
+        message = f"it states an extension of {length} bytes"
+        with pytest.raises(CorruptFileError, match=message):
             read_volume(path)
-        content[352:356] = struct.pack("<i", 32)
+        content[:4] = bytes(4)  # nibabel puts the size of the header right
+        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else bytes(content))
+        with pytest.raises(CorruptFileError, match=message):
+            read_volume(path)
+        content[:4], content[352:356] = struct.pack("<i", 348), struct.pack("<i", 32)
         path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else bytes(content))
         assert np.array_equal(read_volume(path).array, VALUES)
 
@@ -230,6 +235,14 @@ class TestZarr:
         content = json.loads(path.read_text())
         content["attributes"]["tinc"] = kept
         path.write_text(json.dumps(content))
+        with pytest.raises(CorruptFileError, match=r"x\.zarr is damaged"):
+            read_volume(tmp_path / "x.zarr")
+
+    @pytest.mark.parametrize("shape", [[10**30, 4, 5], [2**62, 4, 5], [-3, 4, 5], ["3", 4, 5], [4, 5], 3])
+    def test_shapes(self, tmp_path: Path, shape: Any) -> None:
+        write_volume(tmp_path / "x.zarr", VALUES)
+        path = tmp_path / "x.zarr/zarr.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": shape}))
         with pytest.raises(CorruptFileError, match=r"x\.zarr is damaged"):
             read_volume(tmp_path / "x.zarr")
 

@@ -26,4 +26,4 @@ def test_some(reader: MutatedReader) -> None:
 @pytest.mark.slow
 @by_reader
 def test_many(reader: MutatedReader) -> None:
-    assert_no_faults(read_mutations(reader, range(800), seed=1))
+    assert_no_faults(read_mutations(reader, range(1500), seed=1))

@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,7 @@ def read_nifti(path: Path) -> Volume:
         try:
             size = path.stat().st_size
             most = DEFLATE_RATIO * size if path.suffix.lower() == ".gz" else size
-            with nibabel.openers.ImageOpener(path) as file:
-                _check_extensions(file, most)
+            _check_extensions(nibabel, path, most)
             image = nibabel.load(path)
             header = image.header
             if not hasattr(header, "get_sform"):
@@ -80,27 +78,25 @@ def read_nifti(path: Path) -> Volume:
     return Volume(array, 4 if array.ndim == 5 else None, metadata, note)
 
 
-_OFFSETS = {348: ("f", 108), 540: ("q", 168)}
-"""Type and place of the samples' offset in a header, by the size of the header."""
+class _Bounded:
+    """A stream that takes no memory for an extension whose stated size the file cannot hold."""
+
+    def __init__(self, stream: Any, most: int) -> None:
+        self.stream, self.most, self.tell = stream, most, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.most:
+            raise InputError(f"it states an extension of {size + 8} bytes")
+        content: bytes = self.stream.read(size)
+        return content
 
 
-def _check_extensions(file: Any, most: int) -> None:
-    """Raise ValueError for an extension that is larger than the file; nibabel takes memory for what it states."""
-    header = file.read(544)
-    order = "<" if header[:4] in [struct.pack("<i", size) for size in _OFFSETS] else ">"
-    size = struct.unpack(f"{order}i", header[:4])[0] if len(header) >= 352 else 0
-    if size not in _OFFSETS or header[size : size + 1] in (b"", b"\0"):
-        return
-    kind, place = _OFFSETS[size]
-    (end,), place = struct.unpack_from(f"{order}{kind}", header, place), size + 4
-    # nibabel reads no extension with fewer bytes before the samples
-    while place + 16 <= end:
-        file.seek(place)
-        start = file.read(4)
-        length = struct.unpack(f"{order}i", start)[0] if len(start) == 4 else 0
-        if not 8 <= length <= most:
-            raise InputError(f"it states an extension of {length} bytes")
-        place += length
+def _check_extensions(nibabel: Any, path: Path, most: int) -> None:
+    """Raise ValueError for an extension that is larger than the file, before nibabel takes memory for it."""
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if kind.path_maybe_image(path)[0]:
+            with nibabel.openers.ImageOpener(path) as file:
+                kind.header_class.from_fileobj(_Bounded(file, most), check=False)
 
 
 def _orientation(header: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -45,6 +46,8 @@ def read_zarr(path: Path) -> Volume:
             array = node[multiscale["datasets"][0]["path"]] if multiscale else node
             if not hasattr(array, "shape"):
                 raise InputError(f"its level {array.path} is no array")
+            if math.prod(array.shape) * array.dtype.itemsize >= 1 << 63:
+                raise InputError(f"it states the shape {array.shape}")
             volume = _zarr_volume(array, dict(array.attrs), multiscale)
             layout_of(array.ndim, volume.metadata, volume.channel_axis)
             json.dumps(volume.metadata, allow_nan=False)
