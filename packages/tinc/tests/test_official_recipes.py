@@ -19,6 +19,7 @@ from tinc.recipes import (
     read_yaml,
     to_options,
 )
+from visionkernels.checks import InputError
 
 SINGLE = """
 Reproduc: {seed: 7, benchmark: false, deterministic: true}
@@ -146,12 +147,26 @@ Dynamic:
 
     @pytest.mark.parametrize(
         ("value", "message"),
-        [("0", "Dynamic holds 0"), ("''", "Dynamic holds ''"), ("[]", r"no combinations: Dynamic=\[\]")],
-    )
+        [("0", "Dynamic holds 0"), ("''", "Dynamic holds ''"), ("{PRODUCT: 1}", "Dynamic: PRODUCT=1 must be a mapping"),
+         ("[]", r"no combinations: Dynamic=\[\]")],
+    )  # fmt: skip
     def test_empty_variations(self, tmp_path: Path, value: str, message: str) -> None:
         static = SINGLE.replace("\n", "\n  ")
         with pytest.raises(ValueError, match=message):
             expand_grid(self.write(tmp_path, f"Static:\n{static}\nDynamic: {value}"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [("Network: {level_info: [[1.0]]}", r"level_info\[0\]=\[1.0\] must be \[ratio, layers"),
+         ("Network: {level_info: [[1.0, 2.5]]}", "layers=2.5 must be an integer"),
+         ("Network: {level_info: [[1, 3]], w0: [20]}", r"w0=\[20\] must be a finite number"),
+         ("{Network: {level_info: [[1, 3]]}, Train: {weight: [1]}}", r"weight=\[1\] must be \[low, high, scale\]"),
+         ("{Network: {level_info: [[1, 3]]}, Train: {epochs: 2.5}}", "epochs=2.5 must be an integer")],
+    )  # fmt: skip
+    def test_types(self, tmp_path: Path, options: str, message: str) -> None:
+        options = options if options.startswith("{") else f"{{{options}}}"
+        with pytest.raises(InputError, match=message):
+            read_yaml(self.write(tmp_path, f"CompressFramwork: {options}"))
 
     def test_errors(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none\.yaml is not a file"):

@@ -68,6 +68,8 @@ PROGRAMS = {
     "copied pairs": PAIRS + repeated(name("collections", "OrderedDict") + b"h\x00" + TUPLE1 + REDUCE, 3_000),
     "idle calls": MARK + b"N" * 30_000 + b"tq\x000"
     + repeated(name("collections", "Counter") + b"h\x00" + REDUCE, 30_000),
+    "long text": b"}" + MARK + b"X\xff\xff\xff\x7f" + SETITEMS,
+    "longer text": b"}" + MARK + b"\x8d" + struct.pack("<Q", 2**40) + SETITEMS,
     "buffer": repeated(name("builtins", "bytearray") + number(2**31) + TUPLE1 + REDUCE, 1),
     "new tensor": repeated(name("torch", "FloatTensor") + number(2**29) + TUPLE1 + REDUCE, 1),
     "new storage": repeated(name("torch", "FloatStorage") + number(2**29) + TUPLE1 + b"\x81", 1),

@@ -51,7 +51,9 @@ def load_official(
     """
     checkpoint = read_checkpoint(source, weights=weights)  # type: ignore[arg-type]
     head = checkpoint.state.get("head.weight")
-    classes = head.shape[0] if head is not None else 0
+    if head is not None and (head.ndim != 2 or not head.numel()):
+        raise CheckpointError(f"{checkpoint.path} is damaged: head.weight has shape {list(head.shape)}")
+    classes = 0 if head is None else len(head)
     name = _name_of(checkpoint, classes) if name is None else name
     model = _create(name, **({"num_classes": classes} | options))
     _load_official_state(model, checkpoint.state, checkpoint.path)

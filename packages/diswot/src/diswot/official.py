@@ -37,7 +37,7 @@ def load_official(
         raise CheckpointError(f"{name} is no network of this package; open its weights with open_trained")
     if num_classes is None:
         weight = checkpoint.state.get(f"{model.classifier_name}.weight")
-        if weight is None or weight.ndim != 2:
+        if weight is None or weight.ndim != 2 or not weight.numel():
             raise CheckpointError(
                 f"{checkpoint.path} does not fit {name}: it has no classifier {model.classifier_name!r}"
             )

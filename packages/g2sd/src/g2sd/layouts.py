@@ -79,9 +79,9 @@ class _Reader:
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
         value = self.state.get(key)
-        if value is None or value.ndim != axes:
+        if value is None or value.ndim != axes or not value.numel():
             fault = "is missing" if value is None else f"has shape {list(value.shape)}"
-            raise CheckpointError(f"{self.source} is damaged: {key} {fault}; it must have {axes} axes")
+            raise CheckpointError(f"{self.source} is damaged: {key} {fault}; it must have {axes} axes, none of them 0")
         return tuple(value.shape)
 
     def rows(self, key: str) -> int | None:

@@ -256,8 +256,10 @@ def resized(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     own = model.state_dict()
     for key in ("pos_embed", "decoder_pos_embed"):
         table = state.get(key)
-        if table is None or key not in own or table.shape == own[key].shape or table.shape[2] != own[key].shape[2]:
+        if table is None or key not in own or table.shape == own[key].shape:
             continue
+        if table.ndim != 3 or table.shape[2] != own[key].shape[2] or not table.numel():
+            continue  # the strict load names it
         is_fixed = isinstance(model, MaskedAutoencoder)
         state[key] = own[key] if is_fixed else interpolate_positions(table, tuple(model.patch_embed.grid_size))
     return state

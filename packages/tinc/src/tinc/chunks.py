@@ -67,6 +67,9 @@ class ChunkOptions:
             object.__setattr__(self, "lossless", True)
         for name in given:
             _check_target(name, getattr(self, name))
+        axis = self.channel_axis
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int | np.integer)):
+            raise InputError(f"channel_axis={self.channel_axis!r} must be an integer or None")
         choices = {"preset": get_args(Preset), "layers": get_args(Layers), "nan": ("exact", "fill", "raise")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -222,7 +225,14 @@ class TincChunks(ChunkOptions, Codec):  # type: ignore[misc]
             file.max_nbytes = max(file.max_nbytes, ensure_ndarray(out).nbytes)
         is_big = file.metadata.get("byteorder") == "big"
         chunk = file.decode().astype(file.dtype.newbyteorder(">" if is_big else "<"), order="C", copy=False)
-        return chunk if out is None else ndarray_copy(chunk, out)
+        if out is None:
+            return chunk
+        if chunk.nbytes != ensure_ndarray(out).nbytes:
+            expected = ensure_ndarray(out)
+            raise TincFormatError(
+                f"the chunk is {chunk.dtype} {chunk.shape}, which does not fit into {expected.dtype} {expected.shape}"
+            )
+        return ndarray_copy(chunk, out)
 
     def get_config(self) -> dict[str, Any]:
         """Return the id and the options as JSON values."""

@@ -188,17 +188,17 @@ def chunk(
         out: the .zarr folder to write
         size: sizes of a chunk by axis
         preset: fast trains no trees
-        as_type: convert the samples first, all in memory; values are rounded, and must be in the type's range
+        as_type: convert the samples, chunk by chunk; values are rounded, and must be in the type's range
         channel_axis: axis of the channels, or none; by default that of the source
         jobs: number of processes; -1 for one on each core
         backend: processes of this machine, or a Ray or Dask cluster
         overwrite: replace an existing output
     """
     from tinc.parallel import compress_chunks
-    from tinc.volumes import read_volume
+    from tinc.volumes import open_volume
 
     _refuse_source(source, out)
-    volume = read_volume(source, as_type=as_type)
+    volume = open_volume(source, as_type=as_type)
     _print_note(volume.note)
     report = compress_chunks(
         volume.array, out, chunk=size, jobs=jobs, backend=backend, metadata=volume.metadata, overwrite=overwrite,

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +57,9 @@ class Level:
     variance. The root ignores it."""
 
     def __post_init__(self) -> None:
+        check(_is_real(self.ratio), "ratio", self.ratio, "a finite number")
         check(self.ratio > 0, "ratio", self.ratio, "above 0")
+        check(isinstance(self.layers, int), "layers", self.layers, "an integer")
         check(self.layers >= 1, "layers", self.layers, "at least 1")
         check_activation(self.activation)
         check_choice("allocation", self.allocation, Allocation)
@@ -124,12 +127,20 @@ class OfficialRecipe:
         check(last >= 2, "levels[-1].layers", last, "at least 2: a leaf of one layer has no width to choose")
         check(self.ratio > 0, "ratio", self.ratio, "above 0")
         check(self.normal_min < self.normal_max, "normal_min, normal_max", (self.normal_min, self.normal_max), "rising")
+        for name in ("ratio", "w0", "normal_min", "normal_max", "lr"):
+            check(_is_real(getattr(self, name)), name, getattr(self, name), "a finite number")
         for name in ("output", "batch_size", "epochs", "eval_batch_size", "eval_epochs"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            check(isinstance(value, int), name, value, "an integer")
+            check(value >= 1, name, value, "at least 1")
         check_choice("optimizer", self.optimizer, OptimizerName)
         check(self.lr > 0, "lr", self.lr, "above 0")
         check(self.seed >= 0, "seed", self.seed, "at least 0")
         check_choice("compat", self.compat, Compat)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 RECIPES = {
@@ -206,6 +217,8 @@ def _choices(tree: Any) -> list[dict[str, Any]]:
     factors: list[list[dict[str, Any]]] = []
     for key, branch in tree.items():
         branches = list(branch.values()) if isinstance(branch, Mapping) else branch
+        if key in ("CONCAT", "PRODUCT") and not isinstance(branches, list):
+            raise InputError(f"Dynamic: {key}={branch!r} must be a mapping or a list of entries")
         match key:
             case "CONCAT":
                 factors.append([choice for branch in branches for choice in _choices(branch)])
@@ -274,7 +287,10 @@ def from_options(options: Mapping[str, Any], *, name: str) -> OfficialRecipe:
 def levels_from_options(level_info: Sequence[Sequence[Any]]) -> tuple[Level, ...]:
     """Return the levels of the official list of [ratio, layers, activation, allocation]."""
     levels = []
-    for number, (ratio, layers, *words) in enumerate(level_info):
+    for number, level in enumerate(level_info):
+        if not isinstance(level, list | tuple) or len(level) < 2:
+            raise InputError(f"level_info[{number}]={level!r} must be [ratio, layers, activation, allocation]")
+        ratio, layers, *words = level
         activation = words[0] if words else "Sine"
         allocation: Any = words[1] if len(words) > 1 else "equal"
         if allocation not in ("equal", "aoi", "var"):
@@ -292,7 +308,11 @@ def _scheduler(options: Mapping[str, Any] | None) -> Scheduler | None:
 
 
 def _weight(values: Sequence[float] | None) -> LossWeight | None:
-    return None if values is None else LossWeight(low=values[0], high=values[1], scale=values[2])
+    if values is None:
+        return None
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise InputError(f"weight={values!r} must be [low, high, scale]")
+    return LossWeight(low=values[0], high=values[1], scale=values[2])
 
 
 def to_options(recipe: OfficialRecipe) -> dict[str, Any]:

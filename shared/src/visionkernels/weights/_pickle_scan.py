@@ -7,7 +7,7 @@ with sizes and depths in the place of objects; what a file asks for is bounded b
 
 import pickletools
 from collections.abc import Iterable
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from visionkernels.weights._stand_ins import SAFE_GLOBALS, CheckpointError
 
@@ -168,6 +168,18 @@ class _Scan:
             raise CheckpointError(f"{self.path} is damaged: it nests objects more than {MAX_DEPTH} deep")
 
 
+class _Bounded:
+    """A stream that takes no memory for a text of a stated size which the file cannot hold."""
+
+    def __init__(self, stream: IO[bytes], path: object, most: int) -> None:
+        self.stream, self.path, self.most, self.readline = stream, path, most, stream.readline
+
+    def read(self, size: int) -> bytes:
+        if size > self.most:
+            raise CheckpointError(f"{self.path} is damaged: it states a text of {size} bytes")
+        return self.stream.read(size)
+
+
 def scan_pickle(stream: IO[bytes], path: object, file_size: int) -> tuple[int, Any]:
     """Walk the next pickle of `stream`, which then stands behind it; return its protocol, and its value if it is plain.
 
@@ -176,7 +188,8 @@ def scan_pickle(stream: IO[bytes], path: object, file_size: int) -> tuple[int, A
     """
     scan, protocol = _Scan(path, file_size), 0
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        # compressed archives may be larger than the file
+        for opcode, argument, _ in pickletools.genops(cast(Any, _Bounded(stream, path, 4 * file_size + SPARE_BYTES))):
             protocol = int(argument or 0) if opcode.name == "PROTO" else protocol
             if opcode.name != "STOP":
                 scan.step(opcode.name, argument)

@@ -55,7 +55,7 @@ def variant_of(checkpoint: Checkpoint) -> str | None:
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     for name in _plausible(state):
         head = state[f"{_classifier_of(name)}.weight"]
-        if _shapes(name, len(head)) == shapes:
+        if head.ndim == 2 and head.numel() and _shapes(name, len(head)) == shapes:
             return name
     return None
 
@@ -75,7 +75,7 @@ def _with_aliases(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 def _candidates(
     state: Mapping[str, Tensor], head: Tensor | None
 ) -> Mapping[str, Callable[[], dict[str, tuple[int, ...]]]]:
-    classes = 0 if head is None or head.ndim != 2 else len(head)
+    classes = 0 if head is None or head.ndim != 2 or not head.numel() else len(head)
     return {name: partial(_shapes, name, classes) for name in _plausible(state)}
 
 

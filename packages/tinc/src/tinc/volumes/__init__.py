@@ -1,7 +1,7 @@
 """Files of volumes: TIFF, OME-TIFF, NIfTI, NumPy, Zarr and PNG, with their metadata of axes, spacing and units."""
 
 from tinc.volumes.description import Volume, as_metadata
-from tinc.volumes.files import SUFFIXES, read_volume, unstored_metadata, write_volume
+from tinc.volumes.files import SUFFIXES, open_volume, read_volume, unstored_metadata, write_volume
 from tinc.volumes.geometry import essential_metadata, part_of
 from tinc.volumes.stores import move_folder, refuse_folder, zarr_attributes
 
@@ -11,6 +11,7 @@ __all__ = [
     "as_metadata",
     "essential_metadata",
     "move_folder",
+    "open_volume",
     "part_of",
     "read_volume",
     "refuse_folder",

@@ -23,7 +23,10 @@ from PIL import Image
 from visionkernels.checks import InputError
 from visionkernels.files import CorruptFileError
 
-__all__ = ["SYMBOLS", "UNITS", "Layout", "Volume", "as_metadata", "damage_named", "described", "layout_of"]
+__all__ = [
+    "DEFLATE_RATIO", "SYMBOLS", "UNITS", "Layout", "Volume", "as_metadata", "check_claim", "damage_named", "described",
+    "is_number", "layout_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,36 +108,50 @@ def layout_of(ndim: int, metadata: dict[str, Any], channel_axis: int | None) -> 
         if len(values) != ndim:
             raise InputError(f"metadata: {name}={values!r} has {len(values)} entries; the array has {ndim} axes")
     for step in given["spacing"]:
-        if step is not None and not (_is_number(step) and float(step) > 0):
+        if step is not None and not (is_number(step) and float(step) > 0):
             raise InputError(
                 f"metadata: spacing={given['spacing']!r} must hold positive numbers, or None where it is unknown"
             )
     if not all(unit is None or isinstance(unit, str) for unit in given["units"]):
         raise InputError(f"metadata: units={given['units']!r} must hold texts, or None where they are unknown")
-    if not all(place is None or _is_number(place) for place in given["origin"]):
+    if not all(place is None or is_number(place) for place in given["origin"]):
         raise InputError(f"metadata: origin={given['origin']!r} must hold numbers, or None where it is unknown")
     spacing, units, origin = (list(given[name]) for name in ("spacing", "units", "origin"))
     return Layout(str(given["axes"]), spacing, units, origin, channel_axis, metadata)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number."""
     try:
         return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def described(
-    format: str, axes: str, spacing: Mapping[str, float | None], units: Mapping[str, str | None]
-) -> dict[str, Any]:
-    """Return metadata in the common form; spacing that is not a positive number is unknown."""
-    steps = [spacing.get(letter) for letter in axes]
-    known = [step if step is not None and math.isfinite(step) and step > 0 else None for step in steps]
+def described(format: str, axes: str, spacing: Mapping[str, Any], units: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata in the common form; spacing that is not a positive number, and a unit that is no text, are
+    unknown.
+    """
+    steps: list[Any] = [spacing.get(letter) for letter in axes]
+    known = [step if is_number(step) and step > 0 else None for step in steps]
     metadata: dict[str, Any] = {"format": format, "axes": axes}
     if any(known):
         names = [units.get(letter) if step else None for letter, step in zip(axes, known, strict=True)]
-        metadata |= {"spacing": known, "units": [None if name is None else UNITS.get(name, name) for name in names]}
+        metadata |= {
+            "spacing": known,
+            "units": [UNITS.get(name, name) if isinstance(name, str) else None for name in names],
+        }
     return metadata
+
+
+DEFLATE_RATIO = 1032
+"""Most bytes that a byte of deflate may stand for."""
+
+
+def check_claim(claimed: int, most: int) -> None:
+    """Raise ValueError for more bytes of samples than a file can hold, before memory is taken for them."""
+    if claimed > most:
+        raise InputError(f"it states {claimed} bytes of samples, and can hold at most {most}")
 
 
 @contextmanager

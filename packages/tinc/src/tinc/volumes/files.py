@@ -1,5 +1,6 @@
 """Reading and writing of volumes, in the format of the path's suffix."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tinc.signal import DTYPES, refuse_mask
-from tinc.volumes.conversion import with_type
+from tinc.volumes.conversion import ConvertedArray, with_type
 from tinc.volumes.description import Volume, as_metadata, layout_of
 from tinc.volumes.nifti import read_nifti, write_nifti
 from tinc.volumes.plain import check_png, read_npy, read_png
@@ -16,13 +17,21 @@ from tinc.volumes.tiff import read_tiff, write_tiff
 from visionkernels.checks import InputError
 from visionkernels.files import replace_file
 
-__all__ = ["SUFFIXES", "read_volume", "unstored_metadata", "write_volume"]
+__all__ = ["SUFFIXES", "open_volume", "read_volume", "unstored_metadata", "write_volume"]
 
 SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".npy", ".nii", ".nii.gz", ".zarr", ".png")
 
 
 def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
-    """Read a volume by the suffix of its path.
+    """Read a volume by the suffix of its path; see `open_volume`, but samples are converted here, in memory."""
+    volume = open_volume(path, as_type=as_type)
+    if isinstance(volume.array, ConvertedArray):
+        volume = replace(volume, array=np.asarray(volume.array))
+    return volume
+
+
+def open_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
+    """Open a volume by the suffix of its path.
 
     Uncompressed TIFF, .npy and .nii files are memory-mapped, and Zarr arrays are read when they are indexed. The first
     series of a TIFF is read, and the finest level of an OME-Zarr image; another Zarr group must hold one array, and a
@@ -31,7 +40,8 @@ def read_volume(path: str | Path, *, as_type: str | None = None) -> Volume:
 
     Arrays of other types than those of `tinc.compress` are converted if one of these holds every value exactly (bool
     and integers to the smallest, float16 and float64 to float32), with a `note`. `as_type` ("uint8", "uint16", "int16",
-    "float32") converts any numbers: values are rounded, and must be in the type's range.
+    "float32") converts any numbers: values are rounded, and must be in the type's range. All values are looked at, part
+    by part, and converted when they are indexed.
 
     Raises FileNotFoundError, ImportError for a missing extra, CorruptFileError (a ValueError) for a damaged file,
     ValueError for another suffix, another kind of image, several arrays in a Zarr group and values beyond `as_type`,

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from tinc.volumes.description import UNITS, Layout, Volume, damage_named, described
+from tinc.volumes.description import (
+    DEFLATE_RATIO,
+    UNITS,
+    Layout,
+    Volume,
+    check_claim,
+    damage_named,
+    described,
+)
 from visionkernels.checks import InputError
 from visionkernels.extras import require
 
@@ -42,11 +50,16 @@ def read_nifti(path: Path) -> Volume:
     problems = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     with damage_named(path):
         try:
+            size = path.stat().st_size
+            most = DEFLATE_RATIO * size if path.suffix.lower() == ".gz" else size
+            _check_extensions(nibabel, path, most)
             image = nibabel.load(path)
             header = image.header
             if not hasattr(header, "get_sform"):
                 raise InputError(f"it is of the kind {type(image).__name__}")
-            array = image.dataobj.get_unscaled()
+            samples = image.dataobj
+            check_claim(samples.offset + math.prod(samples.shape) * samples.dtype.itemsize, most)
+            array = samples.get_unscaled()
         except problems as error:
             raise InputError(str(error)) from error
         axes = "XYZTC"[: array.ndim].ljust(array.ndim, "Q")
@@ -65,13 +78,35 @@ def read_nifti(path: Path) -> Volume:
     return Volume(array, 4 if array.ndim == 5 else None, metadata, note)
 
 
+class _Bounded:
+    """A stream that takes no memory for an extension whose stated size the file cannot hold."""
+
+    def __init__(self, stream: Any, most: int) -> None:
+        self.stream, self.most, self.tell = stream, most, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.most:
+            raise InputError(f"it states an extension of {size + 8} bytes")
+        content: bytes = self.stream.read(size)
+        return content
+
+
+def _check_extensions(nibabel: Any, path: Path, most: int) -> None:
+    """Raise ValueError for an extension that is larger than the file, before nibabel takes memory for it."""
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if kind.path_maybe_image(path)[0]:
+            with nibabel.openers.ImageOpener(path) as file:
+                kind.header_class.from_fileobj(_Bounded(file, most), check=False)
+
+
 def _orientation(header: Any) -> dict[str, Any]:
     """Return the affines [3, 4] that have a code, or else the default affine."""
     affines: dict[str, Any] = {}
     for name, (affine, code) in (("sform", header.get_sform(coded=True)), ("qform", header.get_qform(coded=True))):
         if affine is not None and code > 0 and np.isfinite(affine).all():
             affines |= {name: affine[:3].tolist(), f"{name}_code": int(code)}
-    return affines or {"affine": header.get_base_affine()[:3].tolist()}
+    base = header.get_base_affine()[:3]
+    return affines or ({"affine": base.tolist()} if np.isfinite(base).all() else {})
 
 
 def _details(header: Any) -> dict[str, Any]:

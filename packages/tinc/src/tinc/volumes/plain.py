@@ -1,11 +1,12 @@
 """NumPy's .npy, and PNG for 2-D images."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tinc.volumes.description import Volume, damage_named
+from tinc.volumes.description import DEFLATE_RATIO, Volume, check_claim, damage_named
 from visionkernels.checks import InputError
 
 __all__ = ["check_png", "read_npy", "read_png"]
@@ -22,10 +23,12 @@ def read_npy(path: Path) -> Volume:
 
 def read_png(path: Path) -> Volume:
     """Read a grey or colour PNG."""
-    with damage_named(path), Image.open(path, formats=["PNG"]) as image:
-        mode = image.mode
-        with path.open("rb") as file:
-            depth = file.read(25)[24]
+    # from memory, where a chunk of any stated size ends with the file
+    content = path.read_bytes()
+    with damage_named(path), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        mode, depth = image.mode, content[24]
+        # a grey pixel of one bit is the smallest
+        check_claim(image.width * image.height // 8, DEFLATE_RATIO * len(content))
         pixels = np.array(image)
     if mode in ("L", "I;16", "I"):
         return Volume(pixels.astype(np.uint16) if mode == "I" else pixels, None, {"format": "png", "axes": "YX"})

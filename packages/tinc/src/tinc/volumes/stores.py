@@ -1,6 +1,8 @@
 """Zarr arrays and OME-Zarr groups in folders."""
 
 import itertools
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tinc.volumes.description import Layout, Volume, damage_named, described
+from tinc.volumes.description import Layout, Volume, damage_named, described, layout_of
 from visionkernels.checks import InputError
 from visionkernels.extras import require
 
@@ -44,7 +46,15 @@ def read_zarr(path: Path) -> Volume:
             array = node[multiscale["datasets"][0]["path"]] if multiscale else node
             if not hasattr(array, "shape"):
                 raise InputError(f"its level {array.path} is no array")
-            return replace(_zarr_volume(array, dict(array.attrs), multiscale), note=note)
+            if math.prod(array.shape) * array.dtype.itemsize >= 1 << 63:
+                raise InputError(f"it states the shape {array.shape}")
+            volume = _zarr_volume(array, dict(array.attrs), multiscale)
+            layout_of(array.ndim, volume.metadata, volume.channel_axis)
+            json.dumps(volume.metadata, allow_nan=False)
+            # a module that imports zarr
+            from tinc.volumes.stored import StoredArray
+
+            return replace(volume, array=StoredArray(array.async_array), note=note)
     names = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
     raise InputError(
         f"volume {path} is a Zarr group without multiscales that holds {names}; give the path of one, such as "

@@ -1,6 +1,8 @@
 """TIFF, OME-TIFF and TIFF of ImageJ."""
 
 import math
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from tinc.volumes.description import SYMBOLS, Layout, Volume, damage_named, described
+from tinc.volumes.description import SYMBOLS, Layout, Volume, check_claim, damage_named, described, is_number
 from visionkernels.checks import InputError
 
 __all__ = ["read_tiff", "write_tiff"]
@@ -17,9 +19,12 @@ __all__ = ["read_tiff", "write_tiff"]
 def read_tiff(path: Path) -> Volume:
     """Read the first series of a TIFF file; uncompressed samples are mapped into memory."""
     with damage_named(path), tifffile.TiffFile(path) as tif:
+        _check_directories(tif)
         series = tif.series[0]
         metadata = _tiff_metadata(tif, series.axes)
         is_mapped = series.dataoffset is not None and math.prod(series.shape) > 0
+        if not is_mapped:
+            _check_segments(tif, series)
         array = tifffile.memmap(path, series=0, mode="r") if is_mapped else series.asarray()
         # tifffile returns the pixels that a truncated file has
         if array.shape != series.shape:
@@ -27,6 +32,51 @@ def read_tiff(path: Path) -> Volume:
         note = f"the first of {len(tif.series)} series is read" if len(tif.series) > 1 else None
         axis = max(series.axes.find("S"), -1 if "S" in series.axes else series.axes.find("C"))
     return Volume(array, None if axis < 0 else axis, metadata, note)
+
+
+_MAX_RATIO = 1 << 16
+"""Most bytes that a byte of a compressed or sparse file may stand for."""
+_MIN_LIMIT = 1 << 28
+"""Bytes of samples that a file of any size may state."""
+_MAX_PLANES = 1 << 20
+
+
+def _check_directories(tif: tifffile.TiffFile) -> None:
+    """Raise ValueError for directories that overlap or form a loop, and for OME-XML of absurdly many planes."""
+    tiff, file = tif.tiff, tif.filehandle
+    left, place = file.size, tif.pages.first.offset
+    # of each, the count of its entries and the place of the next one; tifffile leaves out those that are not there
+    while 0 < place <= file.size - tiff.tagnosize:
+        file.seek(place)
+        (count,) = struct.unpack(tiff.tagnoformat, file.read(tiff.tagnosize))
+        following = place + tiff.tagnosize + count * tiff.tagsize
+        if following > file.size - tiff.offsetsize:
+            break
+        left -= following - place
+        if left < 0:
+            raise InputError("its directories overlap, or form a loop")
+        file.seek(following)
+        (place,) = struct.unpack(tiff.offsetformat, file.read(tiff.offsetsize))
+    if tif.is_ome and tif.ome_metadata:
+        for pixels in _pixels(tif.ome_metadata):
+            planes = math.prod(int(pixels.get(f"Size{letter}", 1)) for letter in "ZCT")
+            if planes > max(_MAX_PLANES, tif.filehandle.size):
+                raise InputError(f"its OME-XML states {planes} planes")
+
+
+def _check_segments(tif: tifffile.TiffFile, series: Any) -> None:
+    """Raise ValueError for samples, strips or tiles of which the file can hold only a part."""
+    size = tif.filehandle.size
+    most = max(_MIN_LIMIT, _MAX_RATIO * size)
+    check_claim(math.prod(series.shape) * series.dtype.itemsize, most)
+    keyframe = series.keyframe
+    check_claim(math.prod(keyframe.shaped) * keyframe.dtype.itemsize, most)
+    check_claim(math.prod(keyframe.chunks) * keyframe.dtype.itemsize, most)
+    if math.prod(keyframe.chunked) > size:
+        raise InputError(f"it states {math.prod(keyframe.chunked)} strips or tiles")
+    for page in series.pages:
+        if page is not None and max(page.databytecounts, default=0) > page.parent.filehandle.size:
+            raise InputError(f"it states a strip or tile of {max(page.databytecounts)} bytes")
 
 
 def _tiff_metadata(tif: tifffile.TiffFile, axes: str) -> dict[str, Any]:
@@ -38,20 +88,30 @@ def _tiff_metadata(tif: tifffile.TiffFile, axes: str) -> dict[str, Any]:
         spacing = {"Z": details.get("spacing"), "T": details.get("finterval")}
         for letter, name in (("X", "XResolution"), ("Y", "YResolution")):
             tag = tif.pages.first.tags.get(name)
-            if tag is not None and unit not in (None, "", "pixel") and tag.value[0] > 0:
-                spacing[letter] = tag.value[1] / tag.value[0]
+            value = (0, 0) if tag is None else tag.value
+            is_rational = isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value))
+            if is_rational and unit not in (None, "", "pixel") and value[0] > 0:
+                spacing[letter] = value[1] / value[0]
         return described("imagej", axes, spacing, {"X": unit, "Y": unit, "Z": unit, "T": "s"})
     kept = (tif.shaped_metadata or [{}])[0]
     metadata = described("tiff", axes, {}, {})
-    for name in ("spacing", "units", "origin"):
+    known: dict[str, Callable[[Any], bool]] = {
+        "spacing": lambda step: is_number(step) and step > 0,
+        "units": lambda unit: isinstance(unit, str),
+        "origin": is_number,
+    }
+    for name, is_known in known.items():
         if isinstance(kept.get(name), list | tuple) and len(kept[name]) == len(axes):
-            metadata[name] = list(kept[name])
+            metadata[name] = [value if is_known(value) else None for value in kept[name]]
     return metadata
 
 
+def _pixels(xml: str) -> Iterator[ElementTree.Element]:
+    return (node for node in ElementTree.fromstring(xml).iter() if node.tag.endswith("}Pixels"))
+
+
 def _ome_metadata(xml: str, axes: str) -> dict[str, Any]:
-    root = ElementTree.fromstring(xml)
-    pixels = next((node for node in root.iter() if node.tag.endswith("}Pixels")), None)
+    pixels = next(_pixels(xml), None)
     if pixels is None:
         return described("ome", axes, {}, {})
     values = pixels.attrib
