@@ -5,6 +5,7 @@ reader's name, a seed and an index, which a fault names, so that
 `read_mutations(reader, range(index, index + 1), seed=seed)` repeats it.
 """
 
+import contextlib
 import copy
 import faulthandler
 import json
@@ -308,8 +309,9 @@ def _read_one(
     reader: MutatedReader, path: Path, memory: int, seconds: float
 ) -> tuple[Literal["read", "refused", "fault"], str, int]:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    with contextlib.suppress(OSError):  # not every kernel sets the peak VmHWM back; it then starts where it is
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmHWM")
     resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + memory, hard))
     signal.setitimer(signal.ITIMER_PROF, seconds)
     error: BaseException | None = None
