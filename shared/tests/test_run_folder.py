@@ -157,6 +157,21 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"run\.json is damaged or no description of a run"):
             run(cut)
 
+    @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": "low"}', "[" * 100_000, "\xff"], ids=len)
+    def test_log(self, tmp_path, line):
+        stop(tmp_path / "run", 5)
+        log = tmp_path / "run" / "log.jsonl"
+        log.write_bytes(line.encode("latin-1") + b"\n")
+        with pytest.raises(ValueError, match=r"log\.jsonl is damaged in line 1 .*restore it, or use another folder"):
+            run(tmp_path / "run")
+        assert log.read_bytes() == line.encode("latin-1") + b"\n"
+
+    def test_lost_log(self, tmp_path):
+        run(tmp_path / "run")
+        (tmp_path / "run" / "log.jsonl").unlink()
+        with pytest.raises(ValueError, match=r"log\.jsonl has 0 of [23] epochs of this run"):
+            run(tmp_path / "run")
+
 
 class Compiled(Regression):
     def __init__(self) -> None:

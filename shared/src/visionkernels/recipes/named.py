@@ -77,7 +77,9 @@ def choose(name: str, recipes: Mapping[str, AnyRecipe], *, listing: str = "") ->
         namesake = values["name"]
         check_known("recipe", namesake, recipes, listing=listing)
         recipe: AnyRecipe = _build(type(recipes[namesake]), values)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{name} is not the run.json of a training: {type(error).__name__} {error}") from error
     return recipe
 

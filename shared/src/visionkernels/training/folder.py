@@ -201,12 +201,25 @@ class RunFolder:
             # renamed first: a kill within the removal must not leave half a checkpoint that counts
             shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
-    def history(self) -> list[dict[str, float]]:
-        """Return the lines of the log, one an epoch; what is null there is NaN."""
-        if not self.log.exists():
-            return []
-        lines = map(json.loads, self.log.read_text(encoding="utf-8").splitlines())
-        return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+    def history(self, *, least: int = 0) -> list[dict[str, float]]:
+        """Return the lines of the log, one an epoch; what is null there is NaN.
+
+        Raises InputError for a line that is none of a log, and for less than `least` lines.
+        """
+        entries: list[dict[str, float]] = []
+        for number, line in enumerate(self.log.read_bytes().splitlines() if self.log.exists() else (), 1):
+            try:
+                entries.append({name: _figure(value) for name, value in json.loads(line).items()})
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                fault = f"{type(error).__name__}: {error}"
+                raise InputError(
+                    f"{self.log} is damaged in line {number} ({fault}); restore it, or use another folder"
+                ) from error
+        if len(entries) < least:
+            raise InputError(
+                f"{self.log} has {len(entries)} of {least} epochs of this run; restore it, or use another folder"
+            )
+        return entries
 
     def append(self, entry: Mapping[str, float]) -> None:
         """Add the line of an epoch; JSON has no NaN and no infinity, which become null."""
@@ -221,11 +234,17 @@ class RunFolder:
 
     def cut_history(self, epochs: int) -> None:
         """Drop the log's lines after this many epochs, and one that a kill left unfinished."""
-        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True) if self.log.exists() else []
-        kept = [line for line in lines[:epochs] if line.endswith("\n")]
+        lines = self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []
+        kept = [line for line in lines[:epochs] if line.endswith(b"\n")]
         if kept != lines:
             with replace_file(self.log, overwrite=True) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_bytes(b"".join(kept))
+
+
+def _figure(value: Any) -> float:
+    if value is not None and not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return math.nan if value is None else value
 
 
 def _digest(file: Path) -> str:

@@ -135,7 +135,7 @@ class Run:
             if not is_new and self.update < self.total_updates:
                 self.folder.note_resumption(self.description)
         self.accelerator.wait_for_everyone()
-        history = self.folder.history()
+        history = self.folder.history(least=self.epoch - (self.entry is not None))
         if len(history) == self.epoch:
             self.entry = None
         for entry in history:  # which also tells the best so far
