@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
 
 import g2sd.vit  # noqa: F401 - registers the models
@@ -13,6 +15,7 @@ from g2sd.huggingface import from_huggingface, to_huggingface
 from g2sd.mae import MaskedAutoencoder
 from g2sd.official import load_encoder, load_official
 from visionkernels.pictures.recipes import PictureRecipe
+from visionkernels.pictures.transforms import evaluation_transform
 from visionkernels.weights import CheckpointError, Trained, read_checkpoint, save_weights
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -46,6 +49,16 @@ def stored(kind, path):
     return model
 
 
+def save_classifier(path, pictures):
+    """Store a classifier of five classes, trained on images prepared by `pictures`."""
+    options = SIZES | {"num_classes": 5, "distilled": False, "global_pool": "token"}
+    trained = Trained(
+        kind="classifier", package="g2sd", model="g2sd_vit_tiny_patch16_224", options=options,
+        inputs=pictures.inputs(), class_names=("a", "b", "c", "d", "e"),
+    )  # fmt: skip
+    trained.save(path, lively(MODELS["class"]()).state_dict())
+
+
 class TestConvertFile:
     @pytest.mark.parametrize("kind", ["mae", "distilled", "class", "encoder"])
     def test_huggingface_and_back(self, tmp_path, kind):
@@ -72,13 +85,8 @@ class TestConvertFile:
 
     def test_huggingface_processor(self, tmp_path):
         """transformers prepares images, and names classes, as the training of the file did."""
-        model = lively(MODELS["class"]())
         pictures = PictureRecipe(size=32, resize=40, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.4,) * 3)
-        options = SIZES | {"num_classes": 5, "distilled": False, "global_pool": "token"}
-        Trained(
-            kind="classifier", package="g2sd", model="g2sd_vit_tiny_patch16_224", options=options,
-            inputs=pictures.inputs(), class_names=("a", "b", "c", "d", "e"),
-        ).save(tmp_path / "a.safetensors", model.state_dict())  # fmt: skip
+        save_classifier(tmp_path / "a.safetensors", pictures)
         convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
         processor, config = (
             json.loads((tmp_path / "hf" / name).read_text()) for name in ("preprocessor_config.json", "config.json")
@@ -87,6 +95,40 @@ class TestConvertFile:
         assert (processor["image_mean"], processor["image_std"]) == ([0.1, 0.2, 0.3], [0.4] * 3)
         assert processor["resample"] == 2  # bilinear, in the numbers of PIL
         assert config["id2label"]["1"] == "b" and config["label2id"] == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+
+    @pytest.mark.slow
+    def test_transformers_outputs(self, tmp_path):
+        """Outputs of transformers' models are those of ours."""
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        opens = {
+            "class": transformers.ViTForImageClassification, "encoder": transformers.ViTModel,
+            "distilled": transformers.DeiTForImageClassificationWithTeacher, "mae": transformers.ViTMAEForPreTraining,
+        }  # fmt: skip
+        images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+        for kind, opener in opens.items():
+            model = stored(kind, tmp_path / f"{kind}.safetensors")
+            convert_file(tmp_path / f"{kind}.safetensors", tmp_path / kind, to="hf")
+            opened = opener.from_pretrained(tmp_path / kind).eval()
+            with torch.no_grad():
+                if kind == "encoder":
+                    theirs, ours = opened(images).last_hidden_state, model.forward_features(images)
+                elif kind == "mae":
+                    theirs, ours = opened(images, noise=noise).logits, model(images, noise)[0]
+                else:
+                    theirs, ours = opened(images).logits, model(images)
+            torch.testing.assert_close(theirs, ours)
+
+    @pytest.mark.slow
+    def test_transformers_images(self, tmp_path):
+        """transformers' image processor prepares a picture as we do (its crop differs at odd margins)."""
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        pictures = PictureRecipe(size=32, resize=40, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        save_classifier(tmp_path / "a.safetensors", pictures)
+        convert_file(tmp_path / "a.safetensors", tmp_path / "hf", to="hf")
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+        theirs = transformers.BitImageProcessorPil.from_pretrained(tmp_path / "hf")(picture, return_tensors="pt")
+        ours = evaluation_transform(pictures)(picture)
+        torch.testing.assert_close(theirs["pixel_values"][0], ours, rtol=1e-5, atol=1e-5)
 
     def test_huggingface_defaults(self, tmp_path):
         """Files of the official scripts are prepared as those do, and have ImageNet's classes."""

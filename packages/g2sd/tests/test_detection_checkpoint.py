@@ -102,7 +102,10 @@ class TestLoadOfficialDetection:
             ({"roi_heads.box_predictor.bbox_pred.bias": torch.tensor(1.0)}, "is damaged or no Mask R-CNN of ViTDet"),
             ({"roi_heads.box_predictor.cls_score.bias": torch.tensor(1.0)}, "is damaged or no Mask R-CNN of ViTDet"),
             ({"roi_heads.box_head.conv1.weight": torch.tensor(1.0)}, "1 keys misshapen"),
-            ({"backbone.net.patch_embed.proj.weight": torch.zeros(0, 3, 16, 16)}, "is damaged: backbone.net.patch_embed"),
+            (
+                {"backbone.net.patch_embed.proj.weight": torch.zeros(0, 3, 16, 16)},
+                "is damaged: backbone.net.patch_embed",
+            ),
             ({"backbone.net.blocks.0.attn.rel_pos_h": torch.zeros(0, 0)}, "is damaged or no Mask R-CNN of ViTDet"),
             ({"backbone.net.blocks.0.attn.rel_pos_h": torch.tensor(1.0)}, "is damaged or no Mask R-CNN of ViTDet"),
         ],
