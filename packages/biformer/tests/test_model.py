@@ -115,6 +115,23 @@ def test_compile_export(name):
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_peft(name, use_dora):
+    """Adapters of peft on any layer, beside and merged into the weights, are one model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["qkv", "proj", "fc1"], r=4, use_dora=use_dora)
+    adapted, images = peft.get_peft_model(micro(name), config).eval(), torch.randn(2, 3, 64, 64)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        beside = adapted(images)
+        merged = adapted.merge_and_unload().eval()(images)
+    torch.testing.assert_close(beside, merged, rtol=1e-4, atol=1e-5)
+
+
 class TestBiFormer:
     def test_drop_path_rates(self):
         """Rates grow linearly from 0 over all blocks."""
