@@ -80,6 +80,21 @@ def test_out_of_reach(volume: np.ndarray) -> None:
     assert match("zfp", volume, 1000) is None
 
 
+def test_best_order_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec that prefers an axis gets it in front, and the volume comes back as it was."""
+    volume = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+
+    def codec(turned: np.ndarray, knob: float) -> tuple[int, np.ndarray]:
+        decoded = turned.copy()
+        decoded[0, 0, 0] += 1 + (turned.shape[0] != 5)
+        return 10, decoded
+
+    monkeypatch.setitem(rivals.RIVALS, "turned", codec)
+    size, decoded = match("turned", volume, 2)
+    assert size == 10 and decoded.shape == volume.shape
+    assert np.abs(decoded.astype(int) - volume).sum() == 1
+
+
 class TestCompare:
     def test_rows(self, volume: np.ndarray) -> None:
         rows = list(compare(volume, (12,), ("jpeg2k", "zfp"), preset="fast", layers=("residual",)))

@@ -39,9 +39,10 @@ def region_attention(
     without any valid key gets zeros. `slot_weight` multiplies the keys and the values of a slot (soft routing).
     Softmax and accumulation are float32 (float64 for float64 input); the output has the dtype of `value`.
 
-    Beside inputs and outputs, the eager path needs a workspace of `eager.WORKSPACE_ELEMENTS`, or of one region if that
-    is larger (with `slot_weight` and under torch.compile a gathered copy), and keeps the weights for backward where
-    they are smaller than query, key and value together; Triton needs one float per query and head.
+    Beside inputs and outputs, the eager path needs a workspace of `eager.WORKSPACE_ELEMENTS` for each of up to 8
+    threads, or of one region if that is larger (with `slot_weight` and under torch.compile a gathered copy), and keeps
+    the weights for backward where they are smaller than query, key and value together; Triton needs one float per
+    query and head.
     `region_index` is not differentiable, and there is no second derivative. Backward is deterministic for Triton, and
     for eager on a CPU.
 

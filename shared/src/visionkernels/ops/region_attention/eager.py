@@ -23,7 +23,9 @@ from visionkernels.ops.region_attention.geometry import Grid, RegionGeometry, fr
 __all__ = ["WORKSPACE_ELEMENTS", "region_attention"]
 
 WORKSPACE_ELEMENTS = 3 << 19
-"""Elements of all buffers of a chunk of one or more regions: 6 MiB of float32, near the caches of a core or two."""
+"""Elements a thread of all buffers of a chunk of regions: 6 MiB of float32, near the caches of a core or two."""
+_MOST_THREADS = 8
+"""Threads for which a chunk grows."""
 
 
 def region_attention(
@@ -233,7 +235,9 @@ class _Walk:
         if is_backward:
             head_size = key_value.shape[-1] // geometry.num_heads
             per_region += self.num_tokens * (self.value_size + self.num_keys) + self.num_keys * head_size
-        self.capacity = max(1, WORKSPACE_ELEMENTS // per_region)
+        # small products cannot be shared, so a chunk grows with the threads
+        workspace = WORKSPACE_ELEMENTS * min(torch.get_num_threads(), _MOST_THREADS)
+        self.capacity = max(1, workspace // per_region)
         columns = geometry.query_grid[1]
         self.grid = (batch * geometry.query_grid[0], columns)
         self.columns_per_chunk = min(columns, self.capacity)
