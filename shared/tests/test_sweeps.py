@@ -3,8 +3,12 @@ import json
 import operator
 import os
 import pickle
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +96,7 @@ class TestMap:
         with pytest.raises(ValueError, match="errors='ignore' must be"):
             sweeps.map(square, [1], errors="ignore")
 
-    @pytest.mark.parametrize(("backend", "module"), [("ray", "ray.util.joblib"), ("dask", "distributed")])
+    @pytest.mark.parametrize(("backend", "module"), [("ray", "ray"), ("dask", "distributed")])
     def test_missing_backend_names_the_pip_line(self, monkeypatch, backend, module):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match="run: pip install"):
@@ -104,19 +108,56 @@ class TestMap:
             sweeps.map(square, [1], install="tinc-vision[sweeps]")
 
     @pytest.mark.slow
-    def test_ray_cluster(self):
-        ray = pytest.importorskip("ray", reason="ray is not installed; pip install ray")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        try:
-            assert sweeps.map(square, range(8), backend="ray", jobs=2) == [number**2 for number in range(8)]
-        finally:
-            ray.shutdown()
+    @pytest.mark.parametrize("kills", [0, 1, 99])
+    @pytest.mark.parametrize("backend", ["ray", "dask"])
+    def test_cluster(self, backend, kills, tmp_path):
+        """A killed worker costs at most its item, in the workers of the cluster and never in this process."""
+        with cluster(backend):
+            results = sweeps.map(
+                killing(tmp_path, kills), range(8), backend=backend, jobs=2, errors="return", done=tmp_path / "done"
+            )
+            assert os.getpid() not in [result["process"] for result in results if isinstance(result, dict)]
+            survivors = [number for number in range(8) if kills < 99 or number != 3]
+            assert [results[number]["square"] for number in survivors] == [number**2 for number in survivors]
+            if kills == 99:
+                assert isinstance(results[3], SweepError)
+                assert "item 3 failed: the system killed its worker" in str(results[3])
+            assert len((tmp_path / "done").read_text().splitlines()) == len(survivors)
 
     @pytest.mark.slow
-    def test_dask_cluster(self):
+    @pytest.mark.parametrize("backend", ["ray", "dask"])
+    def test_failure_on_a_cluster(self, backend):
+        with cluster(backend), pytest.raises(SweepError, match="item 0 failed: ZeroDivisionError"):
+            sweeps.map(invert, [1, 2, 0, 4], backend=backend, jobs=1)
+
+
+@contextmanager
+def cluster(backend: str) -> Iterator[None]:
+    """A cluster of two workers on this machine."""
+    if backend == "dask":
         distributed = pytest.importorskip("distributed", reason="distributed is not installed; pip install distributed")
         with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None):
-            assert sweeps.map(square, range(8), backend="dask", jobs=2) == [number**2 for number in range(8)]
+            yield
+        return
+    ray = pytest.importorskip("ray", reason="ray is not installed; pip install ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def killing(folder: Path, kills: int) -> Callable[[int], dict[str, int]]:
+    """Squares a number, but for 3, which kills its process some times first; made here, it travels as a whole."""
+
+    def run(number: int) -> dict[str, int]:
+        before = len(list(folder.glob("kill-*")))
+        if number == 3 and before < kills:
+            (folder / f"kill-{before}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"square": number**2, "process": os.getpid()}
+
+    return run
 
 
 class TestDone:

@@ -1,5 +1,6 @@
-"""Independent work in parallel, on joblib: the cores of this machine, or a Ray or Dask cluster."""
+"""Independent work in parallel: on the cores of this machine by joblib, or on a Ray or Dask cluster."""
 
+import contextlib
 import functools
 import json
 import os
@@ -9,7 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
-from visionkernels.checks import InputError
+from visionkernels._clusters import KilledWorkerError, on_dask, on_ray
+from visionkernels.checks import InputError, check_choice
 from visionkernels.extras import require
 
 __all__ = ["SweepError", "map"]
@@ -52,41 +54,30 @@ def map(
     first failure ends the sweep with SweepError; with `errors="return"` it stands in its item's place instead. An item
     whose worker the system kills (out of memory) is tried again, and fails like others if it is killed alone as well.
 
-    `done` is a file that keeps every result as soon as it is there (with Ray, all at the end), a line of JSON each; a
+    `done` is a file that keeps every result as soon as it is there a line of JSON each; a
     sweep that is run again takes them from there and computes the others. Results must be JSON then (a tuple comes
     back as a list), and `key` must tell items apart by a text that stays the same; failures are not kept. Raises
     ValueError for two items of one key and for a file that is no such list, ImportError with the pip line for
     `install` without joblib.
     """
-    joblib = require("joblib", install)
     if jobs != -1 and jobs < 1:
         raise InputError(f"jobs={jobs} must be at least 1, or -1 for one a core")
-    if errors not in ("raise", "return"):
-        raise InputError(f"errors={errors!r} must be 'raise' or 'return'")
-    limits = {}
-    if backend == "loky":
-        limits = {"inner_max_num_threads": threads}
-    elif backend == "ray":
-        require("ray.util.joblib", "ray").register_ray()
-    elif backend == "dask":
-        _connect_dask()
-    else:
-        raise InputError(f"backend={backend!r} must be 'loky', 'ray' or 'dask'")
+    check_choice("errors", errors, ("raise", "return"))
+    check_choice("backend", backend, Backend)
     keys = [] if done is None else [key(item) for item in items]
     results = {} if done is None else _read(Path(done), keys)
     call = functools.partial(_call, function, returns_errors=errors == "return", as_json=done is not None)
     # not above: a worker whose function needs no torch starts much faster
     from visionkernels.profiling import torch_threads
 
-    # joblib's Ray backend cannot hand out results one by one, so its progress bar jumps to the end
-    return_as = "list" if backend == "ray" else "generator_unordered"
-
-    def run(calls: Iterator[Any]) -> Any:
-        return joblib.Parallel(return_as=return_as)(calls)
-
+    missing = [(i, item) for i, item in enumerate(items) if i not in results]
+    on_cores = functools.partial(_on_cores, threads=threads, install=install)
+    runners: dict[str, Callable[..., Iterator[Any]]] = {"loky": on_cores, "dask": on_dask, "ray": on_ray}
+    outcomes = runners[backend](call, missing, None if jobs == -1 else jobs)
     progress = tqdm(total=len(items), initial=len(results), desc=description, disable=None if show_progress else True)
-    with joblib.parallel_config(backend=backend, n_jobs=jobs, **limits), torch_threads(threads), progress:
-        for i, result in _outlasting(run, joblib.delayed(call), items, set(range(len(items))) - results.keys()):
+    with torch_threads(threads), progress, contextlib.closing(outcomes):  # type: ignore[type-var]
+        for outcome in outcomes:
+            i, result = _killed(items, outcome) if isinstance(outcome, KilledWorkerError) else outcome
             if isinstance(result, SweepError):
                 if errors == "raise":
                     raise result
@@ -97,39 +88,43 @@ def map(
     return [results[i] for i in range(len(items))]
 
 
-def _outlasting(
-    run: Callable[..., Any], call: Callable[..., Any], items: Sequence[Any], missing: set[int]
-) -> Iterator[tuple[int, Any]]:
-    """Yield the results of the `missing` items, also if the system kills a worker: then the others of its pool go on.
+def _killed(items: Sequence[Any], error: KilledWorkerError) -> tuple[int, SweepError]:
+    item = items[error.index]
+    return error.index, SweepError(
+        item,
+        f"item {_short(repr(item))} failed: the system killed its worker, beside others and alone (out of memory, or a "
+        f"crash); {error.reason}",
+    )
+
+
+def _on_cores(
+    call: Callable[..., Any], items: Sequence[tuple[int, Any]], limit: int | None, *, threads: int, install: str
+) -> Iterator[Any]:
+    """Do as `on_dask` by joblib in processes of this machine.
 
     joblib does not tell which item killed its worker. What is left is tried again; if a worker is killed once more, one
-    item after another runs alone until it is found. For Ray and Dask, their own schedulers try again.
+    item after another runs alone until it is found.
     """
+    joblib = require("joblib", install)
     from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]
 
-    kills = 0
-    while missing:
-        alone = kills >= 2
-        batch = [min(missing)] if alone else sorted(missing)
-        try:
-            for i, result in run(call(i, items[i]) for i in batch):
-                missing.remove(i)
-                yield i, result
-        except TerminatedWorkerError as error:
-            kills += 1
-            if alone:
-                missing.remove(batch[0])
-                # the next two kills are of another item
-                kills = 0
-                reason = str(error).splitlines()[0]
-                yield (
-                    batch[0],
-                    SweepError(
-                        items[batch[0]],
-                        f"item {_short(repr(items[batch[0]]))} failed: the system killed its worker, beside others and "
-                        f"alone (out of memory, or a crash); {reason}",
-                    ),
-                )
+    kills, missing = 0, dict(items)
+    with joblib.parallel_config(backend="loky", n_jobs=limit or -1, inner_max_num_threads=threads):
+        while missing:
+            alone = kills >= 2
+            batch = [min(missing)] if alone else sorted(missing)
+            parallel = joblib.Parallel(return_as="generator_unordered")
+            try:
+                for i, result in parallel(joblib.delayed(call)(i, missing[i]) for i in batch):
+                    del missing[i]
+                    yield i, result
+            except TerminatedWorkerError as error:
+                kills += 1
+                if alone:
+                    del missing[batch[0]]
+                    # the next two kills are of another item
+                    kills = 0
+                    yield KilledWorkerError(batch[0], str(error).splitlines()[0])
 
 
 _LINE_START = b'{"key": '
@@ -162,14 +157,6 @@ def _append(path: Path, key: str, result: Any) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _connect_dask() -> None:
-    distributed = require("distributed", "distributed")
-    try:
-        distributed.get_client()
-    except ValueError:  # not connected yet; the new client becomes the one that joblib finds
-        distributed.Client()
 
 
 def _call(
