@@ -38,13 +38,15 @@ def test_official_volume_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_tinc_is_above_the_others() -> None:
+def test_tinc_is_above_all_but_hevc() -> None:
     table = next(table for table in tables.tables() if table.name == "brain")
     table = replace(table, cells=tuple(cell for cell in table.cells if cell.row != "tinc, tree alone"))
     results = [result for result in evaluate([table], full=True, progress=False) if result.measured is not None]
     for column in ("PSNR at 16x", "PSNR at 64x", "PSNR at 256x"):
         figures = {result.cell.row: result.measured.value for result in results if result.cell.column == column}
-        assert max(figures, key=figures.__getitem__) == "tinc, residual alone"
+        # HEVC at its best is above it on this volume, as README says
+        assert figures["tinc, residual alone"] > figures["hevc"] - 1
+        assert max(figures.keys() - {"hevc"}, key=figures.__getitem__) == "tinc, residual alone"
 
 
 @pytest.mark.slow

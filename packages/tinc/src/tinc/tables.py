@@ -21,13 +21,15 @@ from visionkernels.tables import DATASET, GPU, TIME, Cell, Figure, Measured, Nee
 __all__ = ["figures", "tables"]
 
 _RATIOS = (16, 64, 128, 256)
-# PSNR in dB over 65535 and SSIM at 16, 64, 128 and 256x on test.tif
+# PSNR in dB over 65535 and SSIM at 16, 64, 128 and 256x on test.tif, of an independent run with usual settings
 _SIDE_BY_SIDE = {
     "hevc": ((40.74, 0.950), (35.99, 0.876), (34.78, 0.852), (33.53, 0.831)),
     "jpeg2k": ((39.11, 0.926), (33.79, 0.832), (31.82, 0.797), (29.36, 0.756)),
     "sperr": ((38.63, 0.926), (33.90, 0.840), (31.97, 0.807), (30.31, 0.777)),
     "sz3": ((36.65, 0.889), (29.60, 0.761), (27.53, 0.738), (24.37, 0.683)),
 }
+# the same of HEVC tuned for PSNR, as `tinc bench` runs it
+_HEVC_AT_ITS_BEST = ((41.39, 0.951), (36.63, 0.882), (35.34, 0.857), (34.18, 0.837))
 # number of parameters at 4, 16 and 64x
 _STRUCTURE = {
     "default": (15158, 3836, 870),
@@ -123,12 +125,13 @@ def _ours_on_test_tif(ratio: int, layers: Layers) -> tuple[float, float]:
 def _side_by_side() -> Table:
     cells = []
     for place, ratio in enumerate(_RATIOS):
-        best, similarity = _SIDE_BY_SIDE["hevc"][place]
+        best, similarity = _HEVC_AT_ITS_BEST[place]
         for name, reference in _SIDE_BY_SIDE.items():
             needs = (_TEST_TIF, _CODECS, *_time(name, ratio))
             cells.append(
                 Cell(row=name, column=f"PSNR at {ratio}x", paper=reference[place][0], digits=2, tolerance=0.15,
-                     measure=partial(_rival_on_test_tif, name, ratio), needs=needs, command=_command(needs))
+                     better="higher", measure=partial(_rival_on_test_tif, name, ratio), needs=needs,
+                     command=_command(needs))
             )  # fmt: skip
         for layers in _LAYERS:
             name = "tinc" if layers == "auto" else f"tinc, {layers} alone"
@@ -142,8 +145,9 @@ def _side_by_side() -> Table:
                      command=_command(needs)),
             ]  # fmt: skip
     convention = (
-        "test.tif of the official repository. The reference is measured, not printed in the paper; in the rows of tinc "
-        "it is that of HEVC. PSNR over 65535, SSIM by slices."
+        "test.tif of the official repository. The reference is measured, not printed in the paper: in the rows of "
+        "other codecs by an independent run with usual settings, which `tinc bench` reaches or passes; in those of "
+        "tinc it is HEVC tuned for PSNR. PSNR over 65535, SSIM by slices."
     )
     return Table("side_by_side", "The official volume beside other codecs", convention, tuple(cells))
 
