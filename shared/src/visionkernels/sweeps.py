@@ -52,13 +52,12 @@ def map(
     `dask.distributed.Client`), else start one on this machine; there the cluster says how many threads a worker has,
     with `"loky"` it is `threads`. Functions, items and results travel between processes, so they must pickle. The
     first failure ends the sweep with SweepError; with `errors="return"` it stands in its item's place instead. An item
-    whose worker the system kills (out of memory) is tried again, and fails like others if it is killed alone as well.
+    whose worker the system kills (out of memory) is tried again, and fails like others if it is killed again.
 
-    `done` is a file that keeps every result as soon as it is there a line of JSON each; a
-    sweep that is run again takes them from there and computes the others. Results must be JSON then (a tuple comes
-    back as a list), and `key` must tell items apart by a text that stays the same; failures are not kept. Raises
-    ValueError for two items of one key and for a file that is no such list, ImportError with the pip line for
-    `install` without joblib.
+    `done` is a file that keeps every result as soon as it is there, a line of JSON each; a sweep that is run again
+    takes them from there and computes the others. Results must be JSON then (a tuple comes back as a list), and `key`
+    must tell items apart by a text that stays the same; failures are not kept. Raises ValueError for two items of one
+    key and for a file that is no such list, ImportError with the pip line for `install` without joblib.
     """
     if jobs != -1 and jobs < 1:
         raise InputError(f"jobs={jobs} must be at least 1, or -1 for one a core")
@@ -92,8 +91,8 @@ def _killed(items: Sequence[Any], error: KilledWorkerError) -> tuple[int, SweepE
     item = items[error.index]
     return error.index, SweepError(
         item,
-        f"item {_short(repr(item))} failed: the system killed its worker, beside others and alone (out of memory, or a "
-        f"crash); {error.reason}",
+        f"item {_short(repr(item))} failed: the system killed its worker each time (out of memory, or a crash); "
+        f"{error.reason}",
     )
 
 
