@@ -207,7 +207,7 @@ class TestRunner:
             (lambda: os._exit(3), "ends the process: by itself"),
             (lambda: _spin(), "takes more than 1 seconds"),
             (lambda: bytearray(1 << 40), "asks for more than 67108864 bytes"),
-            (lambda: _swallowed(1 << 27), "asks for more than 67108864 bytes"),
+            (lambda: _swallowed(1 << 36), "asks for more than 67108864 bytes"),
         ],
         ids=["error", "signal", "exit", "time", "memory", "swallowed"],
     )

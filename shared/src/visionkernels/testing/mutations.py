@@ -7,6 +7,7 @@ reader's name, a seed and an index, which a fault names, so that
 
 import contextlib
 import copy
+import ctypes
 import faulthandler
 import json
 import logging
@@ -288,6 +289,9 @@ def _read_all(reader: MutatedReader, indices: range, seed: int, memory: int, sec
     # the default action ends the process, also within a function of C
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # memory that the parent has freed would be taken again without being counted
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     folder = Path(tempfile.mkdtemp(prefix="mutations-"))
     try:
         for index in indices:
