@@ -187,6 +187,13 @@ class TestRunner:
         (folder / "x").write_text(folder.name)
         return folder / "x"
 
+    def test_memory_is_counted_again(self) -> None:
+        """Each time, also where an earlier file, or the parent, has freed as much."""
+        freed = [bytearray(1 << 20) for _ in range(200)]
+        del freed[::2], freed
+        found = self.outcomes(lambda index: [bytearray(b"x" * (1 << 20)) for _ in range(100)])
+        assert [outcome.kind for outcome in found] == ["fault"] * 3
+
     def test_kinds(self) -> None:
         def read(index: int) -> None:
             if index == 1:

@@ -289,9 +289,6 @@ def _read_all(reader: MutatedReader, indices: range, seed: int, memory: int, sec
     # the default action ends the process, also within a function of C
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # memory that the parent has freed would be taken again without being counted
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
     folder = Path(tempfile.mkdtemp(prefix="mutations-"))
     try:
         for index in indices:
@@ -313,6 +310,9 @@ def _read_one(
     reader: MutatedReader, path: Path, memory: int, seconds: float
 ) -> tuple[Literal["read", "refused", "fault"], str, int]:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    # memory that was freed before would be taken again without being counted
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # not every kernel sets the peak VmHWM back; it then starts where it is
         Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmHWM")
