@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from g2sd.layouts import Contents, Kind, contents_of, decoder_heads, encoder_heads
@@ -19,6 +18,7 @@ from visionkernels.weights import CheckpointError, KeyRules, Trained, save_weigh
 __all__ = ["from_huggingface", "to_huggingface", "write_huggingface"]
 
 _PROJECTIONS = ("query", "key", "value")
+_RESAMPLING = {"bilinear": 2, "bicubic": 3}  # as Pillow numbers them
 
 
 def write_huggingface(
@@ -50,7 +50,7 @@ def _image_processor(size: int, trained: Trained | None) -> dict[str, Any]:
         pictures = PictureRecipe(size=size, resize=round(size * 256 / 224))
     return {
         "image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": pictures.resize}, "resample": int(Image.Resampling[pictures.interpolation.upper()]),
+        "size": {"shortest_edge": pictures.resize}, "resample": _RESAMPLING[pictures.interpolation],
         "do_center_crop": True, "crop_size": {"height": pictures.size, "width": pictures.size}, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": pictures.mean, "image_std": pictures.std,
     }  # fmt: skip
