@@ -97,6 +97,7 @@ def write_scatter(path: Path, ranking: Ranking, truth: Mapping[str, float], *, o
         axis.set_title(f"{proxy}: Kendall {_figure(agreements[proxy].kendall)}", fontsize=10)
         axis.set_ylabel("accuracy, %", fontsize=8)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)  # counts of parameters have long labels
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(ranking.scores) :]:
         axis.set_visible(False)
